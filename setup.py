@@ -1,4 +1,5 @@
-"""Builds what cannot be written down in pyproject.toml: the typed stubs of proto/ and the Cython extensions of wallet_core/.
+"""Builds what cannot be written down in pyproject.toml: the typed stubs of proto/ and the Cython extensions of
+wallet_core/.
 
 `python setup.py build_stubs` and `python setup.py build_ext --inplace` run each alone.
 `DUCAT_CYTHON_DEBUG=1` builds the extensions with bounds, overflow and initialisation checks on.
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -32,7 +34,7 @@ class build_stubs(Command):
     """Generates ducat/*/v1/*_pb2.py, their .pyi and the gRPC stubs, and buf/validate, from proto/."""
 
     description = "generate the typed stubs of proto/"
-    user_options: list[tuple[str, str | None, str]] = []
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
 
     def initialize_options(self) -> None: ...
 
@@ -44,8 +46,14 @@ class build_stubs(Command):
         ours = sorted(PROTO.glob("ducat/**/*.proto"))
         vendored = sorted((PROTO / "vendor").glob("**/*.proto"))
         well_known = Path(protoc.__file__).parent / "_proto"
-        include = [f"-I{PROTO / 'vendor'}", f"-I{PROTO}", f"-I{well_known}"]  # the inner root first, or protoc sees validate.proto twice
-        plugin = shutil.which("protoc-gen-mypy_grpc", path=sysconfig.get_path("scripts")) or shutil.which("protoc-gen-mypy_grpc")
+        include = [
+            f"-I{PROTO / 'vendor'}",
+            f"-I{PROTO}",
+            f"-I{well_known}",
+        ]  # the inner root first, or protoc sees validate.proto twice
+        plugin = shutil.which("protoc-gen-mypy_grpc", path=sysconfig.get_path("scripts")) or shutil.which(
+            "protoc-gen-mypy_grpc"
+        )
         if plugin is None:
             raise SystemExit("build_stubs: protoc-gen-mypy_grpc is missing; fix: pip install mypy-protobuf")
         messages = ["protoc", *include, f"--python_out={ROOT}", f"--pyi_out={ROOT}"]
@@ -99,7 +107,8 @@ class build_package(build_py):
 
 
 def use_compiler_of_machine_or_wheel() -> None:
-    """Leaves the environment alone where a C compiler answers; else points CC at the ziglang wheel; else ends with the fix."""
+    """Leaves the environment alone where a C compiler answers; else points CC at the ziglang wheel; else ends with
+    the fix."""
     wanted = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
     if shutil.which(wanted) or (not os.environ.get("CC") and (shutil.which("cc") or shutil.which("gcc"))):
         if not shutil.which(wanted):
@@ -110,7 +119,9 @@ def use_compiler_of_machine_or_wheel() -> None:
         os.environ["CC"] = f"{sys.executable} -m ziglang cc"
         os.environ["LDSHARED"] = f"{sys.executable} -m ziglang cc -shared"
         return
-    raise SystemExit("ducat: no C compiler found; fix: install gcc or clang (Debian: apt-get install gcc), or pip install ziglang")
+    raise SystemExit(
+        "ducat: no C compiler found; fix: install gcc or clang (Debian: apt-get install gcc), or pip install ziglang"
+    )
 
 
 def extension(source: str) -> Extension:

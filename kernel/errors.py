@@ -14,8 +14,8 @@
     ├── Unimplemented
     └── Internal                     a bug
 
-`reason` is a name of ducat.common.v1.ErrorReason without its prefix. The gRPC status and the HTTP status of each class, and the
-way back, are one table in runtime/errors.py.
+`reason` is a name of ducat.common.v1.ErrorReason without its prefix. The gRPC status and the HTTP status of each
+class, and the way back, are one table in runtime/errors.py.
 """
 
 from __future__ import annotations

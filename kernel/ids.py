@@ -1,8 +1,9 @@
 """Deterministic ids: the same business fact gives the same id in every process and at every replay.
 
-Account ids are UUIDv5 of the account's name. Transfer ids must be UUIDs of version 7 (the wallet's memory of ids is bounded by
-their time), so ids that are derived from a business fact are *shaped* like version 7: the 48-bit time is the fact's own time in
-milliseconds and the remaining bits come from a SHA-256 of what the fact is. See docs/decisions/0001-transfer-ids.md.
+Account ids are UUIDv5 of the account's name. Transfer ids must be UUIDs of version 7 (the wallet's memory of ids is
+bounded by their time), so ids that are derived from a business fact are *shaped* like version 7: the 48-bit time is
+the fact's own time in milliseconds and the remaining bits come from a SHA-256 of what the fact is. See
+docs/decisions/0001-transfer-ids.md.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ from __future__ import annotations
 import hashlib
 import uuid
 
-__all__ = ["ACCOUNT_NAMESPACE", "EVENT_NAMESPACE", "account_id", "derived_event_id", "derived_transfer_id", "time_ms_of", "uuid7"]
+__all__ = [
+    "ACCOUNT_NAMESPACE",
+    "EVENT_NAMESPACE",
+    "account_id",
+    "derived_event_id",
+    "derived_transfer_id",
+    "time_ms_of",
+    "uuid7",
+]
 
 ACCOUNT_NAMESPACE = uuid.UUID("5c2a2c1e-6f0b-5d3b-9d5e-0b1f7a4c9e21")
 EVENT_NAMESPACE = uuid.UUID("8a1de2a0-3f0c-5b9e-8b55-7f7a0a3f4d10")
@@ -29,14 +38,17 @@ def derived_event_id(kind: str, reference: str) -> str:
 
 
 def derived_transfer_id(time_ms: int, kind: str, reference: str) -> bytes:
-    """16 bytes, shaped like a UUID of version 7: ``time_ms`` is when the business fact happened (unix milliseconds, stored with the
-    fact, so that a replay gives the same id), ``kind`` and ``reference`` say what it is, such as ``("capture", "ORD-123-A")``.
+    """16 bytes, shaped like a UUID of version 7: ``time_ms`` is when the business fact happened (unix milliseconds,
+    stored with the
+    fact, so that a replay gives the same id), ``kind`` and ``reference`` say what it is, such as ``("capture",
+    "ORD-123-A")``.
     """
     return _version_7(time_ms, hashlib.sha256(f"{time_ms}/{kind}/{reference}".encode()).digest()[:10])
 
 
 def uuid7(time_ms: int, random: bytes) -> bytes:
-    """16 bytes: a UUID of version 7 from the time in unix milliseconds and ten random bytes (74 bits of them are used)."""
+    """16 bytes: a UUID of version 7 from the time in unix milliseconds and ten random bytes (74 bits of them are
+    used)."""
     if len(random) != 10:
         raise ValueError(f"random: expected 10 bytes, got {len(random)}")
     return _version_7(time_ms, random)

@@ -1,6 +1,7 @@
 """Money as integer minor units, and the ISO 4217 table that says how many decimals a currency has.
 
-Source of the exponents: ISO 4217 list one. A PSP may use other exponents for its own API: that table belongs to the PSP's adapter.
+Source of the exponents: ISO 4217 list one. A PSP may use other exponents for its own API: that table belongs to the
+PSP's adapter.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ _ZERO = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"
 _THREE = "BHD IQD JOD KWD LYD OMR TND"
 _FOUR = "CLF UYW"
 _TWO = (
-    "AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BGN BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CNY COP CRC CUP CVE CZK "
-    "DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GTQ GYD HKD HNL HTG HUF IDR ILS INR IRR JMD KES KGS KHR KPW KYD KZT "
-    "LAK LBP LKR LRD LSL MAD MDL MGA MKD MMK MNT MOP MRU MUR MVR MWK MXN MYR MZN NAD NGN NIO NOK NPR NZD PAB PEN PGK PHP PKR PLN "
-    "QAR RON RSD RUB SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TOP TRY TTD TWD TZS UAH USD UYU UZS "
-    "VED VES WST XCD YER ZAR ZMW ZWG"
+    "AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BGN BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CNY COP CRC "
+    "CUP CVE CZK DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GTQ GYD HKD HNL HTG HUF IDR ILS INR IRR JMD "
+    "KES KGS KHR KPW KYD KZT LAK LBP LKR LRD LSL MAD MDL MGA MKD MMK MNT MOP MRU MUR MVR MWK MXN MYR MZN NAD NGN NIO "
+    "NOK NPR NZD PAB PEN PGK PHP PKR PLN QAR RON RSD RUB SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL "
+    "THB TJS TMT TOP TRY TTD TWD TZS UAH USD UYU UZS VED VES WST XCD YER ZAR ZMW ZWG"
 )
 
 CURRENCY_EXPONENTS: dict[str, int] = {
@@ -56,8 +57,8 @@ class Money:
 def minor_from_decimal(amount: Decimal, currency_code: str) -> int:
     """The amount in minor units: ``minor_from_decimal(Decimal("75.00"), "USD") == 7500``.
 
-    Raises AmountInvalid for an unknown currency, for more decimals than the currency has (``75.001 USD``), for zero, for less than
-    zero and for more than AMOUNT_MINOR_MAX.
+    Raises AmountInvalid for an unknown currency, for more decimals than the currency has (``75.001 USD``), for zero,
+    for less than zero and for more than AMOUNT_MINOR_MAX.
     """
     exponent = CURRENCY_EXPONENTS.get(currency_code)
     if exponent is None:

@@ -1,4 +1,5 @@
-"""Names of wallet and ledger accounts. Both services derive them from the same facts, so they agree without asking each other."""
+"""Names of wallet and ledger accounts. Both services derive them from the same facts, so they agree without asking
+each other."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Transitions as a table: what an event does to a state is looked up, never decided in an `if`.
 
-A pair that is in the table moves to its new state. A pair that is listed as ignored leaves the state alone: it is a late, repeated
-or reordered fact. Every other pair is refused. `diagram()` draws the table for the docs, and a test walks every state × event.
+A pair that is in the table moves to its new state. A pair that is listed as ignored leaves the state alone: it is a
+late, repeated or reordered fact. Every other pair is refused. `diagram()` draws the table for the docs, and a test
+walks every state × event.
 """
 
 from __future__ import annotations

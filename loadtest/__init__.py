@@ -1,0 +1,1 @@
+"""Load on a running platform: locust users, benchmarks, and the baselines to compare with."""

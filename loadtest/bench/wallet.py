@@ -1,0 +1,427 @@
+"""The wallet benchmarks: each starts its own server process and client process over loopback gRPC, with fdatasync on.
+
+Every scenario measures the machine's limits in the same run (`limits`), prints ratios to them, and checks the
+outcome: every balance against what the client expects, and every transfer in the event log against what was sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadtest.bench.client import BATCH_ROWS, Plan
+from loadtest.bench.limits import disk_limits
+
+__all__ = ["SCENARIOS", "Scenario", "print_report", "run"]
+
+READY_S_MAX = 120.0
+RECORD = np.dtype([("id", "V16"), ("rest", "V30"), ("kind", "u1"), ("flags", "u1")])
+KIND_MOVED, KIND_SENT = 3, 9
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What one benchmark does. ``smoke`` counts show that it works, not how fast it is."""
+
+    about: str
+    accounts: int
+    transfers: int
+    measure: Callable[[Scenario, Path, Counts], dict[str, Any]]
+    pattern: str = "uniform"
+    shards: int = 1
+    window: int = 16
+    smoke_accounts: int = 1_000
+    smoke_transfers: int = 40_950
+
+
+@dataclass(frozen=True)
+class Counts:
+    accounts: int
+    transfers: int
+
+
+# Processes
+
+
+class Server:
+    """A wallet server of its own: no read model, no bus, one folder."""
+
+    def __init__(self, folder: Path, shards: int) -> None:
+        environment = {
+            **os.environ,
+            "DUCAT_WALLET_LISTEN": "127.0.0.1:0",
+            "DUCAT_WALLET_SHARD_COUNT": str(shards),
+            "DUCAT_WALLET_READ_MODEL": "false",
+            "DUCAT_WALLET_BUS": "false",
+            "DUCAT_DATA_DIR": str(folder),
+            "DUCAT_LOG_LEVEL": "warning",
+        }
+        self.started = time.perf_counter()
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "wallet_core"], stdout=subprocess.PIPE, env=environment, text=True
+        )
+        self.address = _ready_address(self.child)
+        self.start_seconds = time.perf_counter() - self.started
+
+    def cpu_seconds(self) -> float:
+        return _stat_seconds(self.child.pid)
+
+    def memory_bytes(self) -> int:
+        """Resident bytes, as the kernel counts them."""
+        pages = int(Path(f"/proc/{self.child.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self) -> None:
+        if self.child.poll() is None:
+            self.child.terminate()
+            try:
+                self.child.wait(60)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+
+
+@contextmanager
+def serving(folder: Path, shards: int) -> Iterator[Server]:
+    server = Server(folder, shards)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def echoing() -> Iterator[str]:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "loadtest.bench.limits"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield _ready_address(child)
+    finally:
+        assert child.stdin is not None
+        child.stdin.close()
+        child.wait(10)
+
+
+class Client:
+    """The load generator's process. It waits twice: before it measures, and after, before it checks."""
+
+    def __init__(self, plan: Plan, *, echo: bool = False) -> None:
+        document = json.dumps({**asdict(plan), "echo": echo})
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "loadtest.bench.client", document],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, word: str) -> None:
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline().strip()
+        if line != word:
+            raise RuntimeError(f"bench client: expected {word!r}, got {line!r}")
+
+    def go_on(self) -> None:
+        assert self.child.stdin is not None
+        self.child.stdin.write("\n")
+        self.child.stdin.flush()
+
+    def result(self) -> dict[str, Any]:
+        assert self.child.stdout is not None
+        report: dict[str, Any] = json.loads(self.child.stdout.readline())
+        self.child.wait(30)
+        return report
+
+
+def load(server: Server, plan: Plan) -> dict[str, Any]:
+    """Runs one plan and adds the server's CPU seconds of the measured part."""
+    client = Client(plan)
+    client.wait_for("started")
+    before = server.cpu_seconds()
+    client.go_on()
+    client.wait_for("measured")
+    spent = server.cpu_seconds() - before
+    client.go_on()
+    report = client.result()
+    report["server_cpu_seconds"] = spent
+    return report
+
+
+def echo(plan: Plan) -> dict[str, Any]:
+    return Client(plan, echo=True).result()
+
+
+def _ready_address(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    deadline = time.monotonic() + READY_S_MAX
+    while time.monotonic() < deadline:
+        line = child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{child.args!r} ended before it was ready (exit code {child.wait()})")
+        if line.startswith("ready "):
+            return line.split()[-1]
+    raise RuntimeError(f"{child.args!r} was not ready in {READY_S_MAX:.0f} s")
+
+
+def _stat_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# Scenarios
+
+
+def measure_stream(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
+    """Durable transfers in columns over one stream, beside the same stream with the engine left out."""
+    limits = disk_limits(folder)
+    with serving(folder, scenario.shards) as server:
+        plan = Plan(
+            address=server.address,
+            echo_address="",
+            accounts=counts.accounts,
+            transfers=counts.transfers,
+            pattern=scenario.pattern,
+            window=scenario.window,
+        )
+        report = load(server, plan)
+    with echoing() as address:
+        left_out = echo(
+            Plan(**{**asdict(plan), "echo_address": address, "transfers": min(counts.transfers, 2_000_000)})
+        )
+        unary_plan = {**asdict(plan), "echo_address": address, "pattern": "unary", "transfers": 5_000, "window": 128}
+        empty = echo(Plan(**unary_plan))
+    per_second = report["transfers"] / report["seconds"]
+    limits["stream_transfers_per_second"] = left_out["transfers"] / left_out["seconds"]
+    limits["echo_calls_per_second"] = empty["calls"] / empty["seconds"]
+    log_bytes = sum(path.stat().st_blocks * 512 for path in folder.glob("**/*.seg"))
+    return {
+        "transfers_per_second": per_second,
+        "batch_ms": report["batch_ms"],
+        "cpu_seconds": {"client": report["cpu_seconds"], "server": report["server_cpu_seconds"]},
+        "bytes_per_transfer": _log_payload_bytes(folder) / counts.transfers if log_bytes else 0.0,
+        "limits": limits,
+        "ratios": {
+            "engine_left_out": per_second / limits["stream_transfers_per_second"],
+            "disk_bandwidth": per_second * 48 / limits["fdatasync_1m_bytes_per_second"],
+            **_tigerbeetle_ratio(per_second, counts),
+        },
+        "checks": {
+            "balances": report["failed"] == 0 and report["balances"],
+            "log": transfers_in_log(folder, counts.transfers),
+        },
+    }
+
+
+def measure_unary(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
+    """Single transfers by unary calls, beside an empty unary echo at the same concurrency."""
+    limits = disk_limits(folder)
+    with serving(folder, scenario.shards) as server, echoing() as address:
+        plan = Plan(
+            address=server.address,
+            echo_address=address,
+            accounts=counts.accounts,
+            transfers=counts.transfers,
+            pattern="unary",
+            window=scenario.window,
+        )
+        report = load(server, plan)
+        empty = echo(plan)
+    per_second = report["calls"] / report["seconds"]
+    limits["echo_calls_per_second"] = empty["calls"] / empty["seconds"]
+    limits["echo_ms"] = empty["call_ms"]
+    return {
+        "transfers_per_second": per_second,
+        "batch_ms": report["call_ms"],
+        "cpu_seconds": {"client": report["cpu_seconds"], "server": report["server_cpu_seconds"]},
+        "bytes_per_transfer": _log_payload_bytes(folder) / counts.transfers,
+        "limits": limits,
+        "ratios": {"echo": per_second / limits["echo_calls_per_second"]},
+        "checks": {
+            "balances": report["failed"] == 0 and report["balances"],
+            "log": transfers_in_log(folder, counts.transfers),
+        },
+    }
+
+
+def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
+    """How fast a shard is back: replay of the whole log."""
+    limits = disk_limits(folder)
+    with serving(folder, scenario.shards) as server:
+        plan = Plan(
+            address=server.address,
+            echo_address="",
+            accounts=counts.accounts,
+            transfers=counts.transfers,
+            check_balances=False,
+        )
+        report = load(server, plan)
+    with serving(folder, scenario.shards) as empty_start:
+        restore_seconds, cpu = empty_start.start_seconds, empty_start.cpu_seconds()
+        check = Client(
+            Plan(**{**asdict(plan), "address": empty_start.address, "transfers": 0, "create_accounts": False})
+        )
+        del check
+    with tempfile.TemporaryDirectory(dir=folder.parent) as bare, serving(Path(bare), scenario.shards) as nothing:
+        start_seconds = nothing.start_seconds
+    events = counts.accounts + counts.transfers
+    replay_seconds = max(restore_seconds - start_seconds, 1e-9)
+    return {
+        "transfers_per_second": report["transfers"] / report["seconds"],
+        "batch_ms": report["batch_ms"],
+        "cpu_seconds": {"client": report["cpu_seconds"], "server": cpu},
+        "bytes_per_transfer": _log_payload_bytes(folder) / counts.transfers,
+        "limits": limits | {"empty_start_seconds": start_seconds},
+        "replay_events_per_second": events / replay_seconds,
+        "restore_seconds": restore_seconds,
+        "ratios": {},
+        "checks": {"balances": report["failed"] == 0, "log": transfers_in_log(folder, counts.transfers)},
+    }
+
+
+def measure_memory(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
+    """Resident bytes an account, accounts alone."""
+    with serving(folder, scenario.shards) as server:
+        before = server.memory_bytes()
+        plan = Plan(
+            address=server.address,
+            echo_address="",
+            accounts=counts.accounts,
+            transfers=counts.transfers,
+            check_balances=True,
+        )
+        client = Client(plan)
+        client.wait_for("started")
+        after = server.memory_bytes()
+        client.go_on()
+        client.wait_for("measured")
+        client.go_on()
+        report = client.result()
+    return {
+        "transfers_per_second": report["transfers"] / report["seconds"],
+        "batch_ms": report["batch_ms"],
+        "cpu_seconds": {"client": report["cpu_seconds"], "server": 0.0},
+        "bytes_per_transfer": _log_payload_bytes(folder) / max(counts.transfers, 1),
+        "bytes_per_account": (after - before) / counts.accounts,
+        "limits": {},
+        "ratios": {},
+        "checks": {
+            "balances": report["failed"] == 0 and report["balances"],
+            "log": transfers_in_log(folder, counts.transfers),
+        },
+    }
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "uniform-10k": Scenario("10 thousand accounts, 2 M transfers", 10_000, 2_000_000, measure_stream),
+    "uniform-1m": Scenario("1 million accounts, 10 M transfers", 1_000_000, 10_000_000, measure_stream),
+    "uniform-10m": Scenario("10 million accounts, 10 M transfers", 10_000_000, 10_000_000, measure_stream),
+    "hot-account": Scenario("every transfer through one account", 10_000, 2_000_000, measure_stream, pattern="hot"),
+    "cross-shard": Scenario("4 shards, three of four transfers cross", 10_000, 2_000_000, measure_stream, shards=4),
+    "unary": Scenario(
+        "single transfers, 128 at once", 10_000, 30_000, measure_unary, window=128, smoke_transfers=2_000
+    ),
+    "unary-idle": Scenario(
+        "single transfers, one at a time", 10_000, 3_000, measure_unary, window=1, smoke_transfers=200
+    ),
+    "restore": Scenario("replay of the log after a stop", 1_000_000, 10_000_000, measure_restore),
+    "memory": Scenario("resident bytes an account", 2_000_000, 8_190, measure_memory, smoke_transfers=8_190),
+}
+
+
+def run(
+    name: str,
+    *,
+    transfers: int | None = None,
+    accounts: int | None = None,
+    smoke: bool = False,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Runs one scenario; the dict is what `--json` prints."""
+    scenario = SCENARIOS[name]
+    counts = Counts(
+        accounts or (scenario.smoke_accounts if smoke else scenario.accounts),
+        transfers or (scenario.smoke_transfers if smoke else scenario.transfers),
+    )
+    folder = Path(tempfile.mkdtemp(prefix="ducat-bench-", dir=data_dir))
+    (folder / "data").mkdir()
+    try:
+        report = scenario.measure(scenario, folder / "data", counts)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"scenario": name, "accounts": counts.accounts, "transfers": counts.transfers, **report}
+
+
+def transfers_in_log(folder: Path, count: int) -> bool:
+    """Whether the event logs under that folder have exactly the transfers 0 … count - 1, each once."""
+    from wallet_core.event_log.file import read_bodies
+
+    seen = np.zeros(count, dtype=np.uint8)
+    for log in sorted(folder.glob("**/log")):
+        for body in read_bodies(log):
+            records = np.frombuffer(body, dtype=RECORD)
+            moved = records[(records["kind"] == KIND_MOVED) | (records["kind"] == KIND_SENT)]
+            words = np.ascontiguousarray(moved["id"]).view(">u8").reshape(-1, 2)
+            numbers = words[:, 1].astype(np.uint64) & np.uint64(0x00FF_FFFF_FFFF_FFFF)
+            if len(numbers) and int(numbers.max()) >= count:
+                return False
+            np.add.at(seen, numbers.astype(np.int64), 1)
+    return bool((seen == 1).all())
+
+
+def _log_payload_bytes(folder: Path) -> int:
+    """Bytes of frames in the event logs, headers included, without the preallocated rest of the last segment."""
+    from wallet_core.event_log.file import used_bytes
+
+    return sum(used_bytes(log) for log in folder.glob("**/log"))
+
+
+def _tigerbeetle_ratio(per_second: float, counts: Counts) -> dict[str, float]:
+    """Its own benchmark at the same counts, where TIGERBEETLE names its binary."""
+    binary = os.environ.get("TIGERBEETLE")
+    if not binary:
+        return {}
+    done = subprocess.run(
+        [
+            binary,
+            "benchmark",
+            f"--account-count={counts.accounts}",
+            f"--transfer-count={counts.transfers}",
+            f"--transfer-batch-size={BATCH_ROWS - 1}",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=1800,
+    )
+    for line in (done.stdout + done.stderr).splitlines():
+        if line.startswith("load accepted ="):
+            return {"tigerbeetle": per_second / float(line.split("=")[1].split()[0])}
+    raise RuntimeError("tigerbeetle benchmark: no line 'load accepted = … tx/s'")
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The same figures for people."""
+    print(f"{report['scenario']}: {SCENARIOS[report['scenario']].about}")
+    print(f"  accounts {report['accounts']:,}, transfers {report['transfers']:,}")
+    print(f"  {report['transfers_per_second']:,.0f} transfers/s")
+    print("  batch ms  " + ", ".join(f"{name} {value}" for name, value in report["batch_ms"].items()))
+    print("  CPU s     " + ", ".join(f"{name} {value:.2f}" for name, value in report["cpu_seconds"].items()))
+    print(f"  log       {report['bytes_per_transfer']:.1f} bytes a transfer")
+    for name in ("replay_events_per_second", "restore_seconds", "bytes_per_account"):
+        if name in report:
+            print(f"  {name.replace('_', ' ')}  {report[name]:,.2f}")
+    for group in ("limits", "ratios", "checks"):
+        for name, value in report[group].items():
+            print(f"  {group:<9} {name} {value if not isinstance(value, float) else f'{value:,.3f}'}")

@@ -1,0 +1,1 @@
+"""The `ducat` command: starts the platform, shows it, and repairs it."""

@@ -1,0 +1,91 @@
+"""Risk: the main job does not work as a whole, over real processes and real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from ops.demo import EventRefused, Outcome, order_state, payout_state, run_checkout
+from ops.platform import DataFolderBusy, Platform
+from tests.e2e.checkouts import checkout
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "payment_event.json"
+
+
+def assert_all_paid(outcome: Outcome) -> None:
+    assert outcome.payment.is_payment_done
+    assert {order_state(order.state) for order in outcome.payment.payment_orders} == {"SUCCESS"}
+    assert outcome.invariants() == {"wallet_zero_sum": True, "ledger_balanced": True, "wallet_matches_ledger": True}
+
+
+async def test_the_sample_checkout_goes_from_json_to_a_payout(platform: Platform) -> None:
+    outcome = await run_checkout(platform, EXAMPLE.read_bytes(), log=print)
+    assert_all_paid(outcome)
+    assert [payout_state(payout.state) for payout in outcome.payouts] == ["COMPLETED"]
+    assert outcome.payouts[0].amount.amount_minor == 3750
+    wallets = outcome.as_json()["wallets"]
+    assert wallets["seller/SELL-XYZ-1/USD"] == 3750
+    assert wallets["seller/SELL-ABC-2/USD"] == 2500
+    # Again: the same answer, nothing paid twice.
+    again = await run_checkout(platform, EXAMPLE.read_bytes(), log=print, pay_out=False)
+    assert again.as_json()["wallets"]["seller/SELL-XYZ-1/USD"] == 3750
+
+
+async def test_forty_orders_in_four_currencies_over_two_psps(platform: Platform) -> None:
+    body = checkout(40, currencies=("JPY", "KWD", "USD", "EUR"), sellers=5)
+    outcome = await run_checkout(platform, body, log=print)
+    assert_all_paid(outcome)
+    assert len({order.psp for order in outcome.payment.payment_orders}) == 2
+    assert {"JPY", "KWD", "USD", "EUR"} <= outcome.as_json()["trial_balance"].keys()
+
+
+async def test_same_checkout_id_with_other_content_is_a_conflict(platform: Platform) -> None:
+    body = json.loads(checkout(1))
+    async with aiohttp.ClientSession() as http:
+        first = await http.post(f"{platform.gateway_url}/v1/payments", json=body)
+        body["payment_orders"][0]["amount"] = "76.00"
+        second = await http.post(f"{platform.gateway_url}/v1/payments", json=body)
+        problem = await second.json(content_type=None)
+    assert (first.status, second.status) == (201, 409)
+    assert problem["reason"] == "IDEMPOTENCY_MISMATCH"
+
+
+async def test_an_invalid_event_names_every_wrong_field_and_stores_nothing(platform: Platform) -> None:
+    event = json.loads(checkout(2))
+    event["payment_orders"][0]["amount"] = "1.001"
+    event["payment_orders"][1]["currency"] = "XXX"
+    event["surprise"] = 1
+    with pytest.raises(EventRefused) as refused:
+        await run_checkout(platform, json.dumps(event).encode(), log=print)
+    fields = {violation["field"] for violation in refused.value.problem["violations"]}
+    assert fields == {"payment_orders[0].amount", "payment_orders[1].currency", "surprise"}
+    async with aiohttp.ClientSession() as http:
+        answer = await http.get(f"{platform.gateway_url}/v1/payments/{event['checkout_id']}")
+    assert answer.status == 404
+
+
+async def test_the_same_webhook_a_hundred_times_pays_once(platform: Platform) -> None:
+    async with aiohttp.ClientSession() as http:
+        await http.post(
+            f"{platform.sandbox_url}/_control/faults", json={"duplicate_webhooks": 1.0, "reorder_webhooks": 1.0}
+        )
+        try:
+            outcomes = await asyncio.gather(
+                *(run_checkout(platform, checkout(2), log=print, pay_out=False) for _ in range(10))
+            )
+        finally:
+            await http.delete(f"{platform.sandbox_url}/_control/faults")
+    for outcome in outcomes:
+        assert_all_paid(outcome)
+
+
+async def test_a_second_up_on_the_same_data_is_refused(platform: Platform) -> None:
+    with pytest.raises(DataFolderBusy, match="in use"):
+        await Platform(platform.data_dir, free_ports=True).start()
+    async with aiohttp.ClientSession() as http:
+        assert (await http.get(f"{platform.gateway_url}/readyz")).status == 200
