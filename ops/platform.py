@@ -1,4 +1,4 @@
-"""The platform on one machine: embedded servers and every process of Ducat, started in order, watched, restarted,
+"""The platform on one machine: embedded servers and every process of Ducat, started, watched, restarted,
 stopped in order.
 
 `ducat up`, `ducat demo`, `ducat loadtest` and the end-to-end tests all stand on this one class, so what they run is
@@ -34,8 +34,7 @@ PROCESSES: dict[str, str] = {
     "sandbox": "sandbox",
     "gateway": "gateway",
 }
-"""Name of each process → the package that `python -m` runs; in the order in which they start. They stop in the
-opposite order."""
+"""Name of each process → the package that `python -m` runs."""
 
 DEFAULT_PORTS = {
     "gateway": 8080,
@@ -148,20 +147,23 @@ class Platform:
             self._watchers.append(asyncio.create_task(self._watch_servers(), name="watch servers"))
             for name in PROCESSES:
                 await self._start_group(name)
+            for process in self.processes.values():
+                await self._wait_first_ready(process)
         except BaseException:
             await self.stop()
             raise
 
     async def stop(self) -> None:
-        """Stops the processes in the opposite order, then the servers, then lets the data folder go. Safe to call
-        twice."""
+        """Stops the edge, the inner processes, the servers, then lets the data folder go. Safe to call twice."""
         self._stopping = True
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
         self._watchers.clear()
-        for process in reversed(list(self.processes.values())):
-            await self._stop_process(process)
+        edge = [process for process in self.processes.values() if process.name in ("gateway", "sandbox")]
+        inner = [process for process in self.processes.values() if process not in edge]
+        for wave in (edge, inner):  # First nothing new comes in, then what is under way ends.
+            await asyncio.gather(*(self._stop_process(process) for process in wave))
         if self.valkey is not None:
             await asyncio.to_thread(self.valkey.stop)
         if self.postgres is not None:
@@ -256,8 +258,6 @@ class Platform:
             self.processes[member] = process
             await self._spawn(process)
             self._watchers.append(asyncio.create_task(self._watch(process), name=f"watch {member}"))
-        for member in group:
-            await self._wait_first_ready(self.processes[member])
 
     def _environment(self, name: str, member: str) -> dict[str, str]:
         listen = {f"DUCAT_{key.upper()}_LISTEN": f"127.0.0.1:{port}" for key, port in self.ports.items()}

@@ -1,0 +1,1 @@
+"""The executor's edges: bus, gRPC, PostgreSQL, the payment service."""

@@ -1,0 +1,120 @@
+"""Wires the executor: the only place that names concrete classes."""
+
+from __future__ import annotations
+
+from ducat.executor.v1 import executor_pb2_grpc
+from executor.adapters.bus import GROUP, TOPIC, CommandConsumer
+from executor.adapters.grpc_server import SCOPES, SERVICE_NAME, ExecutorServicer
+from executor.adapters.payment_client import GrpcPayoutInstructions
+from executor.adapters.postgres import PostgresAttemptStore
+from executor.psp.base import PspAdapter, PspConfig
+from executor.psp.registry import ADAPTERS
+from executor.service.execute import Executor, Policy
+from executor.service.health_board import HealthBoard
+from executor.service.notifications import Notifications
+from executor.service.poller import Poller
+from executor.service.ports import Due
+from kernel.clock import SystemClock
+from runtime import trace
+from runtime.logs import get_logger
+from runtime.outbox import OutboxRelay
+from runtime.process import Process
+from runtime.settings import PspSettings, Settings, SettingsInvalid
+
+__all__ = ["adapters_of", "serve"]
+
+STATEMENT_DESCRIPTOR = "DUCAT MARKET"
+"""What the buyer's bank statement shows; at most 22 characters (card schemes)."""
+SENDING_GRACE_S = 10
+"""Longer than a call to a PSP may take, a SENDING attempt is taken for abandoned."""
+
+_logger = get_logger("executor")
+
+
+async def serve(settings: Settings) -> None:
+    """Runs the executor until it is told to stop."""
+    async with Process.start("executor", settings) as process:
+        adapters = adapters_of(settings)
+        for adapter in adapters.values():
+            process.on_close(f"psp {adapter.provider.name}", adapter.close)
+        clock = SystemClock()
+        pool = await process.postgres("executor")
+        bus = await process.bus()
+        relay = OutboxRelay(pool, "executor", bus)
+        store = PostgresAttemptStore(pool, relay)
+        health = HealthBoard(store, clock)
+        executor = Executor(
+            store,
+            adapters,
+            GrpcPayoutInstructions(await process.channel(settings.payment_address)),
+            health,
+            clock,
+            Policy(
+                unknown_schedule_s=settings.unknown_poll_schedule_s,
+                accepted_schedule_s=settings.accepted_poll_schedule_s,
+                sending_grace_s=SENDING_GRACE_S + 2 * settings.psp_timeout_ms / 1000,
+            ),
+            wake=lambda time_ns: poller.wake(time_ns),
+        )
+
+        async def resume(due: Due) -> None:
+            with trace.bind(due.attempt.traceparent):
+                await executor.resume(due)
+
+        poller = Poller(store, health, clock, resume, _poll_failed)
+        notifications = Notifications(store, adapters, clock)
+        process.on_close("settled notes", notifications.flush)
+        await health.refresh()
+        process.spawn(relay.run(), name="outbox")
+        process.spawn(poller.run(), name="poller")
+        process.spawn(notifications.run(), name="settled notes")
+        process.spawn(
+            bus.consume_each(TOPIC, GROUP, CommandConsumer(executor).handle, concurrency=settings.executor_concurrency),
+            name="payment.commands",
+        )
+        await process.serve_grpc(
+            settings.executor_listen,
+            servicers=[
+                (
+                    ExecutorServicer(executor, notifications, health, adapters),
+                    executor_pb2_grpc.add_ExecutorServiceServicer_to_server,
+                    SERVICE_NAME,
+                )
+            ],
+            scopes=SCOPES,
+        )
+
+
+def adapters_of(settings: Settings) -> dict[str, PspAdapter]:
+    """One adapter a configured PSP. Raises SettingsInvalid for an adapter that does not exist."""
+    adapters = {}
+    for psp in settings.psps:
+        make = ADAPTERS.get(psp.adapter)
+        if make is None:
+            raise SettingsInvalid(f"psps: {psp.name}: no adapter {psp.adapter!r}; there are: {', '.join(sorted(ADAPTERS))}")
+        adapters[psp.name] = make(_config(psp, settings))
+    return adapters
+
+
+def _config(psp: PspSettings, settings: Settings) -> PspConfig:
+    gateway_url = settings.gateway_url.rstrip("/")
+    return PspConfig(
+        name=psp.name,
+        base_url=psp.base_url,
+        api_key=psp.api_key.get_secret_value(),
+        payout_api_key=psp.payout_api_key.get_secret_value(),
+        webhook_secret=psp.webhook_secret.get_secret_value(),
+        return_url=f"{gateway_url}/payment/return",
+        payout_callback_url=f"{gateway_url}/webhooks/{psp.name}/payouts",
+        statement_descriptor=STATEMENT_DESCRIPTOR,
+        timeout_ms=settings.psp_timeout_ms,
+        currency_codes=frozenset(psp.currency_codes),
+        weight=psp.weight,
+    )
+
+
+def _poll_failed(due: Due | None, error: BaseException) -> None:
+    if due is None:
+        _logger.warning("polling starts again", error=f"{type(error).__name__}: {error}")
+    else:
+        _logger.error("polling an attempt failed", reference=due.attempt.reference, psp=due.attempt.psp, exc_info=error)

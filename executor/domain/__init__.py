@@ -1,0 +1,1 @@
+"""The executor's rules, pure: attempts, routing, PSP health, what an answer means, when to ask again."""

@@ -1,0 +1,16 @@
+"""The sandbox's webhook signature: header `Sandbox-Signature`, built like Stripe's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from executor.psp.base import verify_timestamped_hmac
+
+__all__ = ["HEADER", "verify"]
+
+HEADER = "sandbox-signature"
+
+
+def verify(headers: Mapping[str, str], body: bytes, secret: str, now_s: int) -> None:
+    """Raises PermissionDenied (SIGNATURE_INVALID) unless the body is signed with `secret`, and lately."""
+    verify_timestamped_hmac(headers.get(HEADER, ""), body, secret, now_s, name="Sandbox-Signature")

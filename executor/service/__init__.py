@@ -1,0 +1,1 @@
+"""The executor's use cases, and the ports they stand on."""

@@ -1,0 +1,84 @@
+"""Asks again: wakes when the next attempt is due, never in a busy loop.
+
+Several executors poll side by side; the store hands each due attempt to one of them for `LEASE_S`. A process that dies with attempts in
+hand loses nothing: their lease ends and another takes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from executor.service.health_board import HealthBoard
+from executor.service.ports import AttemptStore, Due
+from kernel.clock import Clock
+
+__all__ = ["BATCH_MAX", "IDLE_S", "LEASE_S", "Poller"]
+
+BATCH_MAX = 32
+LEASE_S = 60
+IDLE_S = 30.0
+"""How long this process may sleep although another one may have stored something that is due earlier."""
+ERROR_BACKOFF_S = 1.0
+
+assert LEASE_S > IDLE_S
+
+
+class Poller:
+    """`resume(due)` looks at one attempt; `failed(due, error)` is told where that raised."""
+
+    def __init__(
+        self,
+        store: AttemptStore,
+        health: HealthBoard,
+        clock: Clock,
+        resume: Callable[[Due], Awaitable[object]],
+        failed: Callable[[Due | None, BaseException], None],
+    ) -> None:
+        self._store = store
+        self._health = health
+        self._clock = clock
+        self._resume = resume
+        self._failed = failed
+        self._changed = asyncio.Event()
+        self._wake_time_ns = 0
+
+    def wake(self, time_ns: int) -> None:
+        """An attempt is due at this time."""
+        if self._wake_time_ns and time_ns < self._wake_time_ns:
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Polls until cancelled."""
+        while True:
+            self._changed.clear()
+            try:
+                await self._health.refresh()
+                next_ns = await self.poll_once()
+            except Exception as error:
+                self._failed(None, error)
+                await asyncio.sleep(ERROR_BACKOFF_S)
+                continue
+            now_ns = self._clock.now_ns()
+            wait_s = IDLE_S if not next_ns else min(max((next_ns - now_ns) / 1e9, 0.1), IDLE_S)
+            self._wake_time_ns = now_ns + int(wait_s * 1e9)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def poll_once(self) -> int:
+        """Looks at everything that is due now; unix nanoseconds of what is due next, 0 where nothing is."""
+        while True:
+            now_ns = self._clock.now_ns()
+            due, next_ns = await self._store.claim_due(now_ns, now_ns + LEASE_S * 1_000_000_000, BATCH_MAX)
+            if not due:
+                return next_ns
+            await asyncio.gather(*map(self._look_at, due))
+
+    async def _look_at(self, due: Due) -> None:
+        try:
+            await self._resume(due)
+        except Exception as error:
+            self._failed(due, error)

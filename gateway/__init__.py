@@ -1,0 +1,1 @@
+"""The REST gateway: bounds the input, forwards it, answers. Holds no state."""

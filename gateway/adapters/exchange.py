@@ -1,0 +1,157 @@
+"""One HTTP exchange: what a request is, what a response is, and how a body is read within its bounds. Plain ASGI.
+
+There is no framework in between: a routing layer with middlewares costs more CPU than everything that the gateway
+itself
+does for a call (docs/rest.md has the figures).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+from gateway.adapters.views import encode
+from kernel.errors import DucatError, InvalidArgument
+from runtime import trace
+from runtime.errors import http_status_of
+
+__all__ = [
+    "BODY_TIMEOUT_S",
+    "RETRY_AFTER_S",
+    "HttpProblem",
+    "Receive",
+    "Request",
+    "Response",
+    "Scope",
+    "Send",
+    "html",
+    "json_response",
+    "problem",
+    "problem_of",
+    "read_body",
+]
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Header: TypeAlias = tuple[bytes, bytes]
+
+BODY_TIMEOUT_S = 10.0
+"""How long a client may take to send its body."""
+RETRY_AFTER_S = 2
+"""What we ask of callers that may try again (429, 503, 504)."""
+
+_JSON: Header = (b"content-type", b"application/json")
+_PROBLEM: Header = (b"content-type", b"application/problem+json")
+_HTML: Header = (b"content-type", b"text/html; charset=utf-8")
+_RETRIED = frozenset({429, 503, 504})
+
+
+@dataclass(slots=True)
+class Request:
+    """What a handler gets. ``argument`` is the variable part of the path, such as the checkout_id."""
+
+    path: str
+    argument: str
+    headers: dict[bytes, bytes]
+    scope: Scope
+    receive: Receive
+
+
+@dataclass(slots=True)
+class Response:
+    """What a handler gives."""
+
+    status: int
+    body: bytes
+    headers: tuple[Header, ...] = ()
+
+
+@dataclass(slots=True)
+class HttpProblem(Exception):
+    """A request that HTTP itself refuses (405, 413, 415, …), with the reason that comes nearest."""
+
+    status: int
+    detail: str
+    reason: str = "INVALID_ARGUMENT"
+    headers: tuple[Header, ...] = field(default=())
+
+
+def json_response(status: int, value: Any, *headers: Header) -> Response:
+    """A JSON answer."""
+    return Response(status, encode(value), (_JSON, *headers))
+
+
+def html(status: int, text: str, *headers: Header) -> Response:
+    """An HTML page."""
+    return Response(status, text.encode(), (_HTML, *headers))
+
+
+def problem(
+    status: int, reason: str, detail: str, instance: str, violations: tuple[dict[str, str], ...] = (), *headers: Header
+) -> Response:
+    """An RFC 9457 problem document. ``type`` names the reason, which is the same as in the gRPC API."""
+    document: dict[str, Any] = {
+        "type": f"urn:ducat:problem:{reason.lower().replace('_', '-')}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "instance": instance,
+        "reason": reason,
+        "trace_id": trace.trace_id(),
+    }
+    if violations:
+        document["violations"] = violations
+    if status in _RETRIED:
+        headers = (*headers, (b"retry-after", str(RETRY_AFTER_S).encode()))
+    return Response(status, encode(document), (_PROBLEM, *headers))
+
+
+def problem_of(error: DucatError | HttpProblem, instance: str) -> Response:
+    """The problem document of an error."""
+    if isinstance(error, HttpProblem):
+        return problem(error.status, error.reason, error.detail, instance, (), *error.headers)
+    violations: tuple[dict[str, str], ...] = ()
+    if isinstance(error, InvalidArgument):
+        violations = tuple({"field": each.field, "description": each.description} for each in error.violations)
+    status = http_status_of(error)
+    headers: tuple[Header, ...] = ((b"www-authenticate", b"Bearer"),) if status == 401 else ()
+    return problem(status, error.reason, error.message, instance, violations, *headers)
+
+
+async def read_body(request: Request, bytes_max: int) -> bytes:
+    """The whole body. Raises HttpProblem: 413 above ``bytes_max``, 408 for a client that is too slow or gone."""
+    declared = request.headers.get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > bytes_max:
+        raise _too_large(bytes_max)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await _read_all(request.receive, bytes_max)
+    except TimeoutError:
+        raise HttpProblem(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s", headers=(_CLOSE,)) from None
+
+
+async def _read_all(receive: Receive, bytes_max: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise HttpProblem(400, "the connection closed before the end of the body")
+        part: bytes = message.get("body", b"")
+        size += len(part)
+        if size > bytes_max:
+            raise _too_large(bytes_max)
+        if not message.get("more_body", False):
+            return b"".join((*parts, part)) if parts else part
+        parts.append(part)
+
+
+_CLOSE: Header = (b"connection", b"close")
+
+
+def _too_large(bytes_max: int) -> HttpProblem:
+    return HttpProblem(413, f"the body may have at most {bytes_max} bytes", headers=(_CLOSE,))

@@ -1,0 +1,1 @@
+"""The ledger: every movement of money as a balanced journal entry, written once, never changed."""

@@ -1,0 +1,1 @@
+"""The ledger's borders: PostgreSQL, the bus, gRPC."""

@@ -1,0 +1,30 @@
+"""Wires the ledger: the only place that names concrete classes."""
+
+from __future__ import annotations
+
+from ducat.ledger.v1 import ledger_pb2_grpc
+from ledger.adapters.bus import BATCH_MAX, GROUP, TOPIC, LedgerConsumer
+from ledger.adapters.grpc_server import SCOPES, SERVICE_NAME, LedgerServicer
+from ledger.adapters.postgres import PostgresJournal
+from ledger.service import PostFacts, ReadLedger
+from runtime.process import Process
+from runtime.settings import Settings
+
+__all__ = ["main"]
+
+
+async def main() -> None:
+    """Runs the ledger until it is told to stop."""
+    settings = Settings.load()
+    async with Process.start("ledger", settings) as process:
+        journal = PostgresJournal(await process.postgres("ledger"))
+        bus = await process.bus()
+        consumer = LedgerConsumer(PostFacts(journal))
+        process.spawn(bus.consume(TOPIC, GROUP, consumer.handle, batch_max=BATCH_MAX), name="payment-events")
+        await process.serve_grpc(
+            settings.ledger_listen,
+            servicers=[
+                (LedgerServicer(ReadLedger(journal)), ledger_pb2_grpc.add_LedgerServiceServicer_to_server, SERVICE_NAME)
+            ],
+            scopes=SCOPES,
+        )

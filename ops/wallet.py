@@ -1,0 +1,599 @@
+"""`ducat wallet …`: looks into the wallet's shards and mends them.
+
+    shards                      where each shard stands
+    balance ACCOUNT [--at …]    now, at a time, or after an event
+    history ACCOUNT             every event of an account with the balance after it, from the log
+    events                      the log of a shard, also live
+    snapshot | snapshots        write one now | list them
+    verify                      replay the log beside the live state and compare digests
+    restore                     a shard's folder from a snapshot and log segments elsewhere (the wallet is
+    stopped) rebuild                     fill the read model again from the logs serve
+    run a wallet process here
+
+ACCOUNT is a name such as seller/SELL-XYZ-1/USD, or an id of 32 hexadecimal digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kernel.errors import DucatError, InvalidArgument, NotFound, OutOfRange
+from kernel.ids import account_id
+from kernel.money import Money
+from runtime.settings import Settings
+
+if TYPE_CHECKING:
+    from ducat.wallet.v1 import shard_pb2, wallet_pb2
+
+__all__ = ["add_parser", "run"]
+
+_LIMIT = 50
+_NS = 1_000_000_000
+
+
+def add_parser(subparsers: Any) -> None:
+    """`ducat wallet` and its sub-commands."""
+    parser = subparsers.add_parser("wallet", help="look into the wallet's shards and mend them")
+    commands = parser.add_subparsers(dest="wallet_command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, *, account: bool = False) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        if account:
+            command.add_argument("account", metavar="ACCOUNT", help="a name, or 32 hexadecimal digits")
+        command.add_argument("--address", help="the wallet's gRPC address (default: the settings' wallet_address)")
+        command.add_argument("--json", action="store_true", help="JSON, one object a line")
+        return command
+
+    add("shards", "where each shard stands")
+    balance = add("balance", "what an account holds, now or in the past", account=True)
+    balance.add_argument(
+        "--at",
+        metavar="TIME|SEQ",
+        help="2026-01-31T12:00:00Z, or an event's number, or SHARD:NUMBER of a striped account",
+    )
+    history = add("history", "every event of an account with the balance after it", account=True)
+    history.add_argument(
+        "--limit", type=int, default=_LIMIT, help=f"only the newest so many (default {_LIMIT}, 0 = all)"
+    )
+    events = add("events", "the events of a shard")
+    events.add_argument("--shard", type=int, default=0)
+    events.add_argument("--from", dest="from_sequence", type=int, default=1, help="the first event wanted (default 1)")
+    events.add_argument("--limit", type=int, default=0, help="end after so many")
+    events.add_argument("--account", help="only of this account")
+    events.add_argument("--follow", action="store_true", help="go on with new ones")
+    for name, text in (
+        ("snapshot", "write a snapshot now, without stopping the writer"),
+        ("snapshots", "the snapshots of a shard"),
+        ("verify", "replay the log and compare every digest"),
+    ):
+        add(name, text).add_argument("--shard", type=int, help="default: every shard")
+    restore = add("restore", "make a shard's folder from a snapshot and log segments; the wallet must be stopped")
+    restore.add_argument("--shard", type=int, required=True)
+    restore.add_argument("--from", dest="source", type=Path, required=True, help="folder with snapshots and segments")
+    restore.add_argument("--to", dest="target", type=Path, help="data folder (default: the settings' data_dir/wallet)")
+    restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    rebuild = add("rebuild", "fill the read model again from the logs")
+    rebuild.add_argument("--no-wait", action="store_true", help="do not wait until it has caught up")
+    serve = add("serve", "run a wallet process")
+    serve.add_argument("--shards", help='the shards that it owns, such as "0-3" (default: the settings\')')
+    serve.add_argument("--listen", help="gRPC address to listen on")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, settings: Settings | None = None) -> int:
+    """Runs one sub-command; returns the exit code."""
+    settings = settings or Settings.load()
+    if args.wallet_command == "serve":
+        return _serve(args)
+    if args.wallet_command == "restore":
+        return _restore(args, settings)
+    return asyncio.run(_run_session(args, settings))
+
+
+async def _run_session(args: argparse.Namespace, settings: Settings) -> int:
+    session = _Session(args, settings)
+    try:
+        return await _COMMANDS[args.wallet_command](session)
+    finally:
+        await session.channel.close()
+
+
+class _Session:
+    """One command with its connection."""
+
+    def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
+        from ducat.wallet.v1 import wallet_service_pb2_grpc
+        from runtime.channel import open_channel
+
+        self.args = args
+        self.settings = settings
+        self.address: str = args.address or settings.wallet_address
+        self.channel = open_channel(self.address, settings)
+        self.wallet = wallet_service_pb2_grpc.WalletServiceStub(self.channel)
+        self.shards = wallet_service_pb2_grpc.ShardServiceStub(self.channel)
+
+    async def call(self, awaitable: Awaitable[Any]) -> Any:
+        from runtime.errors import typed_rpc_errors
+
+        with typed_rpc_errors():
+            return await awaitable
+
+    async def shard_map(self) -> shard_pb2.ListShardsResponse:
+        from ducat.wallet.v1 import shard_pb2
+
+        found: shard_pb2.ListShardsResponse = await self.call(self.shards.ListShards(shard_pb2.ListShardsRequest()))
+        return found
+
+    async def wanted_shards(self) -> list[shard_pb2.Shard]:
+        found = list((await self.shard_map()).shards)
+        if self.args.shard is None:
+            return found
+        found = [shard for shard in found if shard.shard == self.args.shard]
+        if not found:
+            raise NotFound(f"{self.address} knows no shard {self.args.shard}")
+        return found
+
+    def show(self, record: dict[str, Any], line: str) -> None:
+        print(json.dumps(record) if self.args.json else line)
+
+
+async def _shards(session: _Session) -> int:
+    answer = await session.shard_map()
+    from ducat.wallet.v1 import shard_pb2
+
+    rows = []
+    for shard in answer.shards:
+        state = shard_pb2.ShardState.Name(shard.state).removeprefix("SHARD_STATE_").lower()
+        record = {
+            "shard": shard.shard,
+            "state": state,
+            "address": shard.address,
+            "slots": f"{shard.first_slot}-{shard.end_slot - 1}",
+            "accounts": shard.account_count,
+            "sequence_number": shard.sequence_number,
+            "durable": shard.durable_sequence_number,
+            "snapshot": shard.snapshot_sequence_number,
+            "projected": shard.projected_sequence_number,
+            "lag": shard.durable_sequence_number - shard.projected_sequence_number,
+            "log_mib": round(shard.log_bytes / 2**20, 1),
+            "epoch": shard.epoch,
+            "digest": shard.digest.hex(),
+        }
+        rows.append(record)
+    _table(session, rows)
+    return 0
+
+
+async def _balance(session: _Session) -> int:
+    from ducat.wallet.v1 import wallet_pb2
+
+    request = wallet_pb2.GetBalanceRequest(**_account(session.args.account))
+    if session.args.at:
+        await _set_as_of(session, request)
+    answer = await session.call(session.wallet.GetBalance(request, timeout=600))
+    account = answer.account
+    record = {
+        "account_id": account.account_id.hex(),
+        "name": account.name,
+        "currency": account.currency_code,
+        "balance_minor": account.balance_minor,
+        "held_out_minor": account.held_out_minor,
+        "held_in_minor": account.held_in_minor,
+        "available_minor": account.available_minor,
+        "positions": {str(position.shard): position.sequence_number for position in account.positions},
+    }
+    if session.args.json:
+        print(json.dumps(record))
+        return 0
+    flags = [name for name in ("frozen", "closed", "may_overdraw", "striped") if getattr(account, name)]
+    lines = [("account", account.name or account.account_id.hex()), ("id", account.account_id.hex())]
+    for label, minor in (
+        ("balance", account.balance_minor),
+        ("held out", account.held_out_minor),
+        ("held in", account.held_in_minor),
+        ("available", account.available_minor),
+    ):
+        lines.append((label, str(Money(account.currency_code, minor))))
+    lines.append(("as of", ", ".join(f"shard {p.shard} event {p.sequence_number}" for p in account.positions)))
+    if flags:
+        lines.append(("flags", ", ".join(flags)))
+    for label, text in lines:
+        print(f"{label:>10}  {text}")
+    return 0
+
+
+async def _set_as_of(session: _Session, request: wallet_pb2.GetBalanceRequest) -> None:
+    at: str = session.args.at
+    shard, colon, number = at.partition(":")
+    if at.isdigit():
+        request.position.shard = await _home_shard(session)
+        request.position.sequence_number = int(at)
+    elif colon and shard.isdigit() and number.isdigit():
+        request.position.shard = int(shard)
+        request.position.sequence_number = int(number)
+    else:
+        request.time.FromNanoseconds(_time_ns(at))
+
+
+async def _home_shard(session: _Session) -> int:
+    key = _account_key(session.args.account)
+    answer = await session.shard_map()
+    slot = ((key[14] << 8) | key[15]) & (answer.slot_count - 1)
+    for shard in answer.shards:
+        if shard.first_slot <= slot < shard.end_slot:
+            return int(shard.shard)
+    raise NotFound(f"{session.address} does not know the shard of slot {slot}")
+
+
+async def _history(session: _Session) -> int:
+    """From the log: the balance before the oldest event that is kept, then every event."""
+    from ducat.wallet.v1 import wallet_pb2
+
+    key = _account_key(session.args.account)
+    fields = _account(session.args.account)
+    live = (await session.call(session.wallet.GetBalance(wallet_pb2.GetBalanceRequest(**fields)))).account
+    shards = [shard for shard in (await session.shard_map()).shards if shard.durable_sequence_number]
+    if not live.striped:
+        home = await _home_shard(session)
+        shards = [shard for shard in shards if shard.shard == home]
+    balance = 0
+    found: list[wallet_pb2.WalletEvent] = []
+    for shard in shards:
+        oldest = await _oldest(session, shard.shard)
+        if oldest > 1:
+            balance += await _balance_after(session, fields, shard.shard, oldest - 1)
+        progress = _Progress(f"shard {shard.shard}", shard.durable_sequence_number, quiet=session.args.json)
+        request = wallet_pb2.WatchEventsRequest(
+            shard=shard.shard,
+            from_sequence_number=oldest,
+            end_sequence_number=shard.durable_sequence_number,
+            account_id=key,
+        )
+        stream = session.wallet.WatchEvents(request)
+        while answer := await session.call(stream.read()):
+            found += answer.events
+            progress.at(answer.events[-1].sequence_number)
+        progress.end()
+    found.sort(key=lambda event: (event.create_time.ToNanoseconds(), event.shard, event.sequence_number))
+    rows: deque[dict[str, Any]] = deque(maxlen=session.args.limit or None)
+    for event in found:
+        delta = _delta(event, key)
+        balance += delta
+        record = _event_record(event)
+        record["other"] = record["credit"] if event.debit_account_id == key else record["debit"]
+        record |= {"change_minor": delta, "balance_minor": balance}
+        for gone in ("debit", "credit"):
+            del record[gone]
+        if not session.args.json:
+            record["transfer_id"], record["other"] = record["transfer_id"][:18], record["other"][:12]
+        rows.append(record)
+    _table(session, list(rows))
+    if balance != live.balance_minor and not session.args.json:
+        moved = live.balance_minor - balance
+        print(f"the account moved by {moved} minor units more while this was read", file=sys.stderr)
+    return 0
+
+
+async def _oldest(session: _Session, shard: int) -> int:
+    """The number of the oldest event that the shard's log still has."""
+    from ducat.wallet.v1 import wallet_pb2
+
+    request = wallet_pb2.WatchEventsRequest(shard=shard, from_sequence_number=1, end_sequence_number=1)
+    stream = session.wallet.WatchEvents(request)
+    try:
+        await session.call(stream.read())
+    except OutOfRange as error:
+        return int(error.metadata.get("first", "1"))
+    return 1
+
+
+async def _balance_after(session: _Session, fields: dict[str, Any], shard: int, sequence: int) -> int:
+    from ducat.wallet.v1 import wallet_pb2
+
+    position = wallet_pb2.ShardPosition(shard=shard, sequence_number=sequence)
+    try:
+        request = wallet_pb2.GetBalanceRequest(**fields, position=position)
+        answer = await session.call(session.wallet.GetBalance(request, timeout=600))
+    except NotFound:
+        return 0
+    return int(answer.account.balance_minor)
+
+
+def _delta(event: wallet_pb2.WalletEvent, key: bytes) -> int:
+    """By how much an event changes the balance of an account."""
+    from ducat.wallet.v1 import wallet_pb2
+
+    kind = wallet_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")
+    if kind in ("MONEY_MOVED", "HOLD_POSTED", "MONEY_RECEIVED", "MONEY_RETURNED"):
+        return event.amount_minor * ((event.credit_account_id == key) - (event.debit_account_id == key))
+    if kind == "MONEY_SENT" and event.debit_account_id == key:
+        return -event.amount_minor
+    return 0
+
+
+async def _events(session: _Session) -> int:
+    from ducat.wallet.v1 import wallet_pb2
+
+    args = session.args
+    end = 0
+    if not args.follow:
+        status = {shard.shard: shard for shard in (await session.shard_map()).shards}.get(args.shard)
+        if status is None:
+            raise NotFound(f"{session.address} knows no shard {args.shard}")
+        end = status.durable_sequence_number
+        if end < args.from_sequence:
+            return 0
+    request = wallet_pb2.WatchEventsRequest(
+        shard=args.shard,
+        from_sequence_number=args.from_sequence,
+        end_sequence_number=end,
+        account_id=_account_key(args.account) if args.account else b"",
+    )
+    stream = session.wallet.WatchEvents(request)
+    count = 0
+    while answer := await session.call(stream.read()):
+        for event in answer.events:
+            record = _event_record(event)
+            line = "  ".join(
+                (
+                    f"{record['sequence_number']:>10}",
+                    record["time"],
+                    f"{record['kind']:<16}",
+                    f"{record['amount_minor']:>14}",
+                    record["debit"] or "-",
+                    "→",
+                    record["credit"] or "-",
+                    record["transfer_id"],
+                    record["result"],
+                )
+            )
+            session.show(record, line.rstrip())
+            count += 1
+            if args.limit and count >= args.limit:
+                stream.cancel()
+                return 0
+    return 0
+
+
+def _event_record(event: wallet_pb2.WalletEvent) -> dict[str, Any]:
+    from ducat.wallet.v1 import wallet_pb2
+
+    result = wallet_pb2.TransferResult.Name(event.result).removeprefix("TRANSFER_RESULT_") if event.result > 1 else ""
+    return {
+        "shard": event.shard,
+        "sequence_number": event.sequence_number,
+        "time": _time_text(event.create_time.ToNanoseconds()),
+        "kind": wallet_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_").lower(),
+        "amount_minor": event.amount_minor,
+        "debit": event.debit_account_id.hex(),
+        "credit": event.credit_account_id.hex(),
+        "transfer_id": event.transfer_id.hex(),
+        "result": result,
+    }
+
+
+async def _snapshot(session: _Session) -> int:
+    from ducat.wallet.v1 import shard_pb2
+
+    rows = []
+    for shard in await session.wanted_shards():
+        begin = time.monotonic()
+        request = shard_pb2.CreateSnapshotRequest(shard=shard.shard)
+        answer = await session.call(session.shards.CreateSnapshot(request, timeout=3600))
+        rows.append({**_snapshot_record(answer.snapshot), "seconds": round(time.monotonic() - begin, 2)})
+    _table(session, rows)
+    return 0
+
+
+async def _snapshots(session: _Session) -> int:
+    from ducat.wallet.v1 import shard_pb2
+
+    rows = []
+    for shard in await session.wanted_shards():
+        answer = await session.call(session.shards.ListSnapshots(shard_pb2.ListSnapshotsRequest(shard=shard.shard)))
+        rows += [_snapshot_record(snapshot) for snapshot in answer.snapshots]
+    _table(session, rows)
+    return 0
+
+
+def _snapshot_record(snapshot: shard_pb2.Snapshot) -> dict[str, Any]:
+    return {
+        "shard": snapshot.shard,
+        "sequence_number": snapshot.sequence_number,
+        "file": snapshot.file_name,
+        "mib": round(snapshot.size_bytes / 2**20, 1),
+        "time": _time_text(snapshot.create_time.ToNanoseconds()),
+        "digest": snapshot.digest.hex(),
+    }
+
+
+async def _verify(session: _Session) -> int:
+    from ducat.wallet.v1 import shard_pb2
+
+    code = 0
+    for shard in await session.wanted_shards():
+        stream = session.shards.VerifyShard(shard_pb2.VerifyShardRequest(shard=shard.shard))
+        progress: _Progress | None = None
+        while answer := await session.call(stream.read()):
+            if progress is None:
+                progress = _Progress(f"shard {shard.shard}", answer.end_sequence_number, quiet=session.args.json)
+            progress.at(answer.sequence_number)
+            if answer.done:
+                progress.end()
+                record = {
+                    "shard": shard.shard,
+                    "ok": answer.ok,
+                    "sequence_number": answer.sequence_number,
+                    "problem": answer.problem,
+                }
+                verdict = "every digest agrees" if answer.ok else f"FAILED {answer.problem}"
+                session.show(record, f"shard {shard.shard}: events up to {answer.sequence_number}: {verdict}")
+                code = code if answer.ok else 1
+    return code
+
+
+async def _rebuild(session: _Session) -> int:
+    """Resets the stores; a running wallet notices at once, a stopped one at its next start."""
+    from wallet_core.adapters.rebuild import reset_read_model
+
+    count = await reset_read_model(session.settings)
+    session.show({"reset": True, "valkey_keys": count}, "the read model is empty; the wallet fills it from its logs")
+    if session.args.no_wait:
+        return 0
+    try:
+        shards = list((await session.shard_map()).shards)
+    except DucatError:
+        print("no wallet answers now; it rebuilds when it starts", file=sys.stderr)
+        return 0
+    ends = {shard.shard: shard.durable_sequence_number for shard in shards}
+    progress = _Progress("read model", sum(ends.values()), quiet=session.args.json)
+    await asyncio.sleep(0.3)
+    while True:
+        done = {
+            shard.shard: min(shard.projected_sequence_number, ends.get(shard.shard, 0))
+            for shard in (await session.shard_map()).shards
+        }
+        progress.at(sum(done.values()))
+        if all(done[shard] >= end for shard, end in ends.items()):
+            progress.end()
+            session.show({"done": True, "events": sum(ends.values())}, "the read model has caught up")
+            return 0
+        await asyncio.sleep(0.5)
+
+
+def _restore(args: argparse.Namespace, settings: Settings) -> int:
+    from wallet_core.restore import restore_shard
+
+    target = args.target or Path(settings.data_dir) / "wallet"
+    progress: _Progress | None = None
+
+    def note(what: str, at: int, end: int) -> None:
+        nonlocal progress
+        if progress is None or progress.what != what:
+            if progress is not None:
+                progress.end()
+            progress = _Progress(what, end, quiet=args.json)
+        progress.at(at)
+
+    report = restore_shard(args.source, target, args.shard, dry_run=args.dry_run, note=note)
+    if progress is not None:
+        progress.end()
+    if args.json:
+        print(json.dumps(report))
+    else:
+        for line in report["steps"]:
+            print(("would " if args.dry_run else "") + line)
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from runtime.process import run as run_process
+    from wallet_core.bootstrap import main
+
+    overrides = {"wallet_shards": args.shards, "wallet_listen": args.listen or args.address}
+    run_process(lambda: main(overrides))
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[_Session], Awaitable[int]]] = {
+    "shards": _shards,
+    "balance": _balance,
+    "history": _history,
+    "events": _events,
+    "snapshot": _snapshot,
+    "snapshots": _snapshots,
+    "verify": _verify,
+    "rebuild": _rebuild,
+}
+
+
+# --- words in, words out
+# ------------------------------------------------------------------------------------------------------
+
+
+def _account_key(text: str) -> bytes:
+    if len(text) == 32 and all(digit in "0123456789abcdefABCDEF" for digit in text):
+        return bytes.fromhex(text)
+    return account_id(text)
+
+
+def _account(text: str) -> dict[str, Any]:
+    """The fields of a request that name an account."""
+    key = _account_key(text)
+    return {"account_id": key} if key != account_id(text) else {"name": text}
+
+
+def _time_ns(text: str) -> int:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidArgument(
+            f"--at {text}: expected a time such as 2026-01-31T12:00:00Z, an event's number, or SHARD:NUMBER"
+        ) from None
+    if moment.tzinfo is None:
+        moment = moment.astimezone()
+    since = moment - datetime(1970, 1, 1, tzinfo=UTC)
+    return (since.days * 86_400 + since.seconds) * _NS + since.microseconds * 1000
+
+
+def _time_text(time_ns: int) -> str:
+    moment = datetime.fromtimestamp(time_ns // _NS, UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{time_ns % _NS // 1000:06}Z"
+
+
+def _table(session: _Session, rows: Sequence[dict[str, Any]]) -> None:
+    if session.args.json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    if not rows:
+        print("nothing")
+        return
+    texts = [[str(value) for value in row.values()] for row in rows]
+    heads = [name.replace("_", " ") for name in rows[0]]
+    widths = [max(len(text) for text in column) for column in zip(heads, *texts, strict=True)]
+    numbers = [isinstance(value, int | float) for value in rows[0].values()]
+    for line in (heads, *texts):
+        cells = [
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, numbers, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+class _Progress:
+    """One line on a terminal: how far, how fast, how long still. Nothing where nobody would see it move."""
+
+    def __init__(self, what: str, end: int, *, quiet: bool) -> None:
+        self.what = what
+        self._end = end
+        self._quiet = quiet or not sys.stderr.isatty()
+        self._begin = time.monotonic()
+        self._first: int | None = None
+        self._shown = 0.0
+
+    def at(self, done: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+        if self._quiet or now - self._shown < 0.2:
+            return
+        self._shown = now
+        rate = (done - self._first) / max(now - self._begin, 1e-6)
+        left = f"{(self._end - done) / rate:,.0f} s left" if rate > 0 else ""
+        share = 100 * done / self._end if self._end else 100
+        line = f"\r{self.what}: {done:,} of {self._end:,} ({share:.0f} %)  {rate:,.0f}/s  {left}"
+        print(f"{line:<79}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if not self._quiet and self._shown:
+            print(f"\r{'':<79}\r", end="", file=sys.stderr, flush=True)

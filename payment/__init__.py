@@ -1,0 +1,1 @@
+"""The payment service, the brain: takes checkouts, refunds and payouts, and keeps their state."""

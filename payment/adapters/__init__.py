@@ -1,0 +1,1 @@
+"""Where the payment service meets the world: gRPC, PostgreSQL, the bus, the executor."""

@@ -1,0 +1,104 @@
+"""Puts the payment service together: the only place that names concrete classes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+
+from ducat.payment.v1.payment_service_pb2_grpc import add_PaymentServiceServicer_to_server
+from kernel.clock import SystemClock
+from payment.adapters.bus import EXECUTOR_EVENTS, GROUP, WALLET_EVENTS, reports_handler
+from payment.adapters.changes import PaymentChanges
+from payment.adapters.executor_client import ExecutorClient
+from payment.adapters.grpc import SCOPES, SERVICE, PaymentServicer
+from payment.adapters.operator_log import report_notification
+from payment.adapters.postgres import PostgresStore
+from payment.service.notifications import Notifications
+from payment.service.payments import Payments
+from payment.service.payouts import Payouts
+from payment.service.reports import Reports
+from payment.service.timers import INTERVAL_S, Timers
+from runtime import inbox, trace
+from runtime.logs import get_logger
+from runtime.outbox import OutboxRelay
+from runtime.postgres import Pool, connect
+from runtime.process import Process
+from runtime.settings import Settings
+
+__all__ = ["NAME", "main", "serve"]
+
+NAME = "payment"
+SCHEMA = "payment"
+PRUNE_INTERVAL_S = 3600.0
+PRUNE_BATCHES_MAX = 100
+"""Batches of one pruning, so that it cannot keep the database busy; the rest waits for the next."""
+
+_logger = get_logger("bootstrap")
+
+
+async def main() -> None:
+    """The payment process with the settings of its environment."""
+    await serve(Settings.load())
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    async with Process.start(NAME, settings) as process:
+        pool = await process.postgres(SCHEMA)
+        bus = await process.bus()
+        store = PostgresStore(pool)
+        clock = SystemClock()
+        providers = {psp.name: frozenset(psp.currency_codes) for psp in settings.psps}
+        changes = PaymentChanges(
+            lambda: connect(settings.database_url, SCHEMA, application_name="ducat-payment-changes", wait_s=5.0)
+        )
+        process.on_close("payment changes", changes.close)
+        payments = Payments(
+            store,
+            changes,
+            clock,
+            providers=providers,
+            orders_max=settings.orders_per_payment_max,
+            expiry=timedelta(seconds=settings.order_expiry_s),
+        )
+        payouts = Payouts(store, clock, providers=providers)
+        executor = ExecutorClient(await process.channel(settings.executor_address))
+        notifications = Notifications(store, executor, clock, report_notification)
+        reports = Reports(store, notifications, clock, report_notification)
+        timers = Timers(store, notifications, clock)
+
+        process.spawn(OutboxRelay(pool, SCHEMA, bus).run(), name="outbox relay")
+        for topic in (EXECUTOR_EVENTS, WALLET_EVENTS):
+            process.spawn(bus.consume(topic, GROUP, reports_handler(reports, topic)), name=topic)
+        process.spawn(_every(INTERVAL_S, timers.run_once, "timers"), name="timers")
+        process.spawn(_every(PRUNE_INTERVAL_S, lambda: _prune(pool), "inbox pruning"), name="inbox pruning")
+        await process.serve_grpc(
+            settings.payment_listen,
+            [
+                (
+                    PaymentServicer(payments, payouts, notifications, settings.gateway_url),
+                    add_PaymentServiceServicer_to_server,
+                    SERVICE,
+                )
+            ],
+            SCOPES,
+        )
+
+
+async def _every(interval_s: float, work: Callable[[], Awaitable[None]], name: str) -> None:
+    """Runs `work` now and then each `interval_s`. A failure is logged and the next round tries again."""
+    while True:
+        trace.set_current("")
+        try:
+            await work()
+        except Exception:
+            _logger.exception("a timer failed; it runs again", timer=name, interval_s=interval_s)
+        await asyncio.sleep(interval_s)
+
+
+async def _prune(pool: Pool) -> None:
+    async with pool.acquire() as connection:
+        for _ in range(PRUNE_BATCHES_MAX):
+            if await inbox.prune(connection) < inbox.PRUNE_BATCH:
+                return

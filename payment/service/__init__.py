@@ -1,0 +1,1 @@
+"""What the payment service does: one class a use case family, each with the ports that it needs."""

@@ -1,0 +1,176 @@
+"""Notifications of PSPs: verify, decide, store with the effect, answer after the commit.
+
+Each is stored once by (psp, psp_event_id), in the transaction of its effect. What fits nothing yet (a webhook that
+overtook our own commit of the PSP's id, a dispute before the success) is *parked*: stored with a 2xx, so that the
+PSP's own retries do not decide whether we hear of it, and tried again when an order with that PSP object appears, and
+on a schedule. What contradicts us is *flagged*: nothing moves, the order says so in `attention`, and a line at error
+level tells operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from kernel.clock import Clock
+from kernel.errors import InvalidArgument
+from payment.domain.notification import Notification, Outcome
+from payment.service.payments import until_fresh
+from payment.service.ports import (
+    ChangeSet,
+    Loaded,
+    NotificationVerifier,
+    RecordedNotification,
+    Store,
+    Subject,
+    now_of,
+)
+
+__all__ = ["PARKED_BATCH_MAX", "PARKED_FOR", "Counts", "Notifications", "Report", "decide_notification"]
+
+PARKED_BATCH_MAX = 200
+PARKED_RETRY_BASE = timedelta(seconds=60)
+PARKED_RETRY_MAX = timedelta(hours=6)
+PARKED_TRIES_MAX = 40
+PARKED_FOR = timedelta(days=8)
+"""About how long a parked notification is tried: PARKED_TRIES_MAX tries, 6 h apart in the end. It stays
+stored after that.
+"""
+
+Report = Callable[[Outcome, Notification, Subject | None], None]
+"""Tells an operator of a notification that is parked or flagged."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the notifications of one webhook call."""
+
+    applied: int = 0
+    duplicate: int = 0
+    ignored: int = 0
+    subjects: list[Subject] = field(default_factory=list)
+
+
+class Notifications:
+    """The use cases of notifications."""
+
+    def __init__(self, store: Store, verifier: NotificationVerifier, clock: Clock, report: Report) -> None:
+        self._store = store
+        self._verifier = verifier
+        self._clock = clock
+        self._report = report
+
+    async def record(self, psp: str, body: bytes, headers: Mapping[str, str], channel: int) -> Counts:
+        """One webhook call, as it came. Returns after the commit."""
+        return await self.apply(await self._verifier.verify(psp, body, headers, channel))
+
+    async def apply(self, notifications: Sequence[Notification]) -> Counts:
+        """Apply verified notifications, each once; parked ones again."""
+        for notification in notifications:
+            if not notification.psp_event_id:
+                raise InvalidArgument(
+                    f"{notification.psp}: a notification without an id cannot be applied exactly once"
+                )
+        if not notifications:
+            return Counts()
+        return await until_fresh(lambda: self._attempt(notifications))
+
+    async def retry_parked(self, psp_object_ids: Sequence[str] = ()) -> int:
+        """Try parked notifications again: those of the given PSP objects, or those that are due. Returns how
+        many fit now.
+        """
+        now = None if psp_object_ids else now_of(self._clock)
+        parked = await self._store.parked_notifications(now, psp_object_ids, PARKED_BATCH_MAX)
+        applied = 0
+        for psp in sorted({notification.psp for notification in parked}):
+            applied += (await self.apply([each for each in parked if each.psp == psp])).applied
+        return applied
+
+    async def _attempt(self, notifications: Sequence[Notification]) -> Counts:
+        loaded = await self._store.load_for_notifications(notifications)
+        changes = ChangeSet(now_of(self._clock))
+        counts = Counts()
+        seen = set(loaded.known)
+        unusual: list[tuple[Outcome, Notification, Subject | None]] = []
+        touched: dict[int, Subject] = {}
+        for notification in notifications:
+            if notification.psp_event_id in seen:
+                counts.duplicate += 1
+                continue
+            seen.add(notification.psp_event_id)
+            outcome, subject = decide_notification(notification, loaded, changes)
+            if subject is not None:
+                touched[id(subject)] = subject
+            if outcome is Outcome.APPLIED:
+                counts.applied += 1
+            else:
+                counts.ignored += 1
+                if outcome is not Outcome.IGNORED:
+                    unusual.append((outcome, notification, subject))
+            changes.notifications.append(_recorded(notification, outcome, subject, changes.now))
+        counts.subjects = list(touched.values())
+        changes.collect(counts.subjects)
+        if not changes.is_empty:
+            await self._store.apply(changes)
+        for each in unusual:
+            self._report(*each)
+        return counts
+
+
+def decide_notification(
+    notification: Notification, loaded: Loaded, changes: ChangeSet
+) -> tuple[Outcome, Subject | None]:
+    """What a notification does to what it is about; its facts go to `changes`."""
+    subject = _subject_of(notification, loaded)
+    if subject is None:
+        # An unknown type says nothing about anything; a known one waits for what it is about.
+        return (Outcome.PARKED if notification.kind.subject else Outcome.IGNORED), None
+    outcome = subject.notify(notification, changes.now)
+    changes.take_facts(subject)
+    return outcome, subject
+
+
+def _subject_of(notification: Notification, loaded: Loaded) -> Subject | None:
+    kind = notification.kind.subject
+    if kind == "order":
+        order = loaded.orders.get(notification.merchant_reference)
+        if order is not None:
+            return order
+        return next(
+            (
+                each
+                for each in loaded.orders.values()
+                if each.psp_token and (each.psp, each.psp_token) == (notification.psp, notification.psp_object_id)
+            ),
+            None,
+        )
+    if kind == "payout":
+        payout = loaded.payouts.get(notification.merchant_reference)
+        if payout is not None:
+            return payout
+        return next(
+            (
+                each
+                for each in loaded.payouts.values()
+                if each.psp_payout_id
+                and (each.psp, each.psp_payout_id) == (notification.psp, notification.psp_object_id)
+            ),
+            None,
+        )
+    return None
+
+
+def _recorded(
+    notification: Notification, outcome: Outcome, subject: Subject | None, now: datetime
+) -> RecordedNotification:
+    reference = notification.merchant_reference
+    if subject is not None:
+        reference = getattr(subject, "payment_order_id", "") or getattr(subject, "reference", "")
+    if outcome is not Outcome.PARKED:
+        return RecordedNotification(notification, outcome, reference, notification.attempt_count)
+    tries = notification.attempt_count
+    wait = min(PARKED_RETRY_BASE * 2 ** min(tries, 16), PARKED_RETRY_MAX)
+    return RecordedNotification(
+        notification, outcome, reference, tries + 1, now + wait if tries < PARKED_TRIES_MAX else None
+    )

@@ -1,0 +1,662 @@
+"""The bus on Apache Kafka: a topic is a topic, a key is a key, a group is a group.
+
+    asyncio loop                              threads
+    publish ── produce() ───────────────────► librdkafka ─► broker (acks=all, idempotent)
+       ▲────── call_soon_threadsafe ◄──────── poll thread: delivery reports
+    dispatcher ◄── call_soon_threadsafe ◄──── consumer thread: poll(), rebalances, heartbeats
+       └─ done ─► contiguous offsets ─► commit()
+
+- One synchronous Producer with one poll thread (confluent-kafka's AIOProducer flushes on inactivity, 0.1 s at the least).
+- An offset is committed when it and every one before it in its partition has had its effect. What lies beyond is handled again after a crash.
+- The consumer thread never stops polling for longer than a second, so that a long handler neither leaves the group nor holds up a
+  rebalance; while the dispatcher wants nothing, the partitions are paused.
+- A partition that goes to another consumer is revoked first: what runs finishes (`REVOKE_TIMEOUT_S`), is committed, and the rest is forgotten.
+- A failed delivery report ends the producer (`enable.gapless.guarantee`): a message may not overtake one that failed before it.
+- The dead-letter topic is compacted and keyed by the dead letter's id: a retried one is removed by a tombstone.
+
+Kafka counts no deliveries: failures are counted in memory, and begin at zero in a new process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import structlog
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from kernel.errors import Unavailable
+from runtime.bus import DEAD_LETTER_SUFFIX, BusPolicy, Message, dead_letter_topic
+from runtime.bus._dispatch import Delivery, Dispatcher
+from runtime.bus.dead_letter import LIST_MAX, DeadLetter
+
+__all__ = ["KafkaBus"]
+
+MESSAGE_TIMEOUT_MS = 30_000
+"""How long a publish may take before it fails."""
+POLL_S = 0.5
+"""Longest block of a thread: how fast it sees that it should end. Messages and reports wake it at once."""
+HANDLER_PATIENCE_S = 1.0
+"""How long a consumer thread waits for the dispatcher before it pauses its partitions and polls on."""
+COMMIT_INTERVAL_S = 0.05
+"""Offsets that are ready within this time share a commit."""
+REVOKE_TIMEOUT_S = 30.0
+UNCOMMITTED_MAX = 20_000
+"""Offsets of a partition that may be delivered beyond one whose message waits for its next try."""
+SESSION_TIMEOUT_MS_MIN = 6_000
+"""A broker's default for group.min.session.timeout.ms."""
+RETENTION_MS = 14 * 86_400_000
+"""Of topics that this bus makes. Must stay below the inbox's retention: a lost group offset replays from the oldest message."""
+ADMIN_TIMEOUT_S = 15.0
+PRODUCE_QUEUE_WAIT_S = 0.01
+BACKOFF_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.0)
+
+_HEADER_ID, _HEADER_TRACE = "message-id", "traceparent"
+_log = structlog.get_logger("runtime.bus.kafka")
+_library_log = logging.getLogger("runtime.bus.kafka.librdkafka")
+
+
+class KafkaBus:
+    """A Bus and a DeadLetterStore."""
+
+    def __init__(self, bootstrap: str, *, policy: BusPolicy, name: str, options: Mapping[str, str] | None = None) -> None:
+        self.policy = policy
+        self.name = name
+        self.settings: dict[str, Any] = {
+            "bootstrap.servers": bootstrap,
+            "client.id": name,
+            "socket.nagle.disable": True,
+            "socket.keepalive.enable": True,
+            "reconnect.backoff.ms": 50,
+            "reconnect.backoff.max.ms": 2_000,
+            "allow.auto.create.topics": False,
+            "log_level": 3,
+            "logger": _library_log,
+            **(options or {}),
+        }
+        self._loop = asyncio.get_running_loop()
+        self._producer = _ThreadedProducer(self.settings, self._loop)
+        self._topics: set[str] = set()
+        self._creating = asyncio.Lock()
+
+    @classmethod
+    async def open(
+        cls,
+        bootstrap: str,
+        *,
+        policy: BusPolicy | None = None,
+        name: str = "ducat",
+        options: Mapping[str, str] | None = None,
+        wait_s: float = 60.0,
+    ) -> KafkaBus:
+        """Wait up to `wait_s` for a broker, then raise Unavailable. `options` are librdkafka's, such as TLS and SASL."""
+        if not bootstrap:
+            raise ValueError("kafka_bootstrap is empty: name the brokers, such as broker-1:9092,broker-2:9092")
+        bus = cls(bootstrap, policy=policy or BusPolicy(), name=name, options=options)
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                await bus.metadata()
+                return bus
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    await bus.close()
+                    raise
+
+    async def publish(self, messages: Sequence[Message]) -> None:
+        """All messages in the producer's queue at once; returns when the last is acknowledged by all in-sync replicas."""
+        if not messages:
+            return
+        for topic in {message.topic for message in messages} - self._topics:
+            await self.ensure_topic(topic)
+        await self._producer.send([_record_of(message) for message in messages])
+
+    async def consume(
+        self,
+        topic: str,
+        group: str,
+        handler: Callable[[Sequence[Message]], Awaitable[None]],
+        *,
+        batch_max: int = 64,
+    ) -> None:
+        """See Bus."""
+        await self.ensure_topic(topic)
+        await _Consumer(self, topic, group, handler, batch_max=batch_max, concurrency=1).run()
+
+    async def consume_each(
+        self,
+        topic: str,
+        group: str,
+        handler: Callable[[Message], Awaitable[None]],
+        *,
+        concurrency: int = 32,
+    ) -> None:
+        """See Bus."""
+
+        async def handle(messages: Sequence[Message]) -> None:
+            await handler(messages[0])
+
+        await self.ensure_topic(topic)
+        await _Consumer(self, topic, group, handle, batch_max=1, concurrency=concurrency).run()
+
+    async def close(self) -> None:
+        """Send what is queued, then end the poll thread."""
+        await asyncio.to_thread(self._producer.close)
+
+    # --- topics
+
+    async def metadata(self) -> Any:
+        """What the brokers say of the cluster. Raises Unavailable."""
+        try:
+            return await asyncio.to_thread(self._admin().list_topics, timeout=5.0)
+        except KafkaException as error:
+            raise Unavailable(f"Kafka does not answer at {self.settings['bootstrap.servers']}: {error.args[0].str()}") from error
+
+    async def ensure_topic(self, topic: str) -> None:
+        """Make the topic where it does not exist; the number of partitions of one that exists is left alone."""
+        async with self._creating:
+            if topic in self._topics:
+                return
+            config = {"retention.ms": str(RETENTION_MS), "message.timestamp.type": "LogAppendTime"}
+            partition_count = self.policy.partition_count
+            if topic.endswith(DEAD_LETTER_SUFFIX):
+                config, partition_count = {"cleanup.policy": "compact"}, 1
+            admin = self._admin()  # must live until the answer is there
+            made = NewTopic(topic, num_partitions=partition_count, replication_factor=-1, config=config)
+            try:
+                made_by_topic = admin.create_topics([made], operation_timeout=ADMIN_TIMEOUT_S, request_timeout=ADMIN_TIMEOUT_S)
+                await asyncio.wrap_future(made_by_topic[topic])
+            except KafkaException as error:
+                code = error.args[0].code()
+                if code == KafkaError.TOPIC_ALREADY_EXISTS:
+                    pass
+                elif code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED):
+                    if topic not in (await self.metadata()).topics:  # made by an operator, or not at all
+                        raise Unavailable(f"topic {topic} does not exist and may not be made: {error.args[0].str()}") from error
+                else:
+                    raise Unavailable(f"topic {topic} cannot be made now: {error.args[0].str()}") from error
+            self._topics.add(topic)
+
+    def _admin(self) -> Any:
+        return AdminClient(dict(self.settings))
+
+    # --- dead letters
+
+    async def dead_letter_topics(self) -> list[str]:
+        """See DeadLetterStore."""
+        names = (await self.metadata()).topics
+        return sorted(name.removesuffix(DEAD_LETTER_SUFFIX) for name in names if name.endswith(DEAD_LETTER_SUFFIX))
+
+    async def dead_letters(self, topic: str, *, limit: int = LIST_MAX) -> list[DeadLetter]:
+        """See DeadLetterStore. Reads the whole dead-letter topic: it is compacted."""
+        if dead_letter_topic(topic) not in (await self.metadata()).topics:
+            return []
+        letters = await asyncio.to_thread(self._read_dead_letters, topic)
+        return letters[:limit]
+
+    async def republish_dead_letter(self, letter: DeadLetter) -> None:
+        """See DeadLetterStore."""
+        await self.publish([letter.message])
+        await self._producer.send([(dead_letter_topic(letter.message.topic), letter.id.encode(), None, [])])
+
+    async def bury(self, group: str, delivery: Delivery, error: str) -> None:
+        """Write a dead letter; the offset of its message is committed after that."""
+        message = delivery.message
+        topic = dead_letter_topic(message.topic)
+        await self.ensure_topic(topic)
+        now_ms = _now_ms()
+        headers = [
+            ("key", message.key.encode()),
+            (_HEADER_ID, message.message_id.encode()),
+            (_HEADER_TRACE, message.traceparent.encode()),
+            ("group", group.encode()),
+            ("error", error[:4_000].encode()),
+            ("deliveries", str(delivery.failures).encode()),
+            ("first-failed-ms", str(delivery.first_failed_ms or now_ms).encode()),
+            ("last-failed-ms", str(now_ms).encode()),
+        ]
+        name = f"{group}/{delivery.partition}/{delivery.position}"
+        await self._producer.send([(topic, name.encode(), message.payload, headers)])
+
+    def _read_dead_letters(self, topic: str) -> list[DeadLetter]:
+        name = dead_letter_topic(topic)
+        consumer = Consumer({**self.settings, "group.id": f"{self.name}-dead-letter-list", "enable.auto.commit": False})
+        try:
+            low, high = consumer.get_watermark_offsets(TopicPartition(name, 0), timeout=ADMIN_TIMEOUT_S)
+            letters: dict[str, DeadLetter] = {}
+            if low == high:
+                return []
+            consumer.assign([TopicPartition(name, 0, OFFSET_BEGINNING)])
+            deadline = time.monotonic() + ADMIN_TIMEOUT_S
+            while consumer.position([TopicPartition(name, 0)])[0].offset < high:
+                record = consumer.poll(0.2)
+                if record is None or record.error():
+                    if time.monotonic() > deadline:
+                        raise Unavailable(f"topic {name} cannot be read to its end within {ADMIN_TIMEOUT_S:g} s")
+                    continue
+                identity = record.key().decode()
+                letters.pop(identity, None)
+                if record.value() is not None:
+                    letters[identity] = _letter_of(topic, identity, record)
+            return list(letters.values())
+        except KafkaException as error:
+            raise Unavailable(f"topic {name} cannot be read: {error.args[0].str()}") from error
+        finally:
+            consumer.close()
+
+
+Record = tuple[str, bytes, bytes | None, list[tuple[str, bytes]]]
+"""Topic, key, value, headers."""
+
+
+class _Pending:
+    """One publish: counts delivery reports in the poll thread, and wakes the loop once."""
+
+    __slots__ = ("count", "error", "future", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
+        self.loop = loop
+        self.count = count
+        self.error: KafkaError | None = None
+        self.future: asyncio.Future[KafkaError | None] = loop.create_future()
+
+    def report(self, error: KafkaError | None, _record: Any) -> None:
+        if error is not None:
+            self.error = error
+        self.count -= 1
+        if self.count == 0:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                self.loop.call_soon_threadsafe(self.resolve)
+
+    def resolve(self) -> None:
+        if not self.future.done():
+            self.future.set_result(self.error)
+
+
+class _ThreadedProducer:
+    """The producer and its poll thread; replaced as a whole after a failure."""
+
+    def __init__(self, settings: Mapping[str, Any], loop: asyncio.AbstractEventLoop) -> None:
+        self._settings = {
+            **settings,
+            "enable.idempotence": True,
+            "enable.gapless.guarantee": True,
+            "acks": "all",
+            "linger.ms": 1,
+            "message.timeout.ms": MESSAGE_TIMEOUT_MS,
+            "partitioner": "murmur2_random",  # the same as Java's producers
+        }
+        self._loop = loop
+        self._is_closing = False
+        self._ordered = asyncio.Lock()
+        self._producer: Any = None
+        self._thread: threading.Thread | None = None
+        self._begin()
+
+    async def send(self, records: Sequence[Record]) -> None:
+        """Return when all records are acknowledged. Raises Unavailable, also when some may have been written."""
+        pending = _Pending(self._loop, len(records))
+        producer = self._producer
+        async with self._ordered:  # two publishes do not mix while one waits for room in the queue
+            for topic, key, value, headers in records:
+                while True:
+                    try:
+                        producer.produce(topic, value, key, headers=headers, on_delivery=pending.report)
+                        break
+                    except BufferError:
+                        await asyncio.sleep(PRODUCE_QUEUE_WAIT_S)
+                    except KafkaException as error:
+                        self._replace(producer)
+                        raise Unavailable(f"Kafka does not take messages for {topic}: {error.args[0].str()}; publish again") from error
+        error = await pending.future
+        if error is not None:
+            self._replace(producer)
+            raise Unavailable(f"Kafka did not acknowledge {len(records)} messages for {records[0][0]}: {error.str()}; publish again")
+
+    def close(self) -> None:
+        """Blocks: flush, end the thread."""
+        self._is_closing = True
+        self._producer.flush(5.0)
+        if self._thread is not None:
+            self._thread.join(5.0)
+
+    def _begin(self) -> None:
+        producer = self._producer = Producer(self._settings)
+        self._thread = threading.Thread(target=self._poll, args=(producer,), name="bus-producer", daemon=True)
+        self._thread.start()
+
+    def _replace(self, failed: Any) -> None:
+        if failed is not self._producer or self._is_closing:
+            return
+        _log.warning("the Kafka producer is replaced")
+        self._begin()
+        failed.purge()  # what was queued fails with a report to its publisher, and is never sent behind its back
+
+    def _poll(self, producer: Any) -> None:
+        while not (self._is_closing and len(producer) == 0):
+            producer.poll(POLL_S)
+            if producer is not self._producer and len(producer) == 0:
+                return
+
+
+class _Track:
+    """A partition's offsets: delivered in order, done in any order, committed up to the first that is not done."""
+
+    __slots__ = ("committed", "delivered", "done")
+
+    def __init__(self) -> None:
+        self.delivered: deque[int] = deque()
+        self.done: set[int] = set()
+        self.committed = -1
+
+    def finish(self, offset: int) -> None:
+        self.done.add(offset)
+
+    def advance(self) -> int | None:
+        """The next offset to read after a crash, when it has moved since the last call."""
+        position = None
+        while self.delivered and self.delivered[0] in self.done:
+            position = self.delivered.popleft()
+            self.done.discard(position)
+        return None if position is None else position + 1
+
+
+class _Consumer:
+    """One consumer: a thread that polls and rebalances, a dispatcher on the loop."""
+
+    def __init__(
+        self,
+        bus: KafkaBus,
+        topic: str,
+        group: str,
+        handler: Callable[[Sequence[Message]], Awaitable[None]],
+        *,
+        batch_max: int,
+        concurrency: int,
+    ) -> None:
+        self._bus = bus
+        self._topic = topic
+        self._group = group
+        self._fetch_count = batch_max if concurrency == 1 else max(64, 2 * concurrency)
+        self._loop = asyncio.get_running_loop()
+        self._tracks: dict[int, _Track] = {}
+        self._consumer: Any = None
+        self._stopping = False
+        self._may_fetch = threading.Event()
+        self._offered = asyncio.Event()
+        self._commit_timer: asyncio.TimerHandle | None = None
+        self._dirty: set[int] = set()
+        self._dispatcher = Dispatcher(
+            topic,
+            group,
+            handler,
+            batch_max=batch_max,
+            concurrency=concurrency,
+            policy=bus.policy,
+            now_ms=_now_ms,
+            done=self._done,
+            bury=self._bury,
+        )
+
+    async def run(self) -> None:
+        ended: asyncio.Future[None] = self._loop.create_future()
+        thread = threading.Thread(target=self._run_thread, args=(ended,), name=f"bus-{self._topic}-{self._group}", daemon=True)
+        dispatching = self._loop.create_task(self._dispatcher.run())
+        signalling = self._loop.create_task(self._signal_wants())
+        thread.start()
+        try:
+            await asyncio.wait({dispatching, signalling, ended}, return_when=asyncio.FIRST_COMPLETED)
+            for awaitable in (dispatching, signalling, ended):
+                if awaitable.done():
+                    awaitable.result()
+        finally:
+            self._stopping = True
+            self._may_fetch.set()
+            dispatching.cancel()
+            signalling.cancel()
+            await asyncio.gather(dispatching, signalling, return_exceptions=True)
+            await asyncio.shield(asyncio.wait({ended}))
+
+    # --- on the loop
+
+    async def _signal_wants(self) -> None:
+        """Let the thread fetch whenever the dispatcher wants more than it was offered so far."""
+        while True:
+            await self._dispatcher.wait_until_wants()
+            if any(len(track.delivered) >= UNCOMMITTED_MAX for track in self._tracks.values()):
+                await asyncio.sleep(POLL_S)  # a message waits for its next try, and too much was done beyond it
+                continue
+            self._may_fetch.set()
+            await self._offered.wait()
+            self._offered.clear()
+
+    def _offer(self, records: Sequence[Any]) -> None:
+        deliveries: list[Delivery] = []
+        for record in records:
+            track = self._tracks.get(record.partition())
+            if track is None:
+                continue
+            offset = record.offset()
+            track.delivered.append(offset)
+            deliveries.append(Delivery(_message_of(record), record.partition(), offset))
+        self._dispatcher.offer(deliveries)
+        self._offered.set()
+
+    def _done(self, delivery: Delivery) -> None:
+        track = self._tracks.get(delivery.partition)
+        if track is None:
+            return
+        track.done.add(delivery.position)
+        self._dirty.add(delivery.partition)
+        if self._commit_timer is None:
+            self._commit_timer = self._loop.call_later(COMMIT_INTERVAL_S, self._commit)
+
+    async def _bury(self, delivery: Delivery, error: str) -> None:
+        await self._bus.bury(self._group, delivery, error)
+        self._done(delivery)
+
+    def _commit(self) -> None:
+        self._commit_timer = None
+        offsets = self._positions(self._dirty)
+        self._dirty.clear()
+        if offsets and self._consumer is not None:
+            with contextlib.suppress(KafkaException, RuntimeError):  # a later commit says the same and more
+                self._consumer.commit(offsets=offsets, asynchronous=True)
+
+    def _positions(self, partitions: set[int]) -> list[Any]:
+        found = []
+        for partition in partitions:
+            track = self._tracks.get(partition)
+            position = track.advance() if track is not None else None
+            if track is not None and position is not None:
+                track.committed = position
+                found.append(TopicPartition(self._topic, partition, position))
+        return found
+
+    async def _assign(self, partitions: Sequence[int]) -> None:
+        for partition in partitions:
+            self._tracks[partition] = _Track()
+
+    async def _revoke(self, partitions: Sequence[int]) -> list[Any]:
+        """Finish or forget what these partitions have under way; what is to be committed of them, all of it, once more."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REVOKE_TIMEOUT_S):
+                await self._dispatcher.revoke(partitions)
+        self._positions(set(partitions))
+        tracks = {partition: self._tracks.pop(partition, None) for partition in partitions}
+        return [
+            TopicPartition(self._topic, partition, track.committed)
+            for partition, track in tracks.items()
+            if track is not None and track.committed >= 0
+        ]
+
+    # --- in the thread
+
+    def _run_thread(self, ended: asyncio.Future[None]) -> None:
+        failure: BaseException | None = None
+        tries = 0
+        while not self._stopping:
+            begun = time.monotonic()
+            try:
+                self._poll_until_stopped()
+            except KafkaException as error:
+                if time.monotonic() - begun > 10 * BACKOFF_S[-1]:
+                    tries = 0
+                delay = BACKOFF_S[min(tries, len(BACKOFF_S) - 1)]
+                tries += 1
+                _log.warning("consumer starts again", topic=self._topic, group=self._group, error=str(error), delay_s=delay)
+                time.sleep(delay)
+            except BaseException as error:
+                failure = error
+                break
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            self._loop.call_soon_threadsafe(_resolve, ended, failure)
+
+    def _poll_until_stopped(self) -> None:
+        session_timeout_ms = max(SESSION_TIMEOUT_MS_MIN, self._bus.policy.claim_idle_ms)
+        consumer = self._consumer = Consumer(
+            {
+                **self._bus.settings,
+                "group.id": self._group,
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "earliest",
+                "partition.assignment.strategy": "cooperative-sticky",
+                "session.timeout.ms": session_timeout_ms,
+                "heartbeat.interval.ms": min(2_000, session_timeout_ms // 3),
+                "queued.min.messages": 1_000,
+                "queued.max.messages.kbytes": 16_384,
+                "fetch.min.bytes": 1,
+                "fetch.wait.max.ms": 500,
+                "topic.metadata.refresh.interval.ms": 60_000,
+            }
+        )
+        try:
+            consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+            while not self._stopping:
+                if self._may_fetch.wait(HANDLER_PATIENCE_S):
+                    self._fetch(consumer)
+                else:
+                    self._poll_paused(consumer)
+        finally:
+            try:
+                consumer.close()  # calls _on_revoke for what is left
+            finally:
+                self._consumer = None
+
+    def _fetch(self, consumer: Any) -> None:
+        record = consumer.poll(POLL_S)
+        if record is None:
+            return
+        records = [record]
+        if self._fetch_count > 1:
+            records += consumer.consume(self._fetch_count - 1, timeout=0)
+        good = [record for record in records if not _failed(record)]
+        if good and not self._stopping:
+            self._may_fetch.clear()
+            self._loop.call_soon_threadsafe(self._offer, good)
+
+    def _poll_paused(self, consumer: Any) -> None:
+        """Stay in the group while handlers are busy: poll, but get no messages."""
+        paused = consumer.assignment()
+        consumer.pause(paused)
+        try:
+            while not self._may_fetch.wait(0):
+                record = consumer.poll(POLL_S)
+                if record is not None and not _failed(record):  # of a partition that was assigned meanwhile
+                    self._loop.call_soon_threadsafe(self._offer, [record])
+                    paused = consumer.assignment()
+                    consumer.pause(paused)
+        finally:
+            with contextlib.suppress(KafkaException):  # one of them may have been taken away
+                consumer.resume([partition for partition in consumer.assignment() if partition in paused])
+
+    def _on_assign(self, _consumer: Any, partitions: Sequence[Any]) -> None:
+        self._on_loop(self._assign([partition.partition for partition in partitions]))
+
+    def _on_revoke(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        offsets = self._on_loop(self._revoke([partition.partition for partition in partitions]))
+        if offsets:
+            with contextlib.suppress(KafkaException):
+                consumer.commit(offsets=offsets, asynchronous=False)
+
+    def _on_lost(self, _consumer: Any, partitions: Sequence[Any]) -> None:
+        _log.warning("partitions were lost", topic=self._topic, group=self._group, count=len(partitions))
+        self._on_loop(self._revoke([partition.partition for partition in partitions]))
+
+    def _on_loop(self, coroutine: Any) -> Any:
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(REVOKE_TIMEOUT_S + 5.0)
+        except (RuntimeError, TimeoutError):  # the loop was closed: the process ends
+            coroutine.close()
+            return None
+
+
+def _failed(record: Any) -> bool:
+    error = record.error()
+    if error is None:
+        return False
+    if error.fatal():
+        raise KafkaException(error)
+    if error.code() != KafkaError._PARTITION_EOF:
+        _log.warning("Kafka reports an error", error=error.str())
+    return True
+
+
+def _resolve(future: asyncio.Future[None], failure: BaseException | None) -> None:
+    if future.done():
+        return
+    if failure is None:
+        future.set_result(None)
+    else:
+        future.set_exception(failure)
+
+
+def _record_of(message: Message) -> Record:
+    headers = [(_HEADER_ID, message.message_id.encode())]
+    if message.traceparent:
+        headers.append((_HEADER_TRACE, message.traceparent.encode()))
+    return message.topic, message.key.encode(), message.payload, headers
+
+
+def _message_of(record: Any) -> Message:
+    headers = dict(record.headers() or ())
+    return Message(
+        record.topic(),
+        (record.key() or b"").decode(errors="replace"),
+        (headers.get(_HEADER_ID) or b"").decode(errors="replace"),
+        record.value() or b"",
+        (headers.get(_HEADER_TRACE) or b"").decode(errors="replace"),
+    )
+
+
+def _letter_of(topic: str, identity: str, record: Any) -> DeadLetter:
+    headers = {name: value.decode(errors="replace") for name, value in record.headers() or ()}
+    message = Message(topic, headers["key"], headers[_HEADER_ID], record.value(), headers.get(_HEADER_TRACE, ""))
+    return DeadLetter(
+        id=identity,
+        message=message,
+        group=headers["group"],
+        error=headers["error"],
+        delivery_count=int(headers["deliveries"]),
+        first_failed_ms=int(headers["first-failed-ms"]),
+        last_failed_ms=int(headers["last-failed-ms"]),
+    )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

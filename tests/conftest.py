@@ -1,0 +1,119 @@
+"""Real servers for the tests: one embedded PostgreSQL and one embedded Valkey a session, fresh contents a test.
+
+    postgres_dsn   a fresh database, cloned from a template that has every room's migrations
+    valkey_url     the Valkey, emptied
+    bus            a Bus over a real Valkey, and over a real Kafka broker where there is one (see tests/kafka_broker.py)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import redis
+
+from runtime.bus import Bus, open_bus
+from runtime.embedded import EmbeddedPostgres, EmbeddedValkey
+from runtime.migrations import migrate_all
+from tests.kafka_broker import kafka_bootstrap, kafka_class_path
+
+__all__ = ["kafka_bootstrap", "kafka_class_path"]
+
+_database_number = itertools.count(1)
+
+
+def run_apart(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in a thread with a loop of its own, so that a sync fixture leaves the test's loop alone."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, coroutine).result()
+
+
+async def execute(dsn: str, *statements: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(scope="session")
+def server_folder() -> Iterator[Path]:
+    """A short folder for the servers' data, gone after the session."""
+    folder = Path(tempfile.mkdtemp(prefix="ducat-test-"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(server_folder: Path) -> Iterator[EmbeddedPostgres]:
+    """One PostgreSQL a session. Not durable: no test here pulls the plug of the machine."""
+    server = EmbeddedPostgres(server_folder / "postgres", is_durable=False)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_server: EmbeddedPostgres) -> str:
+    """The name of a database with every room's migrations applied; never connected to after that."""
+    name = "ducat_template"
+    run_apart(execute(postgres_server.dsn, f"CREATE DATABASE {name}"))
+    run_apart(migrate_all(postgres_server.dsn_of(name)))
+    return name
+
+
+@pytest.fixture
+def empty_postgres_dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
+    """A fresh database without any table."""
+    yield from _database(postgres_server, "template1")
+
+
+@pytest.fixture
+def postgres_dsn(postgres_server: EmbeddedPostgres, postgres_template: str) -> Iterator[str]:
+    """A fresh database with every room's migrations applied."""
+    yield from _database(postgres_server, postgres_template)
+
+
+def _database(server: EmbeddedPostgres, template: str) -> Iterator[str]:
+    name = f"test_{next(_database_number)}"
+    run_apart(execute(server.dsn, f"CREATE DATABASE {name} TEMPLATE {template}"))
+    yield server.dsn_of(name)
+    run_apart(execute(server.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture(scope="session")
+def valkey_server(server_folder: Path) -> Iterator[EmbeddedValkey]:
+    """One Valkey a session."""
+    server = EmbeddedValkey(server_folder / "valkey")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def valkey_url(valkey_server: EmbeddedValkey) -> str:
+    """The session's Valkey, emptied."""
+    with redis.Redis.from_url(valkey_server.url) as client:
+        client.flushall()
+    return valkey_server.url
+
+
+@pytest.fixture(params=["valkey", pytest.param("kafka", marks=pytest.mark.kafka)])
+async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
+    """A bus over each backend. On Kafka topics outlive a test: name them with `unique`."""
+    if request.param == "valkey":
+        opened = await open_bus("valkey", redis_url=request.getfixturevalue("valkey_url"), name="test")
+    else:
+        opened = await open_bus("kafka", kafka_bootstrap=request.getfixturevalue("kafka_bootstrap"), name="test")
+    yield opened
+    await opened.close()

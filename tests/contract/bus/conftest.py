@@ -1,0 +1,156 @@
+"""One harness a backend: the same tests run over a real Valkey and a real Kafka broker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from kernel.errors import Unavailable
+from runtime.bus import Bus, BusPolicy, Message, open_bus
+from runtime.embedded import EmbeddedValkey
+
+CONSUMER_PROCESS = Path(__file__).with_name("consumer_process.py")
+ROOT = Path(__file__).resolve().parents[3]
+PATIENCE_S = 45.0
+
+_number = itertools.count(1)
+
+
+class Harness:
+    """Opens buses, starts consumers that end with the test, and waits with patience."""
+
+    def __init__(self, backend: str, address: str, *, server: EmbeddedValkey | None = None) -> None:
+        self.backend = backend
+        self.address = address
+        self.server = server
+        self._buses: list[Bus] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._processes: list[asyncio.subprocess.Process] = []
+
+    def topic(self) -> str:
+        """A topic that nobody has used."""
+        return f"test.{os.getpid()}.{next(_number)}"
+
+    async def open(self, **policy: int) -> Bus:
+        limits = {"claim_idle_ms": 900, "retry_base_ms": 20, "retry_cap_ms": 100, "trim_interval_ms": 200, "delivery_count_max": 3}
+        bus = await open_bus(
+            self.backend,
+            redis_url=self.address,
+            kafka_bootstrap=self.address,
+            policy=BusPolicy(**{**limits, **policy}),
+            name="contract",
+        )
+        self._buses.append(bus)
+        return bus
+
+    def start(self, coroutine: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.append(task)
+        return task
+
+    async def stop(self, task: asyncio.Task[None]) -> None:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    async def start_process(self, topic: str, group: str, mode: str) -> asyncio.subprocess.Process:
+        """A consumer in a process of its own that says `took <id>` on stdout; `mode` is hang, die or handle."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(CONSUMER_PROCESS), self.backend, self.address, topic, group, mode),
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        self._processes.append(process)
+        return process
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
+        for process in self._processes:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+        for bus in self._buses:
+            await bus.close()
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+
+
+class Seen:
+    """What handlers were given, and a way to wait for it."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self._changed = asyncio.Event()
+
+    def add(self, *messages: Message) -> None:
+        self.messages += messages
+        self._changed.set()
+
+    @property
+    def ids(self) -> list[str]:
+        return [message.message_id for message in self.messages]
+
+    def ids_of(self, key: str) -> list[str]:
+        """First sights only, in order: redeliveries are allowed."""
+        return list(dict.fromkeys(message.message_id for message in self.messages if message.key == key))
+
+    async def batch(self, messages: Sequence[Message]) -> None:
+        self.add(*messages)
+
+    async def each(self, message: Message) -> None:
+        self.add(message)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def has(self, ids: Sequence[str]) -> None:
+        wanted = set(ids)
+        try:
+            await self.until(lambda: wanted <= set(self.ids))
+        except TimeoutError:
+            raise AssertionError(f"never seen: {sorted(wanted - set(self.ids))[:10]}; seen {len(self.messages)}") from None
+
+
+async def publish_surely(bus: Bus, messages: Sequence[Message]) -> None:
+    """Publish as the outbox does: again until it is durable."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                return await bus.publish(messages)
+            except Unavailable:
+                await asyncio.sleep(0.05)
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for a state of the broker that nothing announces."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not await condition():
+            await asyncio.sleep(0.05)
+
+
+def messages_of(topic: str, count: int, *, key_count: int = 1, start: int = 0) -> list[Message]:
+    return [Message(topic, f"key-{n % key_count}", f"id-{n}", f"payload-{n}".encode()) for n in range(start, start + count)]
+
+
+@pytest.fixture(params=["valkey", pytest.param("kafka", marks=pytest.mark.kafka)])
+async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
+    if request.param == "valkey":
+        server = request.getfixturevalue("valkey_server")
+        made = Harness("valkey", request.getfixturevalue("valkey_url"), server=server)
+    else:
+        made = Harness("kafka", request.getfixturevalue("kafka_bootstrap"))
+    yield made
+    await made.close()

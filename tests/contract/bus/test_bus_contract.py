@@ -1,0 +1,354 @@
+"""What every bus promises; each test runs over each backend."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from tests.contract.bus.conftest import Harness, Seen, eventually, messages_of, publish_surely
+
+from kernel.errors import NotFound, Unavailable
+from runtime.bus import Message, RetryLater
+from runtime.bus.dead_letter import list_dead_letters, retry, retry_all
+
+
+async def test_order_within_a_key_survives_batches_and_two_consumers(harness: Harness) -> None:
+    topic, seen = harness.topic(), Seen()
+    first, second, publisher = await harness.open(), await harness.open(), await harness.open()
+    sent = messages_of(topic, 600, key_count=17)
+    await publisher.publish(sent[:200])
+    harness.start(first.consume(topic, "g", seen.batch))
+    harness.start(second.consume(topic, "g", seen.batch))
+    for begin in range(200, 600, 50):
+        await publisher.publish(sent[begin : begin + 50])
+    await seen.has([message.message_id for message in sent])
+    for key in range(17):
+        assert seen.ids_of(f"key-{key}") == [message.message_id for message in sent if message.key == f"key-{key}"]
+
+
+async def test_message_arrives_whole(harness: Harness) -> None:
+    topic, seen = harness.topic(), Seen()
+    bus = await harness.open()
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    sent = Message(topic, "schlüssel/1", "id-é", bytes(range(256)) + b"\r\n", trace)
+    await bus.publish([sent, Message(topic, "k", "empty", b"")])
+    harness.start(bus.consume(topic, "g", seen.batch))
+    await seen.has(["id-é", "empty"])
+    assert next(message for message in seen.messages if message.message_id == "id-é") == sent
+
+
+async def test_keys_run_in_parallel_and_one_key_never_does(harness: Harness) -> None:
+    topic, bus = harness.topic(), await harness.open()
+    running: Counter[str] = Counter()
+    most_at_once, done = 0, Seen()
+    all_started = asyncio.Event()
+
+    async def handle(message: Message) -> None:
+        nonlocal most_at_once
+        running[message.key] += 1
+        assert running[message.key] == 1, f"{message.key} is handled twice at the same time"
+        most_at_once = max(most_at_once, sum(running.values()))
+        if most_at_once == 5:
+            all_started.set()
+        async with asyncio.timeout(20):
+            await all_started.wait()  # only passes when all five keys run at the same time
+        running[message.key] -= 1
+        done.add(message)
+
+    sent = messages_of(topic, 25, key_count=5)
+    await bus.publish(sent)
+    harness.start(bus.consume_each(topic, "g", handle, concurrency=8))
+    await done.has([message.message_id for message in sent])
+    assert most_at_once == 5
+    for key in range(5):
+        assert done.ids_of(f"key-{key}") == [message.message_id for message in sent if message.key == f"key-{key}"]
+
+
+async def test_concurrency_has_its_limit(harness: Harness) -> None:
+    topic, bus, done = harness.topic(), await harness.open(), Seen()
+    running = most_at_once = 0
+
+    async def handle(message: Message) -> None:
+        nonlocal running, most_at_once
+        running += 1
+        most_at_once = max(most_at_once, running)
+        await asyncio.sleep(0.005)
+        running -= 1
+        done.add(message)
+
+    sent = messages_of(topic, 60, key_count=60)
+    await bus.publish(sent)
+    harness.start(bus.consume_each(topic, "g", handle, concurrency=3))
+    await done.has([message.message_id for message in sent])
+    assert most_at_once == 3
+
+
+async def test_killed_consumer_loses_nothing(harness: Harness) -> None:
+    """SIGKILL between delivery and acknowledgement: another consumer of the group gets the messages, in order."""
+    topic, seen, bus = harness.topic(), Seen(), await harness.open()
+    sent = messages_of(topic, 30, key_count=3)
+    await bus.publish(sent)
+    child = await harness.start_process(topic, "g", "hang")
+    assert child.stdout is not None
+    async with asyncio.timeout(30):
+        while not (await child.stdout.readline()).startswith(b"took"):
+            pass
+    child.kill()
+    await child.wait()
+    harness.start(bus.consume(topic, "g", seen.batch))
+    await seen.has([message.message_id for message in sent])
+    for key in range(3):
+        assert seen.ids_of(f"key-{key}") == [message.message_id for message in sent if message.key == f"key-{key}"]
+
+
+async def test_slow_consumer_keeps_its_message(harness: Harness) -> None:
+    """A handler that runs longer than claim_idle_ms in a living consumer: nobody else gets its message."""
+    topic, bus, other = harness.topic(), await harness.open(), await harness.open()
+    taken: list[str] = []
+    finished = asyncio.Event()
+
+    async def slow(message: Message) -> None:
+        taken.append(message.message_id)
+        await asyncio.sleep(2.5)
+        finished.set()
+
+    await bus.publish(messages_of(topic, 1))
+    harness.start(bus.consume_each(topic, "g", slow))
+    async with asyncio.timeout(30):
+        while not taken:
+            await asyncio.sleep(0.01)
+    harness.start(other.consume_each(topic, "g", slow))
+    async with asyncio.timeout(30):
+        await finished.wait()
+    await asyncio.sleep(1.0)
+    assert taken == ["id-0"]
+
+
+async def test_two_groups_each_get_everything(harness: Harness) -> None:
+    topic, bus, wallet, ledger = harness.topic(), await harness.open(), Seen(), Seen()
+    sent = messages_of(topic, 100, key_count=9)
+    await bus.publish(sent[:50])
+    harness.start(bus.consume(topic, "wallet", wallet.batch))
+    await wallet.has([message.message_id for message in sent[:50]])
+    harness.start(bus.consume(topic, "ledger", ledger.batch, batch_max=7))
+    await bus.publish(sent[50:])
+    ids = [message.message_id for message in sent]
+    await wallet.has(ids)
+    await ledger.has(ids)
+
+
+async def test_batches_respect_their_limit_and_hold_several(harness: Harness) -> None:
+    topic, bus, seen, sizes = harness.topic(), await harness.open(), Seen(), []
+
+    async def handle(messages: Sequence[Message]) -> None:
+        sizes.append(len(messages))
+        seen.add(*messages)
+
+    sent = messages_of(topic, 200, key_count=11)
+    await bus.publish(sent)
+    harness.start(bus.consume(topic, "g", handle, batch_max=16))
+    await seen.has([message.message_id for message in sent])
+    assert max(sizes) <= 16
+    assert len(sizes) < 100
+
+
+async def test_restarted_consumer_resumes_behind_what_was_acknowledged(harness: Harness) -> None:
+    topic, publisher = harness.topic(), await harness.open()
+    sent = messages_of(topic, 40, key_count=4)
+    before, after = Seen(), Seen()
+    bus = await harness.open()
+    await publisher.publish(sent[:20])
+    task = harness.start(bus.consume(topic, "g", before.batch))
+    await before.has([message.message_id for message in sent[:20]])
+    await asyncio.sleep(0.3)  # the acknowledgement follows the handler
+    await harness.stop(task)
+    await publisher.publish(sent[20:])
+    harness.start(bus.consume(topic, "g", after.batch))
+    await after.has([message.message_id for message in sent[20:]])
+    assert not set(after.ids) & {message.message_id for message in sent[:20]}
+
+
+async def test_cancelled_handler_gets_its_message_again(harness: Harness) -> None:
+    topic, bus, seen = harness.topic(), await harness.open(), Seen()
+    started = asyncio.Event()
+
+    async def stuck(messages: Sequence[Message]) -> None:
+        started.set()
+        await asyncio.sleep(600)
+
+    await bus.publish(messages_of(topic, 3))
+    task = harness.start(bus.consume(topic, "g", stuck))
+    async with asyncio.timeout(30):
+        await started.wait()
+    await harness.stop(task)
+    harness.start(bus.consume(topic, "g", seen.batch))
+    await seen.has(["id-0", "id-1", "id-2"])
+    assert seen.ids_of("key-0") == ["id-0", "id-1", "id-2"]
+
+
+@pytest.mark.parametrize("mode", ["consume", "consume_each"])
+async def test_poison_becomes_a_dead_letter_and_others_pass(harness: Harness, mode: str) -> None:
+    topic, bus, seen, tries = harness.topic(), await harness.open(), Seen(), 0
+
+    async def handle(message: Message) -> None:
+        nonlocal tries
+        if message.message_id == "id-3":
+            tries += 1
+            raise ValueError("cannot be understood")
+        seen.add(message)
+
+    async def handle_batch(messages: Sequence[Message]) -> None:
+        if any(message.message_id == "id-3" for message in messages) and len(messages) > 1:
+            raise ValueError("one of the batch cannot be understood")
+        for message in messages:
+            await handle(message)
+
+    sent = messages_of(topic, 12, key_count=3)
+    await bus.publish(sent)
+    if mode == "consume":
+        harness.start(bus.consume(topic, "g", handle_batch))
+    else:
+        harness.start(bus.consume_each(topic, "g", handle))
+    others = [message.message_id for message in sent if message.message_id != "id-3"]
+    await seen.has(others)
+
+    async def is_buried() -> bool:
+        return bool(await list_dead_letters(bus, topic))
+
+    await eventually(is_buried)
+    (letter,) = await list_dead_letters(bus, topic)
+    assert letter.message == sent[3]
+    assert letter.group == "g"
+    assert letter.error == "ValueError: cannot be understood"
+    assert letter.delivery_count == tries == 3
+    assert 0 < letter.first_failed_ms <= letter.last_failed_ms
+    assert topic in await bus.dead_letter_topics()
+    for key in range(3):
+        wanted = [message.message_id for message in sent if message.key == f"key-{key}" and message.message_id != "id-3"]
+        assert seen.ids_of(f"key-{key}") == wanted
+
+
+async def test_failing_message_holds_only_its_own_key(harness: Harness) -> None:
+    """While a message waits for its next try, later ones of its key wait too and other keys go on."""
+    topic, bus, seen = harness.topic(), await harness.open(retry_base_ms=1500, retry_cap_ms=1500), Seen()
+    failed_once = False
+
+    async def handle(messages: Sequence[Message]) -> None:
+        nonlocal failed_once
+        if any(message.message_id == "id-0" for message in messages):
+            if len(messages) > 1:
+                raise ValueError("not now")
+            if not failed_once:
+                failed_once = True
+                raise ValueError("not yet")
+        seen.add(*messages)
+
+    sent = messages_of(topic, 20, key_count=4)
+    await bus.publish(sent)
+    harness.start(bus.consume(topic, "g", handle))
+    await seen.has([message.message_id for message in sent if message.key != "key-0"])
+    assert seen.ids_of("key-0") == []
+    await seen.has([message.message_id for message in sent])
+    assert seen.ids_of("key-0") == ["id-0", "id-4", "id-8", "id-12", "id-16"]
+    assert await list_dead_letters(bus, topic) == []
+
+
+@pytest.mark.parametrize("error", [ConnectionError("database gone"), RetryLater("busy")])
+async def test_outage_makes_no_dead_letters(harness: Harness, error: Exception) -> None:
+    topic, bus, seen, tries = harness.topic(), await harness.open(), Seen(), 0
+
+    async def handle(message: Message) -> None:
+        nonlocal tries
+        tries += 1
+        if tries <= 7:  # more than delivery_count_max
+            raise error
+        seen.add(message)
+
+    await bus.publish(messages_of(topic, 1))
+    harness.start(bus.consume_each(topic, "g", handle))
+    await seen.has(["id-0"])
+    assert await list_dead_letters(bus, topic) == []
+
+
+async def test_dead_letters_can_be_retried(harness: Harness) -> None:
+    topic, bus, seen = harness.topic(), await harness.open(delivery_count_max=1), Seen()
+    is_broken = True
+
+    async def handle(message: Message) -> None:
+        if is_broken:
+            raise ValueError("broken")
+        seen.add(message)
+
+    sent = messages_of(topic, 3, key_count=3)
+    await bus.publish(sent)
+    harness.start(bus.consume_each(topic, "g", handle))
+
+    async def all_buried() -> bool:
+        return len(await list_dead_letters(bus, topic)) == 3
+
+    await eventually(all_buried)
+    is_broken = False
+    letters = await list_dead_letters(bus, topic)
+    first = next(letter for letter in letters if letter.message.message_id == "id-1")
+    with pytest.raises(NotFound, match="no dead letter"):
+        await retry(bus, topic, ["no-such-id", first.id])
+    assert len(await list_dead_letters(bus, topic)) == 3
+    await retry(bus, topic, [first.id])
+    await seen.has(["id-1"])
+    assert {letter.message.message_id for letter in await list_dead_letters(bus, topic)} == {"id-0", "id-2"}
+    assert len(await retry_all(bus, topic)) == 2
+    await seen.has(["id-0", "id-1", "id-2"])
+    assert await list_dead_letters(bus, topic) == []
+
+
+async def test_message_that_kills_its_consumers_does_not_do_so_for_ever(harness: Harness) -> None:
+    if harness.backend == "kafka":
+        pytest.skip("Kafka counts no deliveries: a message that kills its process is an operator's case there (docs/bus.md)")
+    topic, bus, seen = harness.topic(), await harness.open(), Seen()
+    await bus.publish(messages_of(topic, 1))
+    for _ in range(12):  # CRASH_FACTOR × delivery_count_max
+        child = await harness.start_process(topic, "g", "die")
+        async with asyncio.timeout(30):
+            await child.wait()
+    harness.start(bus.consume(topic, "g", seen.batch))
+
+    async def is_buried() -> bool:
+        return bool(await list_dead_letters(bus, topic))
+
+    await eventually(is_buried)
+    assert seen.messages == []
+
+
+async def test_publish_is_refused_not_lost_when_the_broker_is_away(harness: Harness) -> None:
+    if harness.server is None:
+        pytest.skip("only the embedded Valkey is stopped by this suite")
+    topic, bus, seen = harness.topic(), await harness.open(), Seen()
+    await bus.publish(messages_of(topic, 5))
+    harness.server.kill()
+    try:
+        with pytest.raises(Unavailable):
+            await bus.publish(messages_of(topic, 5, start=5))
+    finally:
+        harness.server.start()
+    await publish_surely(bus, messages_of(topic, 5, start=10))
+    harness.start(bus.consume(topic, "g", seen.batch))
+    await seen.has([f"id-{n}" for n in (*range(5), *range(10, 15))])
+    assert not set(seen.ids) & {f"id-{n}" for n in range(5, 10)}
+
+
+async def test_consumer_survives_a_broker_restart(harness: Harness) -> None:
+    if harness.server is None:
+        pytest.skip("only the embedded Valkey is stopped by this suite")
+    topic, bus, seen = harness.topic(), await harness.open(), Seen()
+    harness.start(bus.consume(topic, "g", seen.batch))
+    for start in (0, 10, 20):
+        await publish_surely(bus, messages_of(topic, 10, key_count=3, start=start))
+        if start:
+            await seen.has([f"id-{start}"])
+        harness.server.kill()
+        harness.server.start()
+    await seen.has([f"id-{n}" for n in range(30)])
+    for key in range(3):
+        assert seen.ids_of(f"key-{key}") == [f"id-{n}" for n in range(30) if n % 3 == key]

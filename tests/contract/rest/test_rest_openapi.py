@@ -1,0 +1,143 @@
+"""Risk: a document that promises something else than the code does; an input that gives a 5xx.
+
+schemathesis generates good and bad requests of every operation from the document, against the real application behind
+its real HTTP server; the payment service is a fake behind a real gRPC server: only the gateway is under test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import load_all_checks, not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from buf.validate import validate_pb2
+from ducat.payment.v1 import payment_pb2, payout_pb2
+from gateway.adapters.openapi import OPENAPI
+from gateway.adapters.routes import ROUTES
+from gateway.domain import payment_event, payout_request
+from tests.integration.gateway.fake_payment import GOOD_SIGNATURE, FakePayment, serving
+
+EXAMPLE_COUNT_MAX = 60
+"""Of each operation and mode; the whole file stays below 40 s."""
+
+load_all_checks()
+SCHEMA = schemathesis.openapi.from_dict(OPENAPI)
+SCHEMA.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+    unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def gateway_url() -> Iterator[str]:
+    """The gateway in a thread with an event loop of its own; schemathesis is synchronous."""
+    ready: list[str] = []
+    is_up = threading.Event()
+    stop: list[Any] = []
+
+    async def serve() -> None:
+        async with AsyncExitStack() as stack:
+            ready.append(await stack.enter_async_context(serving(FakePayment())))
+            stopping = asyncio.Event()
+            stop.append((asyncio.get_running_loop(), stopping))
+            is_up.set()
+            await stopping.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    assert is_up.wait(10)
+    yield ready[0]
+    loop, stopping = stop[0]
+    loop.call_soon_threadsafe(stopping.set)
+    thread.join(10)
+
+
+@SCHEMA.parametrize()
+@settings(
+    max_examples=EXAMPLE_COUNT_MAX,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+)
+def test_every_operation_does_what_the_document_says(case: schemathesis.Case, gateway_url: str) -> None:
+    headers = {"Sandbox-Signature": GOOD_SIGNATURE} if "/webhooks/" in case.operation.path else {}
+    r = case.call_and_validate(base_url=gateway_url, checks=CHECKS, headers=headers); open("/tmp/st.log","a").write(f"{case.method} {case.operation.path} {r.status_code} {r.request.headers.get('Sandbox-Signature')} {bytes(r.request.body or b'')[:60] if not isinstance(r.request.body,str) else r.request.body[:60]}\n")
+
+
+def test_the_document_has_every_route_and_no_other() -> None:
+    documented = {
+        (method.upper(), path, operation["operationId"])
+        for path, methods in OPENAPI["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert documented == {(route.method, route.path, route.operation) for route in ROUTES}
+
+
+def rule_of(message: Any, path: str) -> tuple[Any, bool]:
+    """The protovalidate rules of a text field, and whether it may be empty by its pattern."""
+    descriptor = message.DESCRIPTOR
+    *outer, last = path.split(".")
+    for name in outer:
+        descriptor = descriptor.fields_by_name[name].message_type
+    rules = descriptor.fields_by_name[last].GetOptions().Extensions[validate_pb2.field]
+    return rules.string, rules.required
+
+
+@pytest.mark.parametrize(
+    ("message", "rules"),
+    [
+        (payment_pb2.CreatePaymentRequest, payment_event.TEXT_RULES),
+        (payout_pb2.CreatePayoutRequest, payout_request.TEXT_RULES),
+    ],
+)
+def test_the_text_rules_are_those_of_the_proto(message: Any, rules: dict[str, Any]) -> None:
+    for path, rule in rules.items():
+        proto, _ = rule_of(message, path)
+        assert rule.is_required == (proto.min_len > 0), path
+        if proto.HasField("max_len"):
+            assert rule.length_max == proto.max_len, path
+        if proto.HasField("pattern"):
+            assert rule.pattern is not None, path
+            assert f"^{rule.pattern.pattern}$" == proto.pattern, path
+        else:
+            assert rule.pattern is None, path
+
+
+def test_the_limit_of_orders_is_that_of_the_proto() -> None:
+    field = payment_pb2.CreatePaymentRequest.DESCRIPTOR.fields_by_name["payment_orders"]
+    assert field.GetOptions().Extensions[validate_pb2.field].repeated.max_items == payment_event.ORDERS_MAX
+
+
+def test_every_field_of_the_proto_is_in_the_json() -> None:
+    """A field that the contract grows must not be forgotten here. What REST leaves out on purpose is named."""
+    left_out = {"schedule_time"}
+    for message, rules, renamed in (
+        (payment_pb2.CreatePaymentRequest, payment_event.TEXT_RULES, {"buyer_info", "payment_orders"}),
+        (payout_pb2.CreatePayoutRequest, payout_request.TEXT_RULES, {"amount", "recipient"}),
+    ):
+        covered = {re.split(r"\.", path)[0] for path in rules} | renamed | left_out
+        assert {field.name for field in message.DESCRIPTOR.fields} <= covered

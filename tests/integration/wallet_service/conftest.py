@@ -1,0 +1,98 @@
+"""A real wallet process over a real PostgreSQL and a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+import pytest
+
+from ducat.wallet.v1 import wallet_service_pb2_grpc
+from runtime.bus import Bus, open_bus
+
+START_S = 30.0
+StartWallet = Callable[..., Awaitable["WalletProcess"]]
+
+
+@dataclass
+class WalletProcess:
+    """`python -m wallet_core` on a free port."""
+
+    env: dict[str, str]
+    process: asyncio.subprocess.Process
+    address: str
+    channel: grpc.aio.Channel
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def wallet(self) -> wallet_service_pb2_grpc.WalletServiceAsyncStub:
+        return wallet_service_pb2_grpc.WalletServiceStub(self.channel)  # type: ignore[return-value]
+
+    @property
+    def shards(self) -> wallet_service_pb2_grpc.ShardServiceAsyncStub:
+        return wallet_service_pb2_grpc.ShardServiceStub(self.channel)  # type: ignore[return-value]
+
+    async def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        await self.process.wait()
+        await self.channel.close()
+
+    async def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        await self.channel.close()
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(20):
+            return await self.process.wait()
+
+
+@pytest.fixture
+async def start_wallet(tmp_path: Path, postgres_dsn: str, valkey_url: str) -> AsyncIterator[StartWallet]:
+    """Starts wallet processes on one data folder; stops what is left."""
+    started: list[WalletProcess] = []
+
+    async def start(**settings: object) -> WalletProcess:
+        env = {
+            **os.environ,
+            "DUCAT_DATABASE_URL": postgres_dsn,
+            "DUCAT_REDIS_URL": valkey_url,
+            "DUCAT_DATA_DIR": str(tmp_path),
+            "DUCAT_WALLET_LISTEN": "127.0.0.1:0",
+            "DUCAT_WALLET_SEGMENT_BYTES": str(1 << 20),
+            "DUCAT_WALLET_DISK_RESERVE_BYTES": "0",
+            "DUCAT_BUS_CLAIM_IDLE_MS": "200",
+            "DUCAT_LOG_LEVEL": "warning",
+            **{f"DUCAT_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "wallet_core", env=env, stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        async with asyncio.timeout(START_S):
+            line = (await process.stdout.readline()).decode()
+        if not line.startswith("ready wallet "):
+            process.kill()
+            pytest.fail(f"the wallet did not start: {line!r}")
+        address = line.split()[2]
+        one = WalletProcess(env, process, address, grpc.aio.insecure_channel(address))
+        started.append(one)
+        return one
+
+    yield start
+    for one in started:
+        if one.process.returncode is None:
+            await one.kill()
+
+
+@pytest.fixture
+async def valkey_bus(valkey_url: str) -> AsyncIterator[Bus]:
+    opened = await open_bus("valkey", redis_url=valkey_url, name="test")
+    yield opened
+    await opened.close()

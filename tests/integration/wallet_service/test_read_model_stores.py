@@ -1,0 +1,142 @@
+"""Risk: what PostgreSQL and Valkey hold is not what the shards hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import redis.asyncio
+
+from kernel.ids import account_id
+from runtime.bus import is_transient
+from runtime.postgres import Pool, create_pool
+from tests.unit.wallet_core.service.memory_host import MemoryHost
+from tests.unit.wallet_core.service.test_projection import NAMES, busy_host, live_sums, until_caught_up
+from wallet_core.adapters.directory import PostgresDirectory
+from wallet_core.adapters.read_model import (
+    PostgresStore,
+    ReadModelReader,
+    ValkeyStore,
+    reset_postgres,
+    reset_valkey,
+)
+from wallet_core.projection import Changes
+from wallet_core.service.port import NamedAccount
+from wallet_core.service.projector import Projector
+
+
+@pytest.fixture
+async def pool(postgres_dsn: str) -> AsyncIterator[Pool]:
+    pool = await create_pool(postgres_dsn, "wallet")
+    yield pool
+    await pool.close()
+
+
+@pytest.fixture
+async def valkey(valkey_url: str) -> AsyncIterator[redis.asyncio.Redis]:
+    client = redis.asyncio.Redis.from_url(valkey_url)
+    yield client
+    await client.aclose()
+
+
+def follower(host: MemoryHost, pool: Pool, valkey: redis.asyncio.Redis) -> Projector:
+    return Projector(host, [PostgresStore(pool), ValkeyStore(valkey)], is_transient=is_transient, gather_s=0)
+
+
+async def balances_in(valkey: redis.asyncio.Redis) -> dict[bytes, list[int]]:
+    found: dict[bytes, list[int]] = {}
+    async for key in valkey.scan_iter(match="wallet:balance:*"):
+        fields = await valkey.hgetall(key)
+        sums = [int(fields.get(name, 0)) for name in (b"balance", b"held_out", b"held_in")]
+        found[bytes.fromhex(key.decode().rpartition(":")[2])] = sums
+        assert fields[b"currency"] == b"USD"
+    return found
+
+
+async def test_both_stores_equal_the_shards_and_a_rebuild_equals_them_again(
+    pool: Pool, valkey: redis.asyncio.Redis
+) -> None:
+    host = await busy_host(3)
+    await until_caught_up(follower(host, pool, valkey), host)
+    assert await balances_in(valkey) == live_sums(host)
+    rows = await pool.fetch("SELECT * FROM wallet.transfer ORDER BY shard, sequence_number")
+    assert len(rows) > 100
+
+    async with pool.acquire() as connection:
+        await reset_postgres(connection, host.shard_ids)
+    assert await reset_valkey(valkey) > len(NAMES)
+    assert await pool.fetchval("SELECT count(*) FROM wallet.transfer") == 0
+    await until_caught_up(follower(host, pool, valkey), host)
+    assert await balances_in(valkey) == live_sums(host)
+    assert await pool.fetch("SELECT * FROM wallet.transfer ORDER BY shard, sequence_number") == rows
+
+
+async def test_a_batch_that_was_applied_is_not_applied_again(pool: Pool, valkey: redis.asyncio.Redis) -> None:
+    seller, clearing = account_id(NAMES[0]), account_id("psp/sandbox/clearing/USD")
+    changes = Changes(1, 0, 5, balances={seller: [7, 2, 0], clearing: [-7, 0, 2]}, placed=[(4, 2)])
+    changes.items.append((3, b"t" * 16, clearing, seller, 7, 3, 1, 0, 123))
+    for store in (PostgresStore(pool), ValkeyStore(valkey)):
+        assert await store.cursor(1) == 0
+        assert await store.apply(changes)
+        assert not await store.apply(changes)
+        assert await store.cursor(1) == 5
+        assert not await store.apply(Changes(1, 4, 9, balances={seller: [1, 1, 1]}))
+        assert await store.apply(Changes(1, 5, 9, ended=[(4, seller, clearing)]))
+        assert await store.cursor(1) == 9
+    assert await valkey.hgetall(f"wallet:balance:{seller.hex()}") == {b"balance": b"7", b"held_out": b"0"}
+    assert await valkey.hgetall("wallet:1:holds") == {}
+    recent = await valkey.lrange(f"wallet:recent:{seller.hex()}", 0, -1)
+    assert recent == [f'[3,"{(b"t" * 16).hex()}",7,"{clearing.hex()}",1,3,123]'.encode()]
+
+
+async def test_recent_transfers_are_the_newest_first_and_bounded(valkey: redis.asyncio.Redis) -> None:
+    one, two = b"1" * 16, b"2" * 16
+    store = ValkeyStore(valkey, recent_count_max=3)
+    items = [(number, bytes([number] * 16), one, two, number, 3, 1, 0, number) for number in range(1, 8)]
+    await store.cursor(0)
+    await store.apply(Changes(0, 0, 2, items=items[:2]))
+    await store.apply(Changes(0, 2, 7, items=items[2:]))
+    recent = await valkey.lrange(f"wallet:recent:{one.hex()}", 0, -1)
+    assert [int(line.split(b",")[5]) for line in recent] == [7, 6, 5]
+
+
+async def test_pages_of_an_account_are_complete_in_order_and_without_repeats(
+    pool: Pool, valkey: redis.asyncio.Redis
+) -> None:
+    host = await busy_host(4)
+    projector = follower(host, pool, valkey)
+    await until_caught_up(projector, host)
+    reader = ReadModelReader(pool, projector)
+    clearing = account_id("psp/sandbox/clearing/USD")  # striped: its transfers are on both shards
+    whole = await reader.of_account(clearing, None, 10_000)
+    assert {item.shard for item in whole} == {0, 1}
+    keys = [(item.time_ns, item.shard, item.sequence) for item in whole]
+    assert keys == sorted(set(keys), reverse=True)
+    paged, before = [], None
+    while page := await reader.of_account(clearing, before, 7):
+        paged += page
+        before = (page[-1].time_ns, page[-1].shard, page[-1].sequence)
+    assert paged == whole
+    wanted = whole[5]
+    assert wanted in await reader.by_id([wanted.id, b"x" * 16])
+
+
+async def test_names_page_by_prefix_in_code_point_order(pool: Pool) -> None:
+    directory = PostgresDirectory(pool)
+    names = ["a/1", "a/10", "a/2", "a0", "b/1", "a/é", "a/\U0010ffff", "a%", "z"]
+    await directory.add([NamedAccount(account_id(name), name, "USD") for name in names])
+    await directory.add([NamedAccount(account_id("a/1"), "a/1", "EUR")])
+    assert [entry.name for entry in await directory.page("a/", "", 10)] == ["a/1", "a/10", "a/2", "a/é", "a/\U0010ffff"]
+    assert [entry.name for entry in await directory.page("a/", "a/10", 1)] == ["a/2"]
+    assert len(await directory.page("", "", 100)) == len(names)
+    assert [entry.name for entry in await directory.page("a%", "", 10)] == ["a%"]
+    assert await directory.names([account_id("z"), b"?" * 16]) == {account_id("z"): "z"}
+
+
+async def test_concurrent_followers_of_the_same_stores_do_not_double(pool: Pool, valkey: redis.asyncio.Redis) -> None:
+    """Two processes that both believe that they own the shards (a takeover): cursors decide."""
+    host = await busy_host(5)
+    one, two = follower(host, pool, valkey), follower(host, pool, valkey)
+    await asyncio.gather(until_caught_up(one, host), until_caught_up(two, host))
+    assert await balances_in(valkey) == live_sums(host)

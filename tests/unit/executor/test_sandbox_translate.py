@@ -1,0 +1,156 @@
+"""Misread PSP answers: unknown statuses, odd shapes, amounts in other exponents."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor.domain.command import ExecuteOrder, PayoutInstruction, Recipient
+from executor.domain.outcome import Accepted, NoAnswer, NotFound, NotificationKind, Rejected
+from executor.domain.routing import Capability
+from executor.psp.base import Capabilities, HttpAnswer, PspBase, PspConfig
+from executor.psp.registry import ADAPTERS
+from executor.psp.sandbox import SandboxPsp, translate
+from executor.psp.sandbox.capabilities import CAPABILITIES
+from kernel.errors import DucatError, InvalidArgument, Unimplemented
+from kernel.money import CURRENCY_EXPONENTS, Money
+
+CONFIG = PspConfig("sandbox", "http://x/sandbox", "k", "p", "s", "http://x/r", "http://x/p", "Your Shop Name", 1000)
+
+
+def answered(status: int, body: object) -> HttpAnswer:
+    return HttpAnswer(status, json.dumps(body).encode())
+
+
+def event(event_type: str, **fields: object) -> bytes:
+    return json.dumps({"id": "evt_1", "type": event_type, "created": 5, "data": {"object": {"id": "pi_1", **fields}}}).encode()
+
+
+def test_the_intent_is_that_of_the_requirements() -> None:
+    order = ExecuteOrder("ORD-123-A", "CHCKT-20250721-ABCD-1234", "SELL-XYZ-1", Money("USD", 10000))
+    assert json.loads(translate.intent_body(order, CONFIG, CAPABILITIES)) == {
+        "amount": 10000,
+        "currency": "usd",
+        "payment_method_types": ["card"],
+        "description": "Payment for order ORD-123-A",
+        "metadata": {
+            "payment_order_id": "ORD-123-A",
+            "checkout_id": "CHCKT-20250721-ABCD-1234",
+            "seller_id": "SELL-XYZ-1",
+        },
+        "return_url": "http://x/r",
+        "statement_descriptor": "Your Shop Name",
+    }
+
+
+def test_the_payout_is_that_of_the_requirements() -> None:
+    recipient = Recipient(
+        "Jane Doe", "US", "1234567890", "Anytown National Bank", "aba_routing_number", "021000021", address={"city": "X"}
+    )
+    payout = PayoutInstruction("PAYOUT-ABC-789", Money("USD", 750), recipient, "Freelance project payment for Order #456")
+    assert json.loads(translate.payout_body(payout, CONFIG, CAPABILITIES)) == {
+        "amount": {"value": 750, "currency": "USD"},
+        "recipient_details": {
+            "type": "bank_account",
+            "account_holder_name": "Jane Doe",
+            "country": "US",
+            "account_number": "1234567890",
+            "bank_name": "Anytown National Bank",
+            "routing_number": "021000021",
+            "address": {"city": "X"},
+        },
+        "purpose": "Freelance project payment for Order #456",
+        "your_reference_id": "PAYOUT-ABC-789",
+        "callback_url": "http://x/p",
+    }
+    for secret in ("Jane", "1234567890", "021000021"):
+        assert secret not in repr(payout)
+
+
+@pytest.mark.parametrize("status", ["requires_action", "succeeded_maybe", "", None, 7])
+def test_unknown_statuses_mean_pending(status: object) -> None:
+    body = {"id": "pi_1", "object": "payment_intent", "status": status}
+    for read in (translate.answer, translate.query_answer):
+        answer = read(answered(200, body), CAPABILITIES)
+        assert isinstance(answer, Accepted)
+        assert not answer.kind.is_final
+
+
+def test_unknown_events_change_nothing() -> None:
+    (told,) = translate.notifications(event("payment_intent.blessed"), CAPABILITIES)
+    assert told.kind is NotificationKind.UNSPECIFIED
+    assert told.psp_type == "payment_intent.blessed"
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"null", b'{"id":"a"}', b"\xff", b'{"id":1,"type":2,"data":{"object":{"id":3}}}'])
+def test_what_is_no_webhook_is_the_callers_mistake(body: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        translate.notifications(body, CAPABILITIES)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(
+    st.sampled_from(["id", "type", "data", "object", "amount", "currency", "metadata", "created", "value", "status"]), inner)))
+def test_no_json_crashes_the_translation(value: object) -> None:
+    body = json.dumps(value).encode()
+    try:
+        translate.notifications(body, CAPABILITIES)
+    except DucatError:
+        pass
+    for status in (200, 402, 404, 500):
+        translate.answer(HttpAnswer(status, body), CAPABILITIES)
+        translate.query_answer(HttpAnswer(status, body), CAPABILITIES)
+
+
+def test_a_success_without_an_object_is_no_success() -> None:
+    assert isinstance(translate.answer(answered(200, {}), CAPABILITIES), NoAnswer)
+    assert isinstance(translate.answer(HttpAnswer(200, b"<html>"), CAPABILITIES), NoAnswer)
+
+
+def test_a_question_never_rejects() -> None:
+    for status in (400, 401, 403, 409, 429, 500):
+        assert isinstance(translate.query_answer(answered(status, {}), CAPABILITIES), NoAnswer)
+    assert isinstance(translate.query_answer(answered(404, {}), CAPABILITIES), NotFound)
+    assert isinstance(translate.query_answer(answered(200, {"data": []}), CAPABILITIES), NotFound)
+
+
+def test_a_refusal_keeps_code_and_words() -> None:
+    error = {"error": {"type": "card_error", "code": "account_closed", "message": "closed"}}
+    assert translate.answer(answered(402, error), CAPABILITIES) == Rejected("account_closed", "closed")
+
+
+class TestExponents:
+    STRIPE_LIKE = Capabilities(frozenset(), exponents={"UGX": 2, "ISK": 2, "CLP": 2, "IDR": 0})
+
+    def test_more_decimals_at_the_psp(self) -> None:
+        assert self.STRIPE_LIKE.amount_to_psp(Money("UGX", 75)) == 7500
+        assert self.STRIPE_LIKE.amount_from_psp("ugx", 7500) == Money("UGX", 75)
+        with pytest.raises(ValueError, match="whole number"):
+            self.STRIPE_LIKE.amount_from_psp("ugx", 7501)
+
+    def test_fewer_decimals_at_the_psp(self) -> None:
+        assert self.STRIPE_LIKE.amount_to_psp(Money("IDR", 7500)) == 75
+        with pytest.raises(ValueError, match="more decimals"):
+            self.STRIPE_LIKE.amount_to_psp(Money("IDR", 7501))
+
+    @given(st.sampled_from(sorted(CURRENCY_EXPONENTS)), st.integers(1, 10**15))
+    def test_iso_currencies_come_back_as_they_went(self, code: str, amount: int) -> None:
+        money = Money(code, amount)
+        assert CAPABILITIES.amount_from_psp(code.lower(), CAPABILITIES.amount_to_psp(money)) == money
+
+
+async def test_what_a_psp_lacks_says_so() -> None:
+    with pytest.raises(Unimplemented) as lacking:
+        await PspBase(CONFIG).query_order("ORD-1", "")
+    assert lacking.value.reason == "PROVIDER_UNSUPPORTED"
+
+
+def test_the_operators_currencies_narrow_the_psps() -> None:
+    from dataclasses import replace
+
+    provider = SandboxPsp(replace(CONFIG, currency_codes=frozenset({"EUR"}))).provider
+    assert provider.currency_codes == {"EUR"}
+    assert Capability.PAYOUT in provider.capabilities
+    assert set(ADAPTERS) >= {"sandbox"}

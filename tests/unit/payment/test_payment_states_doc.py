@@ -1,0 +1,89 @@
+"""docs/payment-states.md is drawn from the tables.
+
+Draw it again with `python tests/unit/payment/test_payment_states_doc.py`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from kernel.state_table import StateTable
+from payment.domain.payment_order import PAYMENT_ORDER_TABLE
+from payment.domain.payout import PAYOUT_TABLE
+from payment.domain.refund import REFUND_TABLE
+
+DOC = Path(__file__).resolve().parents[3] / "docs" / "payment-states.md"
+
+HEAD = """# States of orders, payouts and refunds
+
+Drawn from the tables in `payment/domain`; `tests/unit/payment/test_payment_states_doc.py` holds this page to
+them and draws it again. A pair of state and event that is in neither list of its section is refused: a caller
+gets `FAILED_PRECONDITION`, a report of the executor or the wallet ends in the dead-letter topic, a notification
+of a PSP is parked or flagged.
+
+## Decisions
+
+- **Late success.** A PSP that reports success after we called the order FAILED, CANCELED or EXPIRED has the
+  buyer's money, so the order becomes SUCCESS and the seller is credited. `payment_completed` is not sent a
+  second time.
+- **Reordered and repeated notifications** are ignored pairs: failed, canceled or expired after SUCCESS changes
+  nothing. Each notification is also stored once by (PSP, event id), in the transaction of its effect, so that a
+  repeat cannot act even where the table would let it (a dispute that was won, opened "again" by an old
+  webhook).
+- **A notification that fits nothing yet** (its order is unknown here, or a dispute came before the success) is
+  parked: stored, answered with 2xx, tried again when its PSP object becomes known and on a schedule for about
+  eight days. We do not leave this to the PSP's retries, because some give up early.
+- **A notification that contradicts us** is flagged: another amount or currency than the order has, or a second
+  payment of an order that is paid. Nothing is credited, no event goes out; `attention` (and, unless the order
+  is paid, `failure_reason`) says why, and a line at error level tells operators.
+- **Another intent of the same order.** After a failover two PSPs may know an order. The end of an intent that
+  is not the recorded one says nothing about the order; its success does: the order is captured there, and the
+  recorded intent is canceled.
+- **Cancel and expiry** of an order whose intent is known also go to the PSP. Where the intent becomes known
+  only afterwards, the cancel follows it.
+- **Payouts** ask for a hold first. A cancel is possible until the hold stands; a hold that arrives after the
+  cancel is released. FAILED after COMPLETED means that the bank refused what the PSP had called paid: RETURNED.
+  COMPLETED after FAILED, REJECTED or CANCELED is flagged, because the hold is gone. RETURNED before COMPLETED
+  voids the hold, which has the same sum.
+- **Disputes.** LOST may come without, or before, OPENED. WON counts only while DISPUTED, so that a lost dispute
+  is never marked won by an old notification. A refund that was under way when a dispute came is added, and the
+  dispute's state stays.
+"""
+
+
+def render() -> str:
+    parts = [HEAD]
+    tables = {"Payment order": PAYMENT_ORDER_TABLE, "Payout": PAYOUT_TABLE, "Refund": REFUND_TABLE}
+    parts += [_section(title, table) for title, table in tables.items()]
+    return "\n".join(parts)
+
+
+def _section(title: str, table: StateTable[Any, Any]) -> str:
+    lines = [
+        f"## {title}",
+        "",
+        "```mermaid",
+        table.diagram(),
+        "```",
+        "",
+        "| event | who says so | changes nothing in |",
+    ]
+    lines.append("|---|---|---|")
+    for event in table.events:
+        ignored = [state.name for state in table.states if (state, event) in table.ignored]
+        lines.append(f"| {event.name} | {_words(event)} | {', '.join(ignored)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _words(event: Enum) -> str:
+    return str(event.value)
+
+
+def test_the_page_is_the_tables() -> None:
+    assert DOC.read_text() == render(), "draw it again: python tests/unit/payment/test_payment_states_doc.py"
+
+
+if __name__ == "__main__":
+    DOC.write_text(render())

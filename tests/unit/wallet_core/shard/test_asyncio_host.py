@@ -1,0 +1,190 @@
+"""The asyncio face: single transfers share frames, callers do not hurt each other, room is shared in order."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from host_fixtures import NOW_NS, account, config, message, transfer_id
+
+from kernel.errors import FailedPrecondition, InvalidArgument, OutOfRange, Unavailable
+from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
+from wallet_core.service.port import AccountRow, TransferRow
+from wallet_core.shard import ShardClock, WalletHost
+
+SOURCE = account(1_000_000)
+PEOPLE = [account(n) for n in range(10)]
+
+
+async def opened(folder: Path, **options: object) -> WalletHost:
+    host = await WalletHost.open(config(folder, **options), clock=ShardClock(NOW_NS))  # type: ignore[arg-type]
+    flags = int(AccountFlags.MAY_OVERDRAW)
+    rows = [AccountRow(SOURCE, "USD", flags), *(AccountRow(one, "USD") for one in PEOPLE)]
+    assert set(await host.create_accounts(rows)) == {1}
+    return host
+
+
+@pytest.fixture
+async def host(tmp_path: Path) -> AsyncIterator[WalletHost]:
+    one = await opened(tmp_path)
+    yield one
+    await one.close()
+
+
+def give(number: int, amount: int = 1) -> TransferRow:
+    return TransferRow(transfer_id(number), SOURCE, PEOPLE[number % 10], amount)
+
+
+async def test_concurrent_single_transfers_share_a_frame(host: WalletHost) -> None:
+    frames = host.native.log(0).frame_count
+    codes = await asyncio.gather(*(host.transfers([give(n)]) for n in range(128)))
+    assert set(codes) == {b"\x01"}
+    assert host.native.log(0).frame_count - frames == 1
+
+
+async def test_a_wrong_row_hurts_only_its_caller(host: WalletHost) -> None:
+    results = await asyncio.gather(
+        *(host.transfers([give(n)]) for n in range(5)),
+        host.transfers([give(6)._replace(id=b"short")]),
+        *(host.transfers([give(n)]) for n in range(10, 15)),
+        return_exceptions=True,
+    )
+    assert [one for one in results if one != b"\x01"] == [results[5]]
+    assert isinstance(results[5], InvalidArgument)
+    assert results[5].reason == "BATCH_INVALID"
+    assert results[5].violations[0].field == "rows[0].id"
+
+
+async def test_an_open_chain_does_not_reach_into_the_next_callers_rows(host: WalletHost) -> None:
+    linked = int(TransferFlags.LINKED)
+    first, second = await asyncio.gather(
+        host.transfers([give(1), give(2)._replace(flags=linked)]), host.transfers([give(3)])
+    )
+    assert list(first) == [TransferResult.OK, TransferResult.CHAIN_OPEN]
+    assert list(second) == [TransferResult.OK]
+
+
+async def test_a_cancelled_caller_does_not_stop_its_transfer(host: WalletHost) -> None:
+    host.native.log(0).hold_sync(True)
+    task = asyncio.create_task(host.transfers([give(1, 7)]))
+    await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    host.native.log(0).hold_sync(False)
+    states = await host.accounts([PEOPLE[1]])
+    assert states[0] is not None
+    assert states[0].balance == 7
+
+
+async def test_back_pressure_lets_everyone_through_in_the_end(tmp_path: Path) -> None:
+    host = await opened(tmp_path, rows_in_flight_max=50)
+    most = 0
+
+    async def one(number: int) -> bytes:
+        nonlocal most
+        codes = await host.transfers([give(number * 100 + n) for n in range(20)])
+        most = max(most, host.native.rows_in_flight)
+        return codes
+
+    codes = await asyncio.gather(*(one(n) for n in range(60)))
+    assert set(codes) == {b"\x01" * 20}
+    assert most <= 50
+    big = await asyncio.gather(*(host.transfer_batch(message([give(10_000 + n * 500 + i) for i in range(300)])) for n in range(5)))
+    assert len(big) == 5
+    await host.close()
+
+
+async def test_a_malformed_message_is_an_invalid_argument(host: WalletHost) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        await host.transfer_batch(b"\x12\x05abcde")
+    assert refused.value.reason == "BATCH_INVALID"
+    assert refused.value.violations[0].field == "ids"
+
+
+async def test_a_poisoned_log_fails_everyone_and_is_reported_once(tmp_path: Path) -> None:
+    failures: list[Exception] = []
+    host = await opened(tmp_path)
+    host.on_failure = failures.append
+    host.native.log(0).inject("fdatasync", 1, errno.EIO)
+    results = await asyncio.gather(*(host.transfers([give(n)]) for n in range(10)), return_exceptions=True)
+    assert all(isinstance(one, Unavailable) for one in results)
+    with pytest.raises(Unavailable, match="fdatasync failed"):
+        await host.transfers([give(99)])
+    assert len(failures) == 1
+    await host.close()
+
+
+async def test_a_full_disk_is_unavailable_read_only(tmp_path: Path) -> None:
+    host = await opened(tmp_path, segment_bytes=65536)
+    log = host.native.log(0)
+    log.inject("fallocate", 1, errno.ENOSPC)
+    with pytest.raises(Unavailable) as refused:  # noqa: PT012 - which batch meets the end depends on the record size
+        for n in range(100):
+            await host.transfers([give(n * 100 + i) for i in range(40)])
+            log.wait_prepared()
+    assert refused.value.reason == "SHARD_READ_ONLY"
+    assert (await host.accounts([SOURCE]))[0] is not None
+    await host.close()
+
+
+async def test_events_are_read_from_any_number_on(host: WalletHost) -> None:
+    await host.transfers([give(n) for n in range(100)])
+    await host.transfers([give(n) for n in range(100, 105)])
+    durable = host.durable_sequence(0)
+    assert host.first_sequence(0) == 1
+    pages = host.read_events(0, 1, 10**6)
+    assert sum(page.count for page in pages) == durable
+    assert [page.first_sequence for page in pages[1:]] == [page.last_sequence + 1 for page in pages[:-1]]
+    part = host.read_events(0, 50, 10)
+    assert part[0].first_sequence == 50
+    assert part[0].body == pages[1].body[(50 - pages[1].first_sequence) * 48 :]
+    assert host.read_events(0, durable + 1, 10) == []
+    await host.transfers([give(200)])
+    assert [page.count for page in host.read_events(0, durable + 1, 10)] == [1]
+    assert host.account_keys(0, [1]) == [(PEOPLE[0], "USD")]
+    with pytest.raises(LookupError):
+        host.account_keys(0, [10_000])
+
+
+async def test_waiting_for_a_sequence_number(host: WalletHost) -> None:
+    durable = host.durable_sequence(0)
+    assert await host.wait_durable(0, durable, 0.01) == durable
+    waiter = asyncio.create_task(host.wait_durable(0, durable, 5))
+    await asyncio.sleep(0.01)
+    await host.transfers([give(1)])
+    assert await waiter == durable + 1
+
+
+async def test_reading_below_retention_is_out_of_range(tmp_path: Path) -> None:
+    host = await opened(tmp_path, segment_bytes=65536)
+    for turn in range(3):
+        for n in range(20):
+            await host.transfers([give(10_000 * turn + n * 100 + i) for i in range(100)])
+        await host.snapshot(0)
+    assert len(host.snapshots(0)) == 2
+    assert host.first_sequence(0) > 1
+    with pytest.raises(OutOfRange):
+        host.read_events(0, 1, 10)
+    await host.close()
+    again = await WalletHost.open(config(tmp_path, segment_bytes=65536), clock=ShardClock(NOW_NS))
+    assert again.shards()[0].snapshot_sequence == host.shards()[0].sequence
+    await again.close()
+
+
+async def test_accounts_of_other_processes_are_a_failed_precondition(tmp_path: Path) -> None:
+    host = await WalletHost.open(config(tmp_path, 4, shard_ids=(0,)), clock=ShardClock(NOW_NS))
+    with pytest.raises(FailedPrecondition) as refused:
+        await host.accounts(PEOPLE)
+    assert refused.value.reason == "WRONG_SHARD"
+    await host.close()
+
+
+async def test_after_closing_everything_is_unavailable(tmp_path: Path) -> None:
+    host = await opened(tmp_path)
+    await host.close()
+    with pytest.raises(Unavailable):
+        await host.transfers([give(1)])

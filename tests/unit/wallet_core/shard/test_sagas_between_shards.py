@@ -1,0 +1,287 @@
+"""Money that crosses shards: conserved at every moment, applied once, settled or returned, also over a restart."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from host_fixtures import NOW_NS, Driver, account, config, message, on_shard, transfer_id
+
+from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
+from wallet_core.event_log import LogPoisoned
+from wallet_core.service.port import AccountRow, TransferRow
+from wallet_core.shard import ShardsMismatch, open_host
+
+SHARDS = 4
+SOURCE = account(1_000_000)
+PEOPLE = [on_shard(shard, SHARDS, index) for shard in range(SHARDS) for index in range(5)]
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Driver]:
+    one = Driver(config(tmp_path, SHARDS))
+    one.fund(PEOPLE, 10_000, SOURCE)
+    yield one
+    one.close()
+
+
+def random_rows(count: int, seed: int, first: int = 0) -> list[TransferRow]:
+    rng = random.Random(seed)
+    rows = []
+    for n in range(count):
+        debit, credit = rng.sample(PEOPLE, 2)
+        rows.append(TransferRow(transfer_id(first + n), debit, credit, rng.randint(1, 20)))
+    return rows
+
+
+def expected(rows: list[TransferRow], codes: list[int]) -> list[int]:
+    balances = dict.fromkeys(PEOPLE, 10_000)
+    for row, code in zip(rows, codes, strict=True):
+        if code == TransferResult.OK:
+            balances[row[1]] -= row[3]
+            balances[row[2]] += row[3]
+    return [balances[one] for one in PEOPLE]
+
+
+def settle(driver: Driver) -> None:
+    """Until nothing is under way between the shards."""
+    for _ in range(500):
+        if sum(one.unsettled_count for one in driver.host.shards()) == 0 and all(
+            one.queued_count == 0 for one in driver.host.shards()
+        ):
+            return
+        driver.take(5)
+    raise AssertionError("the sagas never settled")
+
+
+def test_settled_batches_answer_with_the_final_result(driver: Driver) -> None:
+    rows = random_rows(3000, 1)
+    codes = driver.transfers(rows)
+    assert set(codes) == {TransferResult.OK}
+    assert driver.balances(PEOPLE) == expected(rows, codes)
+    (usd,) = driver.host.totals()
+    assert usd.balance + usd.in_flight == 0
+    again = driver.wait(driver.submit(rows))
+    assert (list(again.codes), again.replayed_count) == (codes, 3000)
+    assert driver.balances(PEOPLE) == expected(rows, codes)
+
+
+def test_durable_batches_answer_in_flight_and_settle_later(driver: Driver) -> None:
+    row = TransferRow(transfer_id(1), on_shard(0, SHARDS), on_shard(3, SHARDS), 5)
+    driver.host.log(3).hold_sync(True)
+    assert driver.transfers([row], settled=False) == [TransferResult.IN_FLIGHT]
+    waiting = driver.submit([row])  # the same id again, and this one wants to know how it ends
+    driver.take(100)
+    assert waiting not in driver.answers
+    driver.host.log(3).hold_sync(False)
+    assert list(driver.wait(waiting).codes) == [TransferResult.OK]
+    assert driver.balances([row[1], row[2]]) == [9_995, 10_005]
+
+
+def test_a_credit_never_runs_ahead_of_its_debits_disk(driver: Driver) -> None:
+    row = TransferRow(transfer_id(1), on_shard(0, SHARDS), on_shard(3, SHARDS), 5)
+    before = driver.host.durable_sequence(3)
+    driver.host.log(0).hold_sync(True)
+    ticket = driver.submit([row])
+    driver.take(100)
+    assert driver.host.shards()[3].sequence == before, "the credit was applied before the debit was durable"
+    driver.host.log(0).hold_sync(False)
+    assert list(driver.wait(ticket).codes) == [TransferResult.OK]
+
+
+def test_a_refused_credit_returns_the_money(driver: Driver) -> None:
+    debit, credit = on_shard(0, SHARDS), on_shard(2, SHARDS)
+    frozen = AccountRow(credit, "USD", int(AccountFlags.FROZEN))
+    assert driver.open_accounts([frozen], update=True) == [1]
+    nobody = on_shard(1, SHARDS, 77)
+    euros = on_shard(3, SHARDS, 78)
+    assert driver.open_accounts([AccountRow(euros, "EUR")]) == [1]
+    rows = [
+        TransferRow(transfer_id(1), debit, credit, 5),
+        TransferRow(transfer_id(2), debit, nobody, 6),
+        TransferRow(transfer_id(3), debit, euros, 7),
+        TransferRow(transfer_id(4), debit, on_shard(1, SHARDS), 8),
+    ]
+    codes = [
+        TransferResult.CREDIT_ACCOUNT_FROZEN,
+        TransferResult.CREDIT_ACCOUNT_NOT_FOUND,
+        TransferResult.CURRENCY_MISMATCH,
+        TransferResult.OK,
+    ]
+    assert driver.transfers(rows) == codes
+    assert driver.balances([debit]) == [9_992]
+    assert driver.transfers(rows) == codes  # remembered
+    for total in driver.host.totals():
+        assert (total.balance, total.in_flight) == (0, 0)
+
+
+def test_sagas_go_on_after_a_restart(tmp_path: Path) -> None:
+    driver = Driver(config(tmp_path, SHARDS))
+    driver.fund(PEOPLE, 10_000, SOURCE)
+    rows = random_rows(400, 2)
+    for shard in range(SHARDS):
+        driver.host.log(shard).inject("fdatasync", 3, errno.EIO)
+    with pytest.raises(LogPoisoned):  # noqa: PT012 - which batch dies depends on timing
+        for at in range(0, 400, 20):
+            driver.wait(driver.submit(rows[at : at + 20], settled=False))
+    driver.close()
+    again = Driver(config(tmp_path, SHARDS))
+    settle(again)
+    codes = again.transfers(rows)  # whatever was not recovered is applied now, the rest is answered from memory
+    settle(again)
+    assert set(codes) == {TransferResult.OK}
+    assert again.balances(PEOPLE) == expected(rows, codes)
+    (usd,) = again.host.totals()
+    assert (usd.balance, usd.in_flight) == (0, 0)
+    digests = again.digests()
+    again.close()
+    third = Driver(config(tmp_path, SHARDS))
+    settle(third)
+    assert third.digests() == digests
+    third.close()
+
+
+def test_striped_accounts_never_cross(driver: Driver) -> None:
+    sent = driver.host.shards()
+    rows = [TransferRow(transfer_id(n), SOURCE, one, 1) for n, one in enumerate(PEOPLE)]
+    rows += [TransferRow(transfer_id(100 + n), one, SOURCE, 1) for n, one in enumerate(PEOPLE)]
+    assert set(driver.transfers(rows)) == {1}
+    after = driver.host.shards()
+    assert [b.sequence - a.sequence for a, b in zip(sent, after, strict=True)] == [10] * SHARDS
+    assert driver.balances([SOURCE]) == [-10_000 * len(PEOPLE)]
+
+
+def test_a_hold_is_found_on_whatever_shard_it_lives(driver: Driver) -> None:
+    holds = []
+    for n, one in enumerate(PEOPLE):
+        holds.append(TransferRow(transfer_id(n), one, SOURCE, 100, int(TransferFlags.HOLD)))
+    assert set(driver.transfers(holds)) == {1}
+    posts = [
+        TransferRow(transfer_id(1000 + n), bytes(16), bytes(16), 40, int(TransferFlags.POST), hold.id)
+        for n, hold in enumerate(holds)
+    ]
+    nowhere = TransferRow(transfer_id(5000), bytes(16), bytes(16), 0, int(TransferFlags.VOID), transfer_id(9999))
+    codes = driver.transfers([*posts, nowhere])
+    assert set(codes[:-1]) == {1}
+    assert codes[-1] == TransferResult.HOLD_NOT_FOUND
+    assert set(driver.balances(PEOPLE)) == {9_960}
+    assert driver.transfers([nowhere]) == [TransferResult.HOLD_NOT_FOUND]
+
+
+def test_a_chain_over_two_home_shards_is_refused_as_a_whole(driver: Driver) -> None:
+    linked = int(TransferFlags.LINKED)
+    rows = [
+        TransferRow(transfer_id(1), on_shard(0, SHARDS), on_shard(0, SHARDS, 1), 5, linked),
+        TransferRow(transfer_id(2), on_shard(1, SHARDS), on_shard(1, SHARDS, 1), 5),
+        TransferRow(transfer_id(3), on_shard(2, SHARDS), on_shard(2, SHARDS, 1), 5, linked),
+        TransferRow(transfer_id(4), on_shard(2, SHARDS, 1), on_shard(2, SHARDS), 5),
+    ]
+    unsupported = TransferResult.CROSS_SHARD_UNSUPPORTED
+    assert driver.transfers(rows) == [unsupported, unsupported, 1, 1]
+    assert set(driver.balances(PEOPLE)) == {10_000}
+
+
+def test_rows_of_shards_that_live_elsewhere_are_refused_row_by_row(tmp_path: Path) -> None:
+    driver = Driver(config(tmp_path, SHARDS, shard_ids=(0, 1)))
+    here = [on_shard(0, SHARDS), on_shard(1, SHARDS)]
+    there = on_shard(3, SHARDS)
+    assert driver.open_accounts([AccountRow(one, "USD", 0, 1000) for one in (*here, there)]) == [1, 1, 9]
+    rows = [TransferRow(transfer_id(1), here[0], here[1], 5), TransferRow(transfer_id(2), there, here[1], 5)]
+    assert driver.transfers(rows) == [TransferResult.OK, TransferResult.WRONG_SHARD]
+    assert driver.host.foreign_shard([*here, there]) == 3
+    driver.close()
+
+
+def test_the_relay_seam_carries_sagas_between_two_processes(tmp_path: Path) -> None:
+    """Two hosts stand for two processes; a relay that loses, doubles and reorders deliveries still settles everything."""
+    hosts = [Driver(config(tmp_path, SHARDS, shard_ids=(0, 1))), Driver(config(tmp_path, SHARDS, shard_ids=(2, 3)))]
+    for n, one in enumerate(hosts):
+        own = [person for person in PEOPLE if one.host.foreign_shard([person]) < 0]
+        one.fund(own, 10_000, account(2_000_000 + n))
+    rng = random.Random(5)
+    rows = [row for row in random_rows(600, 6)]
+    tickets = []
+    for one in hosts:
+        mine = [row for row in rows if one.host.foreign_shard([row[1]]) < 0]
+        tickets.append((one, mine, one.submit(mine)))
+
+    def relay(*, faulty: bool) -> None:
+        for one, other in ((hosts[0], hosts[1]), (hosts[1], hosts[0])):
+            found = one.host.outbound()
+            if faulty:
+                found = [d for d in found if rng.random() > 0.3 for _ in range(rng.choice((1, 1, 2)))]
+                rng.shuffle(found)
+            for delivery in found:
+                other.host.deliver(*delivery)
+
+    for turn in range(400):
+        relay(faulty=turn < 30)
+        if turn % 10 == 9:  # what a relay does after a lost connection
+            for one in hosts:
+                for shard in one.host.shard_ids:
+                    for destination in range(SHARDS):
+                        if destination not in one.host.shard_ids:
+                            one.host.resend(shard, destination)
+        for one in hosts:
+            one.take(2)
+        if all(ticket in one.answers for one, _, ticket in tickets):
+            break
+    codes = {}
+    for one, mine, ticket in tickets:
+        codes.update(zip((row.id for row in mine), one.answers[ticket].codes, strict=True))
+    assert set(codes.values()) == {TransferResult.OK}
+    found = {}
+    for one in hosts:
+        own = [person for person in PEOPLE if one.host.foreign_shard([person]) < 0]
+        found.update(zip(own, one.balances(own), strict=True))
+    assert [found[person] for person in PEOPLE] == expected(rows, [1] * len(rows))
+    assert sum(total.balance + total.in_flight for one in hosts for total in one.host.totals()) == 0
+    for one in hosts:
+        one.close()
+
+
+def test_a_message_is_split_and_merged(driver: Driver) -> None:
+    from ducat.wallet.v1 import wallet_pb2
+
+    rows = random_rows(2000, 9)
+    rows[17] = rows[17]._replace(amount_minor=10**9)
+    rows[1999] = rows[1999]._replace(debit_id=rows[1999].credit_id)
+    result = wallet_pb2.TransferBatchResult.FromString(driver.send(message(rows)))
+    assert dict(zip(result.failed_rows, result.failed_results, strict=True)) == {
+        17: TransferResult.INSUFFICIENT_FUNDS,
+        1999: TransferResult.ACCOUNTS_SAME,
+    }
+    assert [one.shard for one in result.positions] == list(range(SHARDS))
+    for one in result.positions:
+        assert 0 < one.sequence_number <= driver.host.durable_sequence(one.shard)
+
+
+def test_positions_include_the_credit_on_the_other_shard(driver: Driver) -> None:
+    row = TransferRow(transfer_id(1), on_shard(1, SHARDS), on_shard(2, SHARDS), 5)
+    positions = dict(driver.wait(driver.submit([row])).positions)
+    assert set(positions) == {1, 2}
+    assert positions[2] == driver.host.shards()[2].sequence
+
+
+def test_the_number_of_shards_is_fixed_once_data_exist(tmp_path: Path) -> None:
+    open_host(config(tmp_path, SHARDS)).close()
+    with pytest.raises(ShardsMismatch, match="made for 4 shards, 2 are configured"):
+        open_host(config(tmp_path, 2))
+
+
+def test_holds_expire_on_every_shard(driver: Driver) -> None:
+    holds = [
+        TransferRow(transfer_id(n), one, SOURCE, 100, int(TransferFlags.HOLD), bytes(16), 10)
+        for n, one in enumerate(PEOPLE)
+    ]
+    assert set(driver.transfers(holds)) == {1}
+    driver.clock.set(NOW_NS + 20_000_000_000)
+    driver.host.tick()
+    for _ in range(200):
+        if sum(one.hold_count for one in driver.host.shards()) == 0:
+            break
+        driver.take(5)
+    assert sum(one.hold_count for one in driver.host.shards()) == 0

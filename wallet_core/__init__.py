@@ -1,0 +1,1 @@
+"""The wallet core: sharded, event-sourced accounts and transfers."""

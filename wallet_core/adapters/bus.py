@@ -1,0 +1,192 @@
+"""Reads `payment.events` in batches and moves money; answers holds on `wallet.events`.
+
+Order of things for one batch: all transfers durable in one transfer batch → answers published →
+acknowledged. A crash anywhere in between runs the batch again, which changes nothing (ids are derived from
+the events) and publishes the same answers under the same message ids. WalletCredited is not published:
+nobody waits for it, the read model and WatchEvents tell the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from ducat.common.v1.common_pb2 import Money
+from ducat.event.v1 import event_pb2
+from kernel.clock import Clock
+from kernel.errors import InvalidArgument
+from kernel.ids import derived_event_id
+from runtime import trace
+from runtime.bus import Bus, Message
+from wallet_core.engine.codes import TransferResult
+from wallet_core.service import flows
+from wallet_core.service.flows import Flows, Outcome, Step
+
+__all__ = ["ANSWER_TOPIC", "GROUP", "TOPIC", "PaymentEvents"]
+
+TOPIC = "payment.events"
+GROUP = "wallet"
+ANSWER_TOPIC = "wallet.events"
+BATCH_MAX = 256
+
+_PAYOUT = event_pb2.FUNDS_PURPOSE_PAYOUT
+_REFUND = event_pb2.FUNDS_PURPOSE_REFUND
+_PURPOSES = {"payout-hold": _PAYOUT, "refund-hold": _REFUND}
+_PURPOSE_NAMES = {_PAYOUT: "payout", _REFUND: "refund"}
+_log = structlog.get_logger("wallet.bus")
+
+
+class PaymentEvents:
+    """The handler of `payment.events`."""
+
+    def __init__(self, flows: Flows, bus: Bus, clock: Clock) -> None:
+        self._flows = flows
+        self._bus = bus
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Consumes until cancelled."""
+        await self._bus.consume(TOPIC, GROUP, self.handle, batch_max=BATCH_MAX)
+
+    async def handle(self, messages: Sequence[Message]) -> None:
+        """Applies a batch and publishes its answers. Raises for a message that cannot be applied: the bus
+        then tries each alone, again later, and keeps it as a dead letter with the error's text. Nothing is
+        dropped silently.
+        """
+        steps: list[Step] = []
+        sources: list[Message] = []
+        for message in messages:
+            step = step_of(message)
+            if step is not None:
+                steps.append(step)
+                sources.append(message)
+        if not steps:
+            return
+        outcomes = await self._flows.run(steps)
+        answers = [
+            self._answer(outcome, source)
+            for outcome, source in zip(outcomes, sources, strict=True)
+            if outcome.step.refusal_is_answer
+        ]
+        if answers:
+            await self._bus.publish(answers)
+
+    def _answer(self, outcome: Outcome, source: Message) -> Message:
+        step = outcome.step
+        purpose = _PURPOSES[step.kind]
+        held = outcome.result == TransferResult.OK
+        kind = "funds_held" if held else "funds_refused"
+        envelope = event_pb2.Envelope(
+            event_id=derived_event_id(f"{kind}/{_PURPOSE_NAMES[purpose]}", step.reference),
+            traceparent=source.traceparent,
+        )
+        envelope.occur_time.FromNanoseconds(self._clock.now_ns())
+        if held:
+            envelope.funds_held.purpose = purpose
+            envelope.funds_held.reference = step.reference
+            envelope.funds_held.hold_id = outcome.transfer_id
+        else:
+            envelope.funds_refused.purpose = purpose
+            envelope.funds_refused.reference = step.reference
+            envelope.funds_refused.result = outcome.result.name
+            with trace.bind(source.traceparent):
+                _log.info("funds refused", reference=step.reference, account=step.debit, result=outcome.result.name)
+        payload = envelope.SerializeToString()
+        return Message(ANSWER_TOPIC, step.reference, envelope.event_id, payload, source.traceparent)
+
+
+def step_of(message: Message) -> Step | None:
+    """The transfer that a message asks for; None where it asks for none. Raises InvalidArgument for one that
+    makes no sense."""
+    try:
+        envelope = event_pb2.Envelope.FromString(message.payload)
+    except Exception as error:
+        raise InvalidArgument(
+            f"message {message.message_id}: payload is no ducat.event.v1.Envelope: {error}"
+        ) from error
+    body = envelope.WhichOneof("body")
+    build = _STEPS.get(body or "")
+    if build is None:
+        return None
+    occur_time = envelope.occur_time
+    time_ms = occur_time.seconds * 1000 + occur_time.nanos // 1_000_000
+    if time_ms <= 0:
+        raise InvalidArgument(
+            f"event {envelope.event_id} ({body}): occur_time is missing; transfer ids are derived from it"
+        )
+    event = getattr(envelope, body or "")
+    money: Money = event.amount
+    if len(money.currency_code) != 3 or money.amount_minor <= 0:
+        raise InvalidArgument(
+            f"event {envelope.event_id} ({body}): expected a positive amount in an ISO 4217 currency,"
+            f" got {money.amount_minor} {money.currency_code!r}"
+        )
+    return build(event, money, time_ms)
+
+
+def _capture(event: event_pb2.PaymentOrderSucceeded, money: Money, time_ms: int) -> Step:
+    return flows.capture(
+        event.payment_order_id, event.psp, event.seller_account, money.currency_code, money.amount_minor, time_ms
+    )
+
+
+def _payout_requested(event: event_pb2.PayoutRequested, money: Money, time_ms: int) -> Step:
+    return flows.payout_hold(
+        event.reference, event.psp, event.seller_account, money.currency_code, money.amount_minor, time_ms
+    )
+
+
+def _payout_completed(event: event_pb2.PayoutCompleted, money: Money, time_ms: int) -> Step:
+    hold_id = _hold_id(event.hold_id, "payout_completed", event.reference)
+    currency, amount = money.currency_code, money.amount_minor
+    return flows.payout_post(event.reference, event.psp, event.seller_account, currency, amount, time_ms, hold_id)
+
+
+def _payout_released(event: event_pb2.PayoutReleased, money: Money, time_ms: int) -> Step | None:
+    if not event.hold_id:
+        return None
+    hold_id = _hold_id(event.hold_id, "payout_released", event.reference)
+    return flows.payout_void(event.reference, event.psp, event.seller_account, money.currency_code, time_ms, hold_id)
+
+
+def _payout_returned(event: event_pb2.PayoutReturned, money: Money, time_ms: int) -> Step:
+    return flows.payout_return(
+        event.reference, event.psp, event.seller_account, money.currency_code, money.amount_minor, time_ms
+    )
+
+
+def _refund_requested(event: event_pb2.RefundRequested, money: Money, time_ms: int) -> Step:
+    return flows.refund_hold(
+        event.refund_id, event.psp, event.seller_account, money.currency_code, money.amount_minor, time_ms
+    )
+
+
+def _refund_completed(event: event_pb2.RefundCompleted, money: Money, time_ms: int) -> Step | None:
+    currency, amount = money.currency_code, money.amount_minor
+    if event.succeeded:
+        hold_id = _hold_id(event.hold_id, "refund_completed", event.refund_id)
+        return flows.refund_post(event.refund_id, event.psp, event.seller_account, currency, amount, time_ms, hold_id)
+    if not event.hold_id:
+        return None
+    hold_id = _hold_id(event.hold_id, "refund_completed", event.refund_id)
+    return flows.refund_void(event.refund_id, event.psp, event.seller_account, currency, time_ms, hold_id)
+
+
+def _hold_id(hold_id: bytes, body: str, reference: str) -> bytes:
+    if len(hold_id) != 16:
+        raise InvalidArgument(f"{body} of {reference}: hold_id: expected 16 bytes, got {len(hold_id)}")
+    return hold_id
+
+
+_STEPS: dict[str, Callable[..., Step | None]] = {
+    "payment_order_succeeded": _capture,
+    "payout_requested": _payout_requested,
+    "payout_completed": _payout_completed,
+    "payout_released": _payout_released,
+    "payout_returned": _payout_returned,
+    "refund_requested": _refund_requested,
+    "refund_completed": _refund_completed,
+}
+"""Bodies that move money. Others (payment_completed, payment_order_closed, disputes) need nothing of the
+wallet."""

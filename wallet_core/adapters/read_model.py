@@ -1,0 +1,240 @@
+"""The two stores of the read model: past transfers in PostgreSQL, balances and recent transfers in Valkey.
+
+PostgreSQL `wallet.transfer`, cursor in `wallet.projection`, one statement for both.
+
+Valkey, one script for all of it, so that a batch is there or not:
+
+    wallet:{shard}:cursor           number of the last event
+    wallet:{shard}:holds            hash: sequence number of a HoldPlaced → its amount, while it is open
+    wallet:balance:<account id>     hash: balance, held_out, held_in, currency; shards add to it, so a
+    striped account is a sum wallet:recent:<account id>      list, newest first: JSON [kind, transfer id,
+    amount, other account, shard, sequence, time_ns]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from redis.asyncio import Redis
+
+from runtime.postgres import Connection, Pool
+from wallet_core.engine.codes import EventKind, TransferResult
+from wallet_core.projection import Changes
+from wallet_core.service.port import TransferItem
+from wallet_core.service.projector import Projector
+
+__all__ = ["PostgresStore", "ReadModelReader", "ValkeyStore", "reset_postgres", "reset_valkey"]
+
+RECENT_COUNT_MAX = 20
+"""Transfers that Valkey keeps of an account."""
+REBUILD_CHANNEL = "wallet_rebuild"
+_OK = int(TransferResult.OK)
+_SENT = int(EventKind.MONEY_SENT)
+
+_CURSOR = "SELECT sequence_number FROM wallet.projection WHERE shard = $1"
+_FIRST = "INSERT INTO wallet.projection (shard) VALUES ($1) ON CONFLICT DO NOTHING"
+_APPLY = """
+WITH moved AS (
+    UPDATE wallet.projection SET sequence_number = $3, update_time = now()
+    WHERE shard = $1 AND sequence_number = $2 RETURNING shard
+), stored AS (
+    INSERT INTO wallet.transfer (shard, sequence_number, transfer_id, debit_account_id, credit_account_id,
+                                 amount_minor, kind, result, code, time_ns)
+    SELECT moved.shard, row.*
+    FROM moved, unnest($4::bigint[], $5::bytea[], $6::bytea[], $7::bytea[], $8::bigint[],
+                       $9::smallint[], $10::smallint[], $11::integer[], $12::bigint[]) AS row
+)
+SELECT count(*) FROM moved
+"""
+_COLUMNS = (
+    "shard, sequence_number, transfer_id, debit_account_id, credit_account_id, amount_minor, kind, result, code, "
+    "time_ns"
+)
+_BY_ID = f"""
+SELECT {_COLUMNS} FROM wallet.transfer WHERE transfer_id = ANY($1::bytea[]) ORDER BY time_ns, shard, sequence_number
+"""  # noqa: S608 - constants
+_OF_ACCOUNT = f"""
+(SELECT {_COLUMNS} FROM wallet.transfer
+ WHERE debit_account_id = $1 AND (time_ns, shard, sequence_number) < ($2, $3, $4)
+ ORDER BY time_ns DESC, shard DESC, sequence_number DESC LIMIT $5)
+UNION ALL
+(SELECT {_COLUMNS} FROM wallet.transfer
+ WHERE credit_account_id = $1 AND kind <> {_SENT} AND (time_ns, shard, sequence_number) < ($2, $3, $4)
+ ORDER BY time_ns DESC, shard DESC, sequence_number DESC LIMIT $5)
+ORDER BY time_ns DESC, shard DESC, sequence_number DESC LIMIT $5
+"""  # noqa: S608 - constants
+_END = (2**63 - 1, 2**15 - 1, 2**63 - 1)
+
+
+class PostgresStore:
+    """Every transfer, for statements."""
+
+    name = "PostgreSQL"
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def cursor(self, shard: int) -> int:
+        """The number of the last event that the store has."""
+        found = await self._pool.fetchval(_CURSOR, shard)
+        if found is None:
+            await self._pool.execute(_FIRST, shard)
+        return found or 0
+
+    async def apply(self, changes: Changes) -> bool:
+        """Writes rows and cursor in one statement. False where the cursor is not at `changes.after`."""
+        columns: Sequence[Any] = [list(column) for column in zip(*changes.items, strict=True)] or [[]] * 9
+        moved = await self._pool.fetchval(_APPLY, changes.shard, changes.after, changes.upto, *columns)
+        return bool(moved)
+
+
+_APPLY_SCRIPT = """
+local n = #ARGV
+local cursor, holds = KEYS[1], KEYS[2]
+if (redis.call('GET', cursor) or '0') ~= ARGV[1] then return 0 end
+local i = 4
+local function take() i = i + 1; return ARGV[i - 1] end
+for _ = 1, take() do
+  local key = 'wallet:balance:' .. take()
+  redis.call('HSET', key, 'currency', take())
+end
+for _ = 1, take() do
+  local key = 'wallet:balance:' .. take()
+  for _, field in ipairs({'balance', 'held_out', 'held_in'}) do
+    local delta = take()
+    if delta ~= '0' then redis.call('HINCRBY', key, field, delta) end
+  end
+end
+for _ = 1, take() do
+  local sequence = take()
+  redis.call('HSET', holds, sequence, take())
+end
+for _ = 1, take() do
+  local sequence, debit, credit = take(), take(), take()
+  local amount = redis.call('HGET', holds, sequence)
+  if amount then
+    redis.call('HINCRBY', 'wallet:balance:' .. debit, 'held_out', '-' .. amount)
+    redis.call('HINCRBY', 'wallet:balance:' .. credit, 'held_in', '-' .. amount)
+    redis.call('HDEL', holds, sequence)
+  end
+end
+for _ = 1, take() do
+  local key = 'wallet:recent:' .. take()
+  for _ = 1, take() do redis.call('LPUSH', key, take()) end
+  redis.call('LTRIM', key, 0, ARGV[3] - 1)
+end
+redis.call('SET', cursor, ARGV[2])
+return 1
+"""
+
+
+class ValkeyStore:
+    """Balances and recent transfers, for quick looks. Everything in one script, so a batch is there once or
+    not."""
+
+    name = "Valkey"
+
+    def __init__(self, client: Redis, *, recent_count_max: int = RECENT_COUNT_MAX) -> None:
+        self._client = client
+        self._script = client.register_script(_APPLY_SCRIPT)
+        self._recent = recent_count_max
+
+    async def cursor(self, shard: int) -> int:
+        """The number of the last event that the store has."""
+        return int(await self._client.get(f"wallet:{shard}:cursor") or 0)
+
+    async def apply(self, changes: Changes) -> bool:
+        """Writes sums, holds, lists and cursor in one script. False where the cursor is not at
+        `changes.after`."""
+        shard = changes.shard
+        arguments: list[Any] = [changes.after, changes.upto, self._recent]
+        arguments.append(len(changes.opened))
+        for account, currency in changes.opened.items():
+            arguments += (account.hex(), currency)
+        arguments.append(len(changes.balances))
+        for account, sums in changes.balances.items():
+            arguments += (account.hex(), *sums)
+        arguments.append(len(changes.placed))
+        for placed in changes.placed:
+            arguments += placed
+        arguments.append(len(changes.ended))
+        for sequence, debit, credit in changes.ended:
+            arguments += (sequence, debit.hex(), credit.hex())
+        recent = self._recent_of(changes)
+        arguments.append(len(recent))
+        for account, lines in recent.items():
+            arguments += (account.hex(), len(lines), *lines)
+        keys = [f"wallet:{shard}:cursor", f"wallet:{shard}:holds"]
+        return bool(await self._script(keys=keys, args=arguments))
+
+    def _recent_of(self, changes: Changes) -> dict[bytes, list[str]]:
+        """The newest entries of each account that a batch touches, oldest first."""
+        recent: dict[bytes, list[str]] = {}
+        for sequence, transfer, debit, credit, amount, kind, _, _, time_ns in reversed(changes.items):
+            if debit is None or credit is None:
+                continue
+            for account, other, signed in ((debit, credit, -amount), (credit, debit, amount)):
+                lines = recent.setdefault(account, [])
+                if len(lines) < self._recent and not (kind == _SENT and account == credit):
+                    lines.append(
+                        f'[{kind},"{transfer.hex()}",{signed},"{other.hex()}",{changes.shard},{sequence},{time_ns}]'
+                    )
+        return {account: lines[::-1] for account, lines in recent.items() if lines}
+
+
+class ReadModelReader:
+    """Reads past transfers from PostgreSQL, and waits for the projector (the ReadModel port)."""
+
+    def __init__(self, pool: Pool, projector: Projector) -> None:
+        self._pool = pool
+        self._projector = projector
+
+    async def by_id(self, ids: Sequence[bytes]) -> list[TransferItem]:
+        """Everything that is recorded under these transfer ids, in the order of time."""
+        return [_item(row) for row in await self._pool.fetch(_BY_ID, list(ids))]
+
+    async def of_account(
+        self, account_id: bytes, before: tuple[int, int, int] | None, limit: int
+    ) -> list[TransferItem]:
+        """Transfers of an account, newest first, that come before the key (time_ns, shard, sequence)."""
+        rows = await self._pool.fetch(_OF_ACCOUNT, account_id, *(before or _END), limit)
+        return [_item(row) for row in rows]
+
+    def projected(self, shard: int) -> int:
+        """The number of the last event that the read model has."""
+        return self._projector.projected(shard)
+
+    async def wait(self, shard: int, sequence: int, timeout_s: float) -> bool:
+        """Whether the read model has that event, at the latest after `timeout_s`."""
+        return await self._projector.wait(shard, sequence, timeout_s)
+
+
+def _item(row: Any) -> TransferItem:
+    shard, sequence, transfer, debit, credit, amount, kind, result, code, time_ns = row
+    return TransferItem(shard, sequence, transfer, debit or b"", credit or b"", amount, kind, result, code, time_ns)
+
+
+async def reset_postgres(connection: Connection, shards: Sequence[int]) -> None:
+    """Empties the transfers and cursors of these shards, and tells a running wallet."""
+    async with connection.transaction():
+        await connection.execute("DELETE FROM wallet.transfer WHERE shard = ANY($1::smallint[])", list(shards))
+        await connection.execute(
+            "UPDATE wallet.projection SET sequence_number = 0 WHERE shard = ANY($1::smallint[])", list(shards)
+        )
+        await connection.execute("SELECT pg_notify($1, '')", REBUILD_CHANNEL)
+
+
+async def reset_valkey(client: Redis) -> int:
+    """Removes every key of the read model; how many there were. All shards: their balances are sums over
+    shards."""
+    count = 0
+    batch: list[bytes] = []
+    async for key in client.scan_iter(match="wallet:*", count=1000):
+        batch.append(key)
+        if len(batch) >= 1000:
+            count += await client.unlink(*batch)
+            batch.clear()
+    if batch:
+        count += await client.unlink(*batch)
+    return count

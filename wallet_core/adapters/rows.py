@@ -1,0 +1,74 @@
+"""Rows as a serialized TransferBatch, written byte by byte: for a single row that is several times cheaper
+than a message object."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from ducat.wallet.v1 import wallet_pb2
+from wallet_core.service.port import ID_NONE, TransferRow
+
+__all__ = ["RESULT_OK", "batch_message", "result_bytes"]
+
+RESULT_OK = bytes([wallet_pb2.TRANSFER_RESULT_OK])
+"""The results of one row that is OK."""
+
+# field number << 3 | 2 (length-delimited), as in wallet.proto
+_IDS, _DEBITS, _CREDITS, _AMOUNTS = b"\x12", b"\x1a", b"\x22", b"\x2a"
+_FLAGS, _PENDING, _TIMEOUTS, _CODES = b"\x32", b"\x3a", b"\x42", b"\x4a"
+_SETTLE = b"\x50"  # field 10, varint
+_Q, _H, _I = struct.Struct("<q").pack, struct.Struct("<H").pack, struct.Struct("<I").pack
+
+
+def batch_message(rows: Sequence[TransferRow], settle: int = 0) -> bytes:
+    """A TransferBatch of these rows. Columns that hold only zeros are left out."""
+    tail = _SETTLE + bytes([settle]) if settle else b""
+    if len(rows) == 1:
+        transfer, debit, credit, amount, flags, pending, timeout_s, code = rows[0]
+        message = b"\x12\x10%b\x1a\x10%b\x22\x10%b\x2a\x08%b" % (transfer, debit, credit, _Q(amount))
+        if flags:
+            message += b"\x32\x02" + _H(flags)
+        if pending != ID_NONE:
+            message += b"\x3a\x10" + pending
+        if timeout_s:
+            message += b"\x42\x04" + _I(timeout_s)
+        if code:
+            message += b"\x4a\x02" + _H(code)
+        return message + tail
+    ids, debits, credits, amounts, flags_, pendings, timeouts, codes = zip(*rows, strict=True)
+    count = len(rows)
+    parts = [
+        _field(_IDS, b"".join(ids)),
+        _field(_DEBITS, b"".join(debits)),
+        _field(_CREDITS, b"".join(credits)),
+        _field(_AMOUNTS, struct.pack(f"<{count}q", *amounts)),
+    ]
+    if any(flags_):
+        parts.append(_field(_FLAGS, struct.pack(f"<{count}H", *flags_)))
+    if any(pending != ID_NONE for pending in pendings):
+        parts.append(_field(_PENDING, b"".join(pendings)))
+    if any(timeouts):
+        parts.append(_field(_TIMEOUTS, struct.pack(f"<{count}I", *timeouts)))
+    if any(codes):
+        parts.append(_field(_CODES, struct.pack(f"<{count}H", *codes)))
+    parts.append(tail)
+    return b"".join(parts)
+
+
+def result_bytes(answer: wallet_pb2.TransferBatchResult, count: int) -> bytes:
+    """One TransferResult byte a row."""
+    results = bytearray(RESULT_OK * count)
+    for row, result in zip(answer.failed_rows, answer.failed_results, strict=True):
+        results[row] = result
+    return bytes(results)
+
+
+def _field(tag: bytes, value: bytes) -> bytes:
+    head = bytearray(tag)
+    length = len(value)
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    return bytes(head) + value

@@ -1,0 +1,141 @@
+"""Wires the wallet: the only place that names concrete classes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ducat.wallet.v1 import wallet_service_pb2_grpc
+from kernel.clock import SystemClock
+from runtime import logs, metrics
+from runtime.bus import is_transient
+from runtime.postgres import connect
+from runtime.process import Process
+from runtime.settings import Settings, SettingsInvalid
+from wallet_core.adapters.archive import FileArchive
+from wallet_core.adapters.bus import PaymentEvents
+from wallet_core.adapters.directory import PostgresDirectory
+from wallet_core.adapters.grpc import SCOPES, ShardServicer, WalletServicer
+from wallet_core.adapters.read_model import REBUILD_CHANNEL, PostgresStore, ReadModelReader, ValkeyStore
+from wallet_core.service.flows import Flows
+from wallet_core.service.history import History
+from wallet_core.service.projector import Projector, Store
+from wallet_core.service.wallet import Wallet
+from wallet_core.shard import Progress, ShardHostConfig, WalletHost
+
+__all__ = ["host_config", "main"]
+
+_log = logs.get_logger("wallet")
+
+
+async def main(overrides: Mapping[str, Any] | None = None) -> None:
+    """Runs the wallet until it is told to stop."""
+    settings = Settings.load(overrides)
+    async with Process.start("wallet", settings) as process:
+        config = host_config(settings)
+        pool = await process.postgres("wallet")
+        valkey = await process.valkey()
+        bus = await process.bus()
+
+        host = await WalletHost.open(config, progress=_log_progress)
+        process.on_close("shards", host.close)
+        process.spawn(_stop_on_failure(host), name="shards")
+
+        directory = PostgresDirectory(pool)
+        lag = metrics.gauge(
+            "ducat_wallet_projection_lag_events", "Durable events that the read model lacks.", ["shard"]
+        )
+        stores: list[Store] = [PostgresStore(pool), ValkeyStore(valkey)] if settings.wallet_projection else []
+        projector = Projector(
+            host,
+            stores,
+            is_transient=is_transient,
+            on_progress=lambda shard, at, durable: lag.labels(str(shard)).set(durable - at),
+        )
+        wallet = Wallet(host, directory, ReadModelReader(pool, projector))
+        history = History(host, FileArchive(config))
+        if stores:
+            process.spawn(projector.run(), name="projector")
+            process.spawn(_follow_rebuilds(settings, projector), name="rebuild")
+        process.spawn(PaymentEvents(Flows(host, directory), bus, SystemClock()).run(), name="payment-events")
+
+        servicer = WalletServicer(host, wallet, history)
+        shard_servicer = ShardServicer(host, wallet, history, settings.wallet_address)
+        await process.serve_grpc(
+            settings.wallet_listen,
+            servicers=[
+                (
+                    servicer,
+                    wallet_service_pb2_grpc.add_WalletServiceServicer_to_server,
+                    "ducat.wallet.v1.WalletService",
+                ),
+                (
+                    shard_servicer,
+                    wallet_service_pb2_grpc.add_ShardServiceServicer_to_server,
+                    "ducat.wallet.v1.ShardService",
+                ),
+            ],
+            scopes=SCOPES,
+            raw_handlers=servicer.raw_handlers(),
+        )
+
+
+def host_config(settings: Settings) -> ShardHostConfig:
+    """The shards of this process. Raises SettingsInvalid."""
+    return ShardHostConfig(
+        data_dir=Path(settings.data_dir) / "wallet",
+        shard_count=settings.wallet_shard_count,
+        shard_ids=_shard_ids(settings.wallet_shards, settings.wallet_shard_count),
+        segment_bytes=settings.wallet_segment_bytes,
+        reserve_bytes=settings.wallet_disk_reserve_bytes,
+        id_window_ms=settings.wallet_id_window_ms,
+    )
+
+
+def _shard_ids(text: str, count: int) -> tuple[int, ...]:
+    """``"0-3,6"`` → (0, 1, 2, 3, 6); empty → all."""
+    if not text:
+        return tuple(range(count))
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise SettingsInvalid(f'wallet_shards: expected numbers and ranges such as "0-3,6", got {text!r}')
+        found.update(range(int(first), int(last or first) + 1))
+    if not found or max(found) >= count:
+        raise SettingsInvalid(f"wallet_shards: {text!r} names shards beyond wallet_shard_count = {count}")
+    return tuple(sorted(found))
+
+
+async def _stop_on_failure(host: WalletHost) -> None:
+    """Ends with the error of a poisoned shard, which stops the process: nothing more may be acknowledged."""
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def fail(error: Exception) -> None:
+        if not failed.done():
+            failed.set_exception(error)
+
+    host.on_failure = fail
+    await failed
+
+
+async def _follow_rebuilds(settings: Settings, projector: Projector) -> None:
+    """Tells the projector when `ducat wallet rebuild` has emptied the stores."""
+    dsn = settings.database_url
+    while True:
+        lost = asyncio.Event()
+        connection = await connect(dsn, "wallet", application_name="ducat-wallet-rebuild")
+        try:
+            connection.add_termination_listener(lambda _, lost=lost: lost.set())
+            await connection.add_listener(REBUILD_CHANNEL, lambda *_: projector.reload())
+            projector.reload()
+            await lost.wait()
+        finally:
+            if not connection.is_closed():
+                await connection.close()
+
+
+def _log_progress(progress: Progress) -> None:
+    _log.debug("recovering", shard=progress.shard, stage=progress.stage, done=progress.done, total=progress.total)

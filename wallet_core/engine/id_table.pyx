@@ -1,0 +1,259 @@
+# The memory of transfer ids, bounded by a window. Included by _engine.pyx.
+#
+# Ids live in generations of a fixed size. A generation is a dense list of entries in order of insertion (24 bytes: id,
+# fingerprint, state, result), and a table of 32-bit slots over it (12 bits of hash as a tag, 20 bits position + nothing:
+# a tag is never 0, so 0 is empty). A new id touches one cache line of the small table and the end of the list; nothing is
+# ever rehashed; an image writes the lists as they are.
+#
+# Every generation knows the range of its ids' times. A lookup visits the open generation and those whose range covers the
+# id's time, which for ids in rough order of time is one or two.
+#
+# The floor: ids of that time or earlier are refused, so what is known of them may be forgotten. It follows the clock
+# (id_window_ms) and, when there are more generations than generation_count_max, the oldest one's latest time.
+
+cdef inline uint64_t id_time_ms(uint64_t id0) noexcept nogil:
+    return du_bswap64(id0) >> 16
+
+
+cdef inline bint id_is_v7(uint64_t id0, uint64_t id1) noexcept nogil:
+    # byte 6 = 0x7., byte 8 = 0b10......
+    return (id0 >> 52) & 0xF == 7 and (id1 >> 6) & 3 == 2
+
+
+cdef inline uint64_t id_tag(uint64_t hash) noexcept nogil:
+    cdef uint64_t tag = hash & 0xFFF
+    return tag if tag != 0 else 1
+
+
+cdef inline void ids_prefetch(const EngineState* e, uint64_t hash) noexcept nogil:
+    if du_likely(e.generation_count != 0):
+        du_prefetch(&e.generations[e.generation_count - 1].slots[du_range(hash, e.generation_slots)])
+
+
+cdef inline IdEntry* generation_find(const EngineState* e, const Generation* g, uint64_t id0, uint64_t id1, uint64_t hash,
+                                     uint64_t* free_slot) noexcept nogil:
+    cdef uint64_t slot = du_range(hash, e.generation_slots)
+    cdef uint64_t tag = id_tag(hash)
+    cdef uint32_t value
+    cdef IdEntry* entry
+    while True:
+        value = g.slots[slot]
+        if value == 0:
+            free_slot[0] = slot
+            return NULL
+        if value >> 20 == tag:
+            entry = &g.entries[value & 0xFFFFF]
+            if entry.id0 == id0 and entry.id1 == id1:
+                return entry
+        slot += 1
+        if slot == e.generation_slots:
+            slot = 0
+
+
+cdef IdEntry* ids_find_older(const EngineState* e, uint64_t id0, uint64_t id1, uint64_t hash, uint64_t ms) noexcept nogil:
+    cdef uint64_t i = e.generation_count - 1
+    cdef uint64_t unused
+    cdef IdEntry* entry
+    cdef const Generation* g
+    while i > 0 and e.generations[i].older_max_ms >= ms:
+        i -= 1
+        g = &e.generations[i]
+        if g.min_ms <= ms <= g.max_ms:
+            entry = generation_find(e, g, id0, id1, hash, &unused)
+            if entry != NULL:
+                return entry
+    return NULL
+
+
+cdef inline IdEntry* ids_find(const EngineState* e, uint64_t id0, uint64_t id1, uint64_t hash, uint64_t* free_slot) noexcept nogil:
+    # The entry of an id, or NULL and the slot of the open generation where it would go.
+    cdef uint64_t ms
+    cdef IdEntry* entry
+    cdef const Generation* g
+    if du_unlikely(e.generation_count == 0):
+        return NULL
+    g = &e.generations[e.generation_count - 1]
+    entry = generation_find(e, g, id0, id1, hash, free_slot)
+    if entry != NULL:
+        return entry
+    ms = id_time_ms(id0)
+    if du_likely(g.older_max_ms < ms):
+        return NULL
+    return ids_find_older(e, id0, id1, hash, ms)
+
+
+cdef inline IdEntry* ids_lookup(const EngineState* e, uint64_t id0, uint64_t id1) noexcept nogil:
+    cdef uint64_t unused
+    return ids_find(e, id0, id1, du_hash_id(id0, id1), &unused)
+
+
+cdef void generation_free(EngineState* e, Generation* g) noexcept nogil:
+    du_table_free(g.slots, e.generation_slots * sizeof(uint32_t), &e.budget)
+    du_table_free(g.entries, e.generation_ids * sizeof(IdEntry), &e.budget)
+
+
+# Memory for generations. Touching new memory costs more than everything else that is done for an id, so another thread
+# than the writer's may do that ahead of time (memory_prepare): one generation stands ready. A slot of GenerationMemory is
+# filled by one side only when it is empty, and emptied by an atomic exchange.
+
+cdef int memory_new(EngineState* e, Generation* g) noexcept nogil:
+    g.slots = <uint32_t*> du_table_new(e.generation_slots * sizeof(uint32_t), &e.budget)
+    if g.slots == NULL:
+        return -1
+    g.entries = <IdEntry*> du_table_new(e.generation_ids * sizeof(IdEntry), &e.budget)
+    if g.entries == NULL:
+        du_table_free(g.slots, e.generation_slots * sizeof(uint32_t), &e.budget)
+        return -1
+    return 0
+
+
+cdef inline void memory_offer(GenerationMemory* memory, uint32_t* slots, IdEntry* entries) noexcept nogil:
+    memory.entries = <uint64_t> entries
+    du_store_release(&memory.slots, <uint64_t> slots)
+
+
+cdef bint memory_take(GenerationMemory* memory, Generation* g) noexcept nogil:
+    # Entries are read before the slots are given up: after that the other side may fill the place again.
+    cdef uint64_t slots = du_load_acquire(&memory.slots)
+    if slots == 0:
+        return False
+    g.entries = <IdEntry*> memory.entries
+    return du_take(&memory.slots, slots) and memory_taken(g, slots)
+
+
+cdef inline bint memory_taken(Generation* g, uint64_t slots) noexcept nogil:
+    g.slots = <uint32_t*> slots
+    return True
+
+
+cdef void memory_free(EngineState* e, GenerationMemory* memory) noexcept nogil:
+    cdef Generation g
+    if memory_take(memory, &g):
+        generation_free(e, &g)
+
+
+cdef bint memory_wanted(const EngineState* e) noexcept nogil:
+    cdef uint64_t used = e.account_count * sizeof(Account)
+    if du_load_acquire(&e.ready.slots) == 0:
+        return True
+    return used >= 4 * PREPARE_BYTES and used + PREPARE_BYTES // 2 > e.accounts_touched and e.budget.bytes_max == 0
+
+
+cdef int memory_prepare(EngineState* e) noexcept nogil:
+    # In one thread beside the writer's. <0: out of memory (the writer will find out itself if it really needs it).
+    cdef Generation g
+    cdef uint64_t used
+    if du_load_acquire(&e.ready.slots) == 0:
+        memset(&g, 0, sizeof(Generation))
+        if memory_take(&e.dropped, &g):
+            memset(g.slots, 0, e.generation_slots * sizeof(uint32_t))
+        else:
+            if memory_new(e, &g) < 0:
+                return -1
+            du_table_touch(g.slots, e.generation_slots * sizeof(uint32_t))
+            du_table_touch(g.entries, e.generation_ids * sizeof(IdEntry))
+        memory_offer(&e.ready, g.slots, g.entries)
+    used = e.account_count * sizeof(Account)
+    if used >= 4 * PREPARE_BYTES and e.budget.bytes_max == 0:
+        used = min(used + PREPARE_BYTES, e.accounts_max * sizeof(Account))
+        if used > e.accounts_touched:
+            du_arena_touch(&e.accounts_memory, max(e.accounts_touched, e.account_count * sizeof(Account)), used)
+            e.accounts_touched = used
+    return 0
+
+
+cdef void generations_drop(EngineState* e, uint64_t count) noexcept nogil:
+    # Forgets the oldest generations. One is kept as the memory of the next, so that a full engine asks for none.
+    cdef uint64_t i
+    cdef Generation* g
+    for i in range(count):
+        g = &e.generations[i]
+        e.id_count -= g.count
+        if image_pins_generation(e, g):
+            continue                        # the image frees it
+        if du_load_acquire(&e.dropped.slots) == 0:
+            memory_offer(&e.dropped, g.slots, g.entries)
+        else:
+            generation_free(e, g)
+    e.generation_count -= count
+    memmove(e.generations, e.generations + count, e.generation_count * sizeof(Generation))
+    generations_relink(e)
+
+
+cdef void generations_relink(EngineState* e) noexcept nogil:
+    # older_max_ms of all generations.
+    cdef uint64_t i
+    cdef uint64_t greatest = 0
+    for i in range(e.generation_count):
+        e.generations[i].older_max_ms = greatest
+        greatest = max(greatest, e.generations[i].max_ms)
+
+
+cdef void generations_drop_old(EngineState* e) noexcept nogil:
+    # After the floor rose with time: whole generations below it, but never the open one.
+    cdef uint64_t count = 0
+    while count + 1 < e.generation_count and e.generations[count].max_ms <= e.floor_ms:
+        count += 1
+    if count:
+        generations_drop(e, count)
+
+
+cdef int generation_open(EngineState* e) noexcept nogil:
+    cdef Generation* g
+    if e.generation_count == e.generation_count_max:
+        e.floor_ms = max(e.floor_ms, e.generations[0].max_ms)
+        generations_drop(e, 1)
+    g = &e.generations[e.generation_count]
+    memset(g, 0, sizeof(Generation))
+    if not memory_take(&e.ready, g):
+        if memory_take(&e.dropped, g):
+            memset(g.slots, 0, e.generation_slots * sizeof(uint32_t))
+        elif memory_new(e, g) < 0:
+            return -1
+    g.serial = e.generation_serial
+    g.min_ms = <uint64_t> -1
+    e.generation_serial += 1
+    e.generation_count += 1
+    generations_relink(e)
+    return 0
+
+
+cdef inline int ids_insert(EngineState* e, uint64_t id0, uint64_t id1, uint64_t hash, uint64_t free_slot,
+                           uint64_t fingerprint, uint64_t state, uint64_t result) noexcept nogil:
+    # An id that ids_find did not find; free_slot as it was given there. <0: out of memory.
+    cdef Generation* g
+    cdef IdEntry* entry
+    cdef uint64_t ms = id_time_ms(id0)
+    if du_unlikely(e.generation_count == 0 or e.generations[e.generation_count - 1].count == e.generation_ids):
+        if generation_open(e) < 0:
+            return -1
+        free_slot = du_range(hash, e.generation_slots)
+    g = &e.generations[e.generation_count - 1]
+    entry = &g.entries[g.count]
+    entry.id0 = id0
+    entry.id1 = id1
+    entry.meta = fingerprint << 16 | state << 8 | result
+    g.slots[free_slot] = <uint32_t> (id_tag(hash) << 20 | g.count)
+    g.count += 1
+    e.id_count += 1
+    if ms > g.max_ms:
+        g.max_ms = ms
+    if ms < g.min_ms:
+        g.min_ms = ms
+    return 0
+
+
+cdef void ids_mark(EngineState* e, uint64_t id0, uint64_t id1, uint64_t state, uint64_t result) noexcept nogil:
+    # Changes what is remembered of an id, if it still is; state or result 0xFF = leave.
+    cdef IdEntry* entry = ids_lookup(e, id0, id1)
+    cdef uint64_t meta
+    if entry == NULL:
+        return
+    if e.image != NULL:
+        image_keep_id(e, entry)
+    meta = entry.meta
+    if state != 0xFF:
+        meta = (meta & ~(<uint64_t> 0xFF00)) | state << 8
+    if result != 0xFF:
+        meta = (meta & ~(<uint64_t> 0xFF)) | result
+    entry.meta = meta

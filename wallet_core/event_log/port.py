@@ -1,0 +1,135 @@
+"""The event log as the shard sees it: append frames, make them durable, read them back. Backends implement
+this.
+
+Errors, as a tree:
+
+    EventLogError
+    ├── LogDamaged(file, offset, reason)   bytes at or below the last durable mark do not read back: never
+    opened silently ├── LogPoisoned(file, call, errno)     a write or sync failed: what the disk holds is
+    unknown until a restart re-reads it ├── DiskNearlyFull(folder, free, …)    writes refused while reads go
+    on; clears by itself when room is made ├── LogLocked(folder)                  another process (or another
+    opener in this one) owns the shard folder └── LogGap(file, wanted, found)        the wanted sequence
+    number is below what retention kept
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class EventLogError(Exception):
+    """Anything the event log refuses or fails at."""
+
+
+class LogDamaged(EventLogError):
+    """Events known to be durable cannot be read back. Restore from a snapshot and a good copy of the
+    segment."""
+
+    def __init__(self, file: str, offset: int, reason: str) -> None:
+        super().__init__(
+            f"event log {file} is damaged at byte {offset}: {reason}; acknowledged events would be lost, so the shard "
+            f"stays closed. Restore this segment from a copy, or the shard from a snapshot and good segments."
+        )
+        self.file, self.offset, self.reason = file, offset, reason
+
+
+class LogPoisoned(EventLogError):
+    """A write or sync failed. Nothing after the durable sequence number may be acknowledged; the process
+    must stop."""
+
+    def __init__(self, file: str, call: str, error_number: int) -> None:
+        what = os.strerror(error_number) if error_number else "short write"
+        super().__init__(
+            f"event log {file}: {call} failed ({what}); the page cache may lie now, so this process must stop and "
+            f"re-read the log on restart"
+        )
+        self.file, self.call, self.error_number = file, call, error_number
+
+
+class DiskNearlyFull(EventLogError):
+    """No room for another segment above the reserve. Nothing was applied; make room and send again with the
+    same ids."""
+
+    def __init__(self, folder: str, free_bytes: int, reserve_bytes: int) -> None:
+        super().__init__(
+            f"event log {folder}: {free_bytes} bytes free, which leaves no room for the next segment above the "
+            f"reserve of {reserve_bytes}; writes are refused until there is room"
+        )
+        self.folder, self.free_bytes, self.reserve_bytes = folder, free_bytes, reserve_bytes
+
+
+class LogLocked(EventLogError):
+    """The shard folder has an owner already."""
+
+    def __init__(self, folder: str, owner: str) -> None:
+        super().__init__(f"shard folder {folder} is in use by {owner or 'another process'}; one writer owns a shard")
+        self.folder, self.owner = folder, owner
+
+
+class LogGap(EventLogError):
+    """The log does not reach back to the wanted sequence number."""
+
+    def __init__(self, file: str, wanted_sequence: int, first_sequence: int) -> None:
+        super().__init__(
+            f"event log {file}: sequence number {wanted_sequence} was asked for, the oldest kept is {first_sequence}"
+        )
+        self.file, self.wanted_sequence, self.first_sequence = file, wanted_sequence, first_sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One durable batch of events. `body` is `count` fixed-size records; sequence number = first_sequence +
+    index."""
+
+    shard: int
+    epoch: int
+    first_sequence: int
+    count: int
+    timestamp_ns: int
+    durable_sequence: int
+    previous_hash: bytes
+    digest: bytes
+    body: bytes
+    hash: bytes
+
+    @property
+    def last_sequence(self) -> int:
+        """Sequence number of the frame's last event."""
+        return self.first_sequence + self.count - 1
+
+
+@dataclass(frozen=True, slots=True)
+class DurablePosition:
+    """What is certainly on disk."""
+
+    sequence: int
+    file: str
+    offset: int
+    hash: bytes
+
+
+class EventLog(Protocol):
+    """One shard's log. One thread appends and syncs; any thread may read what is durable."""
+
+    @property
+    def next_sequence(self) -> int:
+        """The sequence number that the next appended event must have."""
+
+    @property
+    def durable_sequence(self) -> int:
+        """The last sequence number known to be durable."""
+
+    def append(self, first_sequence: int, count: int, timestamp_ns: int, digest: bytes, body: bytes) -> None:
+        """Take one frame. It is not durable, and may not be acknowledged, before `sync` has returned."""
+
+    def sync(self) -> DurablePosition:
+        """Make everything appended durable. Raises LogPoisoned, after which only `close` is allowed."""
+
+    def read(self, from_sequence: int) -> Iterator[Frame]:
+        """Durable frames, beginning with the one that holds `from_sequence`. Raises LogGap, LogDamaged."""
+
+    def close(self) -> None:
+        """Let go of files, threads and the lock. Appended frames that were not synced are not promised."""

@@ -1,0 +1,1158 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""The native pipeline of a process's shards: apply threads, sync threads, group commit, sagas between shards.
+
+One loop thread submits and takes completions; each shard has an apply thread (engine) and a sync thread (disk). While a
+group of frames is written and synced, the next one is being applied. A result is completed only after the frame that it
+depends on is durable; so is everything a read saw. No Python object is touched per transfer: messages are parsed in
+place, split by gather indexes, and their results written into one array.
+
+Sagas ride on the group commit: the sends of a group leave for their destination once the group is durable, the outcomes
+come back once the destination's group is, and rows that wait for them (SETTLED) complete when the debit shard has made
+the outcome durable. After a restart every shard delivers what is unsettled again; cursors make that harmless.
+Deliveries to shards of other processes go through `outbound` and `deliver`, the seam for a relay.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, UINT64_MAX
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcmp, memcpy, memset
+
+from wallet_core.engine._engine cimport (
+    ENGINE_REFUSED,
+    EVENT_BYTES,
+    IMAGE_PIECE_BYTES_MAX,
+    SHARD_COUNT_MAX,
+    SHARD_LOCAL,
+    AccountColumns,
+    CreditColumns,
+    CurrencyTotal,
+    Engine,
+    EngineCounters,
+    EventBuffer,
+    PendingSend,
+    Refusal,
+    TransferColumns,
+)
+from wallet_core.engine._engine cimport AccountState
+from wallet_core.event_log._file cimport FileLog, FrameInfo, FrameReader, FrameView
+
+import os
+import threading
+from dataclasses import replace
+
+from wallet_core.event_log.port import DiskNearlyFull
+from wallet_core.shard import port
+
+cdef enum:
+    TRANSFER_OK = 1
+    WRONG_SHARD = 29
+    CROSS_SHARD_UNSUPPORTED = 30
+    IN_FLIGHT = 31
+    IN_FLIGHT_WAITING = 254          # only while a batch is under way
+    ACCOUNT_WRONG_SHARD = 9
+    FLAG_LINKED = 1
+    FLAG_POST_OR_VOID = 12
+    ACCOUNT_STRIPED = 8
+    LOCATE_NONE = 0xFFFF
+    LOCATE_WANTED = 0xFFFE
+    CREDIT_ROW_BYTES = 46            # amount 8, id 16, credit id 16, currency 4, code 2
+
+include "_core.pxi"
+include "_parse.pxi"
+include "_shard.pxi"
+include "_striped.pxi"
+include "_replay.pxi"
+
+_PARSE_REASONS = {
+    PARSE_CUT: "the message ends inside a field",
+    PARSE_TAG: "the message has an invalid field number",
+    PARSE_WIRE_TYPE: "a field has another type than in the contract",
+    PARSE_MEMORY: "out of memory",
+}
+
+
+cdef class ShardHost:
+    """The shards of one process, opened and recovered (`wallet_core.shard.recovery.open_host`). `submit_*`, `completions`
+    and `close` belong to one thread, the loop's; `call_*` may be used by any thread but that one blocks."""
+
+    cdef HostCore core
+    cdef dict _shards
+    cdef list _order
+    cdef StripedSet _striped
+    cdef ShardClock _clock
+    cdef bint _started, _closed
+    cdef readonly uint32_t shard_count
+    cdef readonly int64_t rows_in_flight_max
+    cdef readonly int64_t bytes_in_flight_max
+    cdef readonly object config
+
+    def __cinit__(self):
+        memset(&self.core, 0, sizeof(HostCore))
+        self.core.event_fd = -1
+        pthread_mutex_init(&self.core.mutex, NULL)
+        pthread_cond_init(&self.core.finished, NULL)
+
+    def __init__(self, shards, *, uint32_t shard_count, shard_map, ShardClock clock=None, config=None,
+                 int64_t rows_in_flight_max=64 * ROWS_MAX, int64_t bytes_in_flight_max=64 * 1024 * 1024):
+        """`shards`: (shard, engine, log) triples, recovered and at the same sequence number."""
+        cdef Shard made
+        cdef Engine engine
+        cdef FileLog log
+        cdef int slot
+        if not 1 <= shard_count < SHARDS_MAX:
+            raise ValueError(f"shard_count must be 1..{SHARDS_MAX - 1}, not {shard_count}")
+        if len(shard_map) != SLOT_COUNT:
+            raise ValueError(f"a shard map has {SLOT_COUNT} entries, not {len(shard_map)}")
+        for slot in range(SLOT_COUNT):
+            if not 0 <= shard_map[slot] < shard_count:
+                raise ValueError(f"slot {slot} is mapped to shard {shard_map[slot]} of {shard_count}")
+            self.core.shard_of_slot[slot] = shard_map[slot]
+        self.core.shard_count = self.shard_count = shard_count
+        self.core.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.core.event_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+        self.rows_in_flight_max, self.bytes_in_flight_max = rows_in_flight_max, bytes_in_flight_max
+        self.config = config
+        self._clock = clock if clock is not None else ShardClock()
+        self._striped = StripedSet()
+        self._shards, self._order = {}, []
+        for shard, engine, log in shards:
+            if shard in self._shards or not 0 <= shard < shard_count:
+                raise ValueError(f"shard {shard} is given twice or is not one of {shard_count}")
+            if engine.sequence() + 1 != log._next_sequence:
+                raise ValueError(f"shard {shard}: the engine is at {engine.sequence()}, the log at {log._next_sequence - 1}")
+            made = Shard()
+            made.engine, made.log, made.clock, made.shard = engine, log, self._clock, shard
+            made.host = &self.core
+            made.core.shard, made.core.present = shard, 1
+            engine.counters(&made.core.counters)
+            engine.digest(made.core.digest)
+            made.now_ns = <int64_t>made.core.counters.now_ns
+            made.snapshot_sequence = 0
+            self._shards[shard] = made
+            self._order.append(made)
+            self._striped.collect(engine)
+        for made in self._order:
+            self.core.shards[made.shard] = &made.core
+
+    def __dealloc__(self):
+        cdef Request* request
+        cdef Work* work
+        while self.core.done_head != NULL:
+            request = self.core.done_head
+            self.core.done_head = request.next
+            if request.message != NULL:
+                Py_DECREF(<object>request.message)
+            request_free(request)
+        while self.core.outbound_head != NULL:
+            work = self.core.outbound_head
+            self.core.outbound_head = work.next
+            work_free(work)
+        if self.core.event_fd >= 0:
+            c_close(self.core.event_fd)
+        pthread_mutex_destroy(&self.core.mutex)
+        pthread_cond_destroy(&self.core.finished)
+
+    # ---- life ----
+
+    def start(self):
+        """Start the threads and deliver what was unsettled."""
+        cdef Shard shard
+        cdef Work* work
+        cdef uint32_t destination
+        if self._started:
+            return
+        self._started = True
+        for shard in self._order:
+            shard.apply_thread = threading.Thread(target=shard.apply_loop, name=f"apply-{shard.shard}", daemon=True)
+            shard.sync_thread = threading.Thread(target=shard.sync_loop, name=f"sync-{shard.shard}", daemon=True)
+            shard.sync_thread.start()
+            shard.apply_thread.start()
+        if self.shard_count > 1:
+            for shard in self._order:
+                for destination in range(self.shard_count):
+                    if destination != shard.shard:
+                        self.resend(shard.shard, destination)
+
+    def close(self):
+        """Drain what was submitted, sync, join the threads, close the logs. Sagas that are still under way go on after the
+        next start. Requests that did not finish (only after a failure) are never completed."""
+        cdef Shard shard
+        if self._closed:
+            return
+        self._closed = True
+        self.core.closing = 1
+        for shard in self._order:
+            with nogil:
+                pthread_mutex_lock(&shard.core.mutex)
+                shard.core.closing = 1
+                pthread_cond_broadcast(&shard.core.work_ready)
+                pthread_cond_broadcast(&shard.core.group_ready)
+                pthread_mutex_unlock(&shard.core.mutex)
+        if self._started:
+            for shard in self._order:
+                shard.apply_thread.join()
+                shard.sync_thread.join()
+        for shard in self._order:
+            shard.log.close()
+
+    def fileno(self):
+        """An eventfd, readable when there are completions, outbound deliveries, or a failure."""
+        return self.core.event_fd
+
+    @property
+    def failed(self):
+        """True once a shard is poisoned: nothing further will complete, the process must stop."""
+        return bool(ducat_load_int(&self.core.failed))
+
+    def failure(self):
+        """The error that stopped the host: LogPoisoned or ShardFailed; None while all is well."""
+        cdef Shard shard
+        if not ducat_load_int(&self.core.failed):
+            return None
+        for shard in self._order:
+            if shard.log._poisoned:
+                return shard.log.error()
+        for shard in self._order:
+            if shard.core.stopped:
+                return port.ShardFailed(shard.shard, "out of memory, or the engine refused what cannot be refused")
+        return port.HostClosed("a shard stopped")
+
+    @property
+    def clock(self):
+        """The clock of the apply threads."""
+        return self._clock
+
+    @property
+    def shard_ids(self):
+        """The shards of this process."""
+        return tuple(self._shards)
+
+    def log(self, int shard):
+        """One shard's event log (tests, status)."""
+        return (<Shard>self._shards[shard]).log
+
+    def tick(self):
+        """Let every shard look at the clock (holds expire); only needed with a clock that stands still."""
+        cdef Shard shard
+        for shard in self._order:
+            pthread_mutex_lock(&shard.core.mutex)
+            shard.core.tick = 1
+            pthread_cond_signal(&shard.core.work_ready)
+            pthread_mutex_unlock(&shard.core.mutex)
+
+    # ---- requests ----
+
+    cdef Request* _new(self, uint64_t ticket, int shape, uint32_t count, uint64_t bytes_held, object message,
+                       size_t results) except NULL:
+        cdef Request* request
+        if not self._started or self._closed:
+            raise port.HostClosed("the shard host is not running")
+        if ducat_load_int(&self.core.failed):
+            raise port.HostClosed(f"the shard host stopped: {self.failure()}")
+        if self.core.rows_held and (self.core.rows_held + count > self.rows_in_flight_max
+                                    or self.core.bytes_held + <int64_t>bytes_held > self.bytes_in_flight_max):
+            raise port.HostBusy(
+                f"{self.core.rows_held} rows and {self.core.bytes_held} bytes are under way, the limits are "
+                f"{self.rows_in_flight_max} and {self.bytes_in_flight_max}; take completions first")
+        request = <Request*>calloc(1, sizeof(Request))
+        if request == NULL:
+            raise MemoryError()
+        request.positions = <uint64_t*>calloc(self.shard_count, 8)
+        request.results = <uint8_t*>calloc(results + 8, 1)
+        if request.positions == NULL or request.results == NULL:
+            request_free(request)
+            raise MemoryError()
+        request.ticket, request.shape, request.count, request.bytes_held = ticket, shape, count, bytes_held
+        if message is not None:
+            Py_INCREF(message)
+            request.message = <void*><PyObject*>message
+        return request
+
+    cdef void _admit(self, Request* request) noexcept:
+        """Count a request against the limits."""
+        self.core.rows_held += request.count
+        self.core.bytes_held += request.bytes_held
+
+    cdef void _drop(self, Request* request) noexcept:
+        """Give up a request that was never submitted."""
+        if request.message != NULL:
+            Py_DECREF(<object>request.message)
+        request_free(request)
+
+    def submit_message(self, uint64_t ticket, message not None, *, bint wrapped=False):
+        """A serialized TransferBatch, bytes or memoryview (wrapped: a SubmitTransfersRequest around it). The completion's result is a serialized
+        TransferBatchResult (SubmitTransfersResponse). Raises BatchInvalid, HostBusy, HostClosed; nothing is applied then."""
+        cdef Batch batch
+        cdef Request* request
+        cdef uint32_t count
+        cdef int code = 0
+        cdef const uint8_t[::1] view = message      # the object itself is kept until the request is done
+        cdef uint64_t length = <uint64_t>view.shape[0], held = length
+        cdef const uint8_t* data = &view[0] if length else NULL
+        if wrapped:
+            code = parse_unwrap(&data, &length)
+        if code == 0:
+            code = parse_batch(data, length, &batch)
+        else:
+            memset(&batch, 0, sizeof(batch))
+        try:
+            if code:
+                raise port.BatchInvalid("message", _PARSE_REASONS[code])
+            count = self._check_batch(&batch)
+            request = self._new(ticket, SHAPE_WRAPPED if wrapped else SHAPE_MESSAGE, count, held, message, count)
+        except BaseException:
+            free(batch.amounts_own)
+            free(batch.timeouts_own)
+            raise
+        request.batch_id = batch.batch_id
+        request.settled = 1 if batch.settle != 1 else 0
+        self._take_columns(request, &batch)
+        self._submit_transfers(request)
+
+    cdef uint32_t _check_batch(self, Batch* batch) except 0:
+        cdef uint64_t count = batch.ids_length // 16
+        if batch.ids_length % 16:
+            raise port.BatchInvalid("ids", f"{batch.ids_length} bytes is not a multiple of 16")
+        if count == 0:
+            raise port.BatchInvalid("ids", "the batch has no rows")
+        if count > ROWS_MAX:
+            raise port.BatchInvalid("ids", f"{count} rows, at most {ROWS_MAX} are allowed")
+        self._check_column("debit_account_ids", batch.debit_length, count, 16, False)
+        self._check_column("credit_account_ids", batch.credit_length, count, 16, False)
+        self._check_column("amounts_minor", batch.amounts_length, count, 8, False)
+        self._check_column("flags", batch.flags_length, count, 2, True)
+        self._check_column("pending_ids", batch.pending_length, count, 16, True)
+        self._check_column("timeouts_s", batch.timeouts_length, count, 4, True)
+        self._check_column("codes", batch.codes_length, count, 2, True)
+        if batch.settle > 2:
+            raise port.BatchInvalid("settle", f"{batch.settle} is no SettleMode")
+        return <uint32_t>count
+
+    cdef int _check_column(self, str name, uint64_t length, uint64_t count, uint64_t width, bint optional) except -1:
+        if optional and length == 0:
+            return 0
+        if length % width:
+            raise port.BatchInvalid(name, f"{length} bytes is not a multiple of {width}")
+        if length != count * width:
+            raise port.BatchInvalid(name, f"{length // width} rows, but ids has {count}")
+        return 0
+
+    cdef void _take_columns(self, Request* request, Batch* batch) noexcept:
+        request.columns.count = request.count
+        request.columns.ids, request.columns.debit_ids, request.columns.credit_ids = batch.ids, batch.debit_ids, batch.credit_ids
+        request.columns.amounts = batch.amounts
+        request.columns.flags = batch.flags if batch.flags_length else NULL
+        request.columns.pending_ids = batch.pending_ids if batch.pending_length else NULL
+        request.columns.timeouts_s = batch.timeouts if batch.timeouts_length else NULL
+        request.columns.codes = batch.codes if batch.codes_length else NULL
+        request.spare = batch.amounts_own
+        request.extra = batch.timeouts_own
+
+    def submit_columns(self, uint64_t ticket, bytes ids not None, bytes debit_ids not None, bytes credit_ids not None,
+                       bytes amounts not None, *, bytes flags=b"", bytes pending_ids=b"", bytes timeouts_s=b"",
+                       bytes codes=b"", bint settled=True):
+        """Packed columns (as in TransferBatch, amounts int64 LE). The completion's result is a RowsResult."""
+        cdef Batch batch
+        cdef Request* request
+        cdef uint32_t count
+        cdef tuple kept = (ids, debit_ids, credit_ids, amounts, flags, pending_ids, timeouts_s, codes)
+        memset(&batch, 0, sizeof(batch))
+        batch.ids, batch.ids_length = <const uint8_t*>PyBytes_AS_STRING(ids), len(ids)
+        batch.debit_ids, batch.debit_length = <const uint8_t*>PyBytes_AS_STRING(debit_ids), len(debit_ids)
+        batch.credit_ids, batch.credit_length = <const uint8_t*>PyBytes_AS_STRING(credit_ids), len(credit_ids)
+        batch.amounts, batch.amounts_length = <const uint8_t*>PyBytes_AS_STRING(amounts), len(amounts)
+        batch.flags, batch.flags_length = <const uint8_t*>PyBytes_AS_STRING(flags), len(flags)
+        batch.pending_ids, batch.pending_length = <const uint8_t*>PyBytes_AS_STRING(pending_ids), len(pending_ids)
+        batch.timeouts, batch.timeouts_length = <const uint8_t*>PyBytes_AS_STRING(timeouts_s), len(timeouts_s)
+        batch.codes, batch.codes_length = <const uint8_t*>PyBytes_AS_STRING(codes), len(codes)
+        count = self._check_batch(&batch)
+        request = self._new(ticket, SHAPE_ROWS, count, 64 * <uint64_t>count, kept, count)
+        request.settled = settled
+        self._take_columns(request, &batch)
+        self._submit_transfers(request)
+
+    def submit_rows(self, uint64_t ticket, rows, *, bint settled=True):
+        """Transfers as tuples in the order of TransferRow (id, debit, credit, amount[, flags, pending id, timeout, code]).
+        The completion's result is a RowsResult. Raises BatchInvalid naming the row."""
+        cdef Request* request
+        cdef uint32_t count = len(rows), i = 0
+        cdef uint8_t* data
+        cdef int64_t amount
+        cdef uint16_t flags, code
+        cdef uint32_t timeout_s
+        cdef Py_ssize_t width
+        cdef size_t n = count
+        if count == 0:
+            raise port.BatchInvalid("rows", "the batch has no rows")
+        if count > ROWS_MAX:
+            raise port.BatchInvalid("rows", f"{count} rows, at most {ROWS_MAX} are allowed")
+        request = self._new(ticket, SHAPE_ROWS, count, 128 * <uint64_t>count, None, count)
+        try:
+            data = <uint8_t*>malloc(80 * n)
+            if data == NULL:
+                raise MemoryError()
+            request.spare = data
+            for row in rows:
+                width = len(row)
+                if width < 4 or width > 8:
+                    raise port.BatchInvalid(f"rows[{i}]", f"{width} fields, 4 to 8 are expected")
+                self._put_id(data + 8 * n + 16 * <size_t>i, row[0], i, "id")
+                self._put_id(data + 24 * n + 16 * <size_t>i, row[1], i, "debit_account_id")
+                self._put_id(data + 40 * n + 16 * <size_t>i, row[2], i, "credit_account_id")
+                flags = code = 0
+                timeout_s = 0
+                try:
+                    amount = row[3]
+                    if width > 4:
+                        flags = row[4]
+                    if width > 6:
+                        timeout_s = row[6]
+                    if width > 7:
+                        code = row[7]
+                except (OverflowError, TypeError) as error:
+                    raise port.BatchInvalid(f"rows[{i}]", f"a number does not fit its column: {error}") from None
+                memcpy(data + 8 * <size_t>i, &amount, 8)
+                if width > 5:
+                    self._put_id(data + 56 * n + 16 * <size_t>i, row[5], i, "pending_id")
+                else:
+                    memset(data + 56 * n + 16 * <size_t>i, 0, 16)
+                memcpy(data + 72 * n + 4 * <size_t>i, &timeout_s, 4)
+                memcpy(data + 76 * n + 2 * <size_t>i, &flags, 2)
+                memcpy(data + 78 * n + 2 * <size_t>i, &code, 2)
+                i += 1
+        except BaseException:
+            self._drop(request)
+            raise
+        request.settled = settled
+        request.columns.count = count
+        request.columns.amounts, request.columns.ids = data, data + 8 * n
+        request.columns.debit_ids, request.columns.credit_ids = data + 24 * n, data + 40 * n
+        request.columns.pending_ids, request.columns.timeouts_s = data + 56 * n, data + 72 * n
+        request.columns.flags, request.columns.codes = data + 76 * n, data + 78 * n
+        self._submit_transfers(request)
+
+    cdef int _put_id(self, uint8_t* out, object value, uint32_t row, str name) except -1:
+        if type(value) is not bytes or len(<bytes>value) != 16:
+            raise port.BatchInvalid(f"rows[{row}].{name}", "16 bytes are expected")
+        memcpy(out, PyBytes_AS_STRING(<bytes>value), 16)
+        return 0
+
+    # ---- routing ----
+
+    cdef int _submit_transfers(self, Request* request) except -1:
+        """Send the rows to their shards; with one shard there is nothing to route."""
+        cdef Work* work
+        cdef uint32_t row, wanted = 0
+        cdef uint16_t* located
+        cdef Shard shard
+        self._admit(request)
+        if self.shard_count == 1:
+            work = work_new(WORK_TRANSFERS, request)
+            if work == NULL:
+                self._unadmit(request)
+                raise MemoryError()
+            work.columns = request.columns
+            request.remaining = 1
+            shard_push(self.core.shards[0], work, False)
+            return 0
+        if request.columns.flags != NULL and request.columns.pending_ids != NULL:
+            for row in range(request.count):
+                if request.columns.flags[2 * <size_t>row] & FLAG_POST_OR_VOID and self._wants_locating(request, row):
+                    wanted += 1
+        if wanted == 0:
+            return self._route(request)
+        # a post or void that does not name its accounts: ask the shards which of them knows the hold
+        located = <uint16_t*>malloc(2 * <size_t>request.count)
+        if located == NULL:
+            self._unadmit(request)
+            raise MemoryError()
+        for row in range(request.count):
+            located[row] = LOCATE_NONE
+            if request.columns.flags[2 * <size_t>row] & FLAG_POST_OR_VOID and self._wants_locating(request, row):
+                located[row] = LOCATE_WANTED
+        request.located = located
+        request.locating = 1
+        request.remaining = <uint32_t>len(self._order)
+        for shard in self._order:
+            work = work_new(WORK_LOCATE, request)
+            if work == NULL:
+                raise MemoryError()
+            shard_push(&shard.core, work, False)
+        return 0
+
+    cdef bint _wants_locating(self, Request* request, uint32_t row) noexcept nogil:
+        return ducat_zero_id(request.columns.debit_ids + 16 * <size_t>row) \
+            and ducat_zero_id(request.columns.credit_ids + 16 * <size_t>row)
+
+    cdef void _unadmit(self, Request* request) noexcept:
+        self.core.rows_held -= request.count
+        self.core.bytes_held -= request.bytes_held
+        self._drop(request)
+
+    cdef int _route(self, Request* request) except -1:
+        """Home shard and credit shard of each row; then one gather index a shard."""
+        cdef uint32_t count = request.count, row, shard, parts = 0, at, chain_end
+        cdef size_t n = count
+        cdef uint16_t* home
+        cdef uint16_t* credit
+        cdef uint32_t starts[SHARDS_MAX + 1]
+        cdef uint32_t filled[SHARDS_MAX]
+        cdef Work* works[SHARDS_MAX]
+        cdef Work* work
+        cdef bint split
+        request.row_index = <uint32_t*>malloc(4 * n)
+        request.credit_shards = <uint8_t*>malloc(2 * n)
+        home = <uint16_t*>malloc(2 * n)
+        if request.row_index == NULL or request.credit_shards == NULL or home == NULL:
+            free(home)
+            self._unadmit(request)
+            raise MemoryError()
+        credit = <uint16_t*>request.credit_shards
+        memset(starts, 0, sizeof(starts))
+        with nogil:
+            for row in range(count):
+                self._home_of(request, row, &home[row], &credit[row])
+            if request.columns.flags != NULL:
+                row = 0
+                while row < count:
+                    if not request.columns.flags[2 * <size_t>row] & FLAG_LINKED:
+                        row += 1
+                        continue
+                    chain_end = row
+                    split = False
+                    while chain_end < count and request.columns.flags[2 * <size_t>chain_end] & FLAG_LINKED:
+                        chain_end += 1
+                        if chain_end < count and home[chain_end] != home[row]:
+                            split = True
+                    while row <= chain_end and row < count:
+                        if split:
+                            request.results[row], home[row] = CROSS_SHARD_UNSUPPORTED, LOCATE_NONE
+                        row += 1
+            for row in range(count):
+                if home[row] == LOCATE_NONE:
+                    continue
+                if self.core.shards[home[row]] == NULL:
+                    request.results[row], home[row] = WRONG_SHARD, LOCATE_NONE
+                    continue
+                starts[home[row] + 1] += 1
+            for shard in range(self.shard_count):
+                starts[shard + 1] += starts[shard]
+                filled[shard] = starts[shard]
+            for row in range(count):
+                if home[row] != LOCATE_NONE:
+                    request.row_index[filled[home[row]]] = row
+                    filled[home[row]] += 1
+        free(home)
+        for shard in range(self.shard_count):
+            if starts[shard + 1] == starts[shard]:
+                continue
+            work = work_new(WORK_TRANSFERS, request)
+            if work == NULL:
+                for at in range(parts):
+                    work_free(works[at])
+                self._unadmit(request)
+                raise MemoryError()
+            work.columns = request.columns
+            work.columns.rows, work.columns.count = request.row_index + starts[shard], starts[shard + 1] - starts[shard]
+            work.columns.credit_shards = request.credit_shards
+            work.peer = <uint16_t>shard
+            works[parts] = work
+            parts += 1
+        if parts == 0:
+            request.remaining = 0
+            host_complete(&self.core, request)
+            return 0
+        request.remaining = parts
+        for at in range(parts):
+            shard_push(self.core.shards[works[at].peer], works[at], False)
+        return 0
+
+    cdef void _home_of(self, Request* request, uint32_t row, uint16_t* home, uint16_t* credit) noexcept nogil:
+        """The debit account's shard; a striped one has a part everywhere, then the credit account's; of two striped ones the
+        transfer id decides (of a post or void: the hold's id, so that it finds the hold)."""
+        cdef const uint8_t* debit_id = request.columns.debit_ids + 16 * <size_t>row
+        cdef const uint8_t* credit_id = request.columns.credit_ids + 16 * <size_t>row
+        cdef const uint8_t* id = request.columns.ids + 16 * <size_t>row
+        cdef bint debit_striped, credit_striped
+        credit[0] = SHARD_LOCAL
+        if request.located != NULL and request.located[row] != LOCATE_NONE:
+            # nobody knows the hold: any shard may say so, always the same one
+            home[0] = request.located[row] if request.located[row] != LOCATE_WANTED \
+                else self.core.shard_of_slot[ducat_slot(request.columns.pending_ids + 16 * <size_t>row)]
+            return
+        debit_striped = self._striped.has(debit_id)
+        credit_striped = self._striped.has(credit_id)
+        if not debit_striped:
+            home[0] = self.core.shard_of_slot[ducat_slot(debit_id)]
+            if not credit_striped:
+                credit[0] = self.core.shard_of_slot[ducat_slot(credit_id)]
+                if credit[0] == home[0]:
+                    credit[0] = SHARD_LOCAL
+            return
+        if not credit_striped:
+            home[0] = self.core.shard_of_slot[ducat_slot(credit_id)]
+            return
+        if request.columns.flags != NULL and request.columns.flags[2 * <size_t>row] & FLAG_POST_OR_VOID \
+                and request.columns.pending_ids != NULL:
+            id = request.columns.pending_ids + 16 * <size_t>row
+        home[0] = self.core.shard_of_slot[ducat_slot(id)]
+
+    # ---- accounts and reads ----
+
+    def submit_accounts(self, uint64_t ticket, rows, *, bint update=False):
+        """Open (or update) accounts; tuples in the order of AccountRow. A striped account is opened on every shard of this
+        process. The completion's result is an AccountsResult."""
+        cdef Request* request
+        cdef uint32_t count = len(rows), i = 0
+        cdef size_t n = count
+        cdef uint8_t* data
+        cdef AccountColumns columns
+        cdef int64_t overdraft, limit
+        cdef uint16_t flags
+        if count == 0:
+            raise port.BatchInvalid("rows", "the batch has no rows")
+        if count > ROWS_MAX:
+            raise port.BatchInvalid("rows", f"{count} rows, at most {ROWS_MAX} are allowed")
+        request = self._new(ticket, SHAPE_ACCOUNTS, count, 64 * <uint64_t>count, None, n * len(self._order))
+        try:
+            data = <uint8_t*>malloc(38 * n)
+            if data == NULL:
+                raise MemoryError()
+            request.spare = data
+            for row in rows:
+                self._put_id(data + 16 * n + 16 * <size_t>i, row[0], i, "id")
+                try:
+                    currency = row[1].encode("ascii")
+                    flags = row[2] if len(row) > 2 else 0
+                    overdraft = row[3] if len(row) > 3 else 0
+                    limit = row[4] if len(row) > 4 else 0
+                except (OverflowError, TypeError, UnicodeError, AttributeError) as error:
+                    raise port.BatchInvalid(f"rows[{i}]", f"a field does not fit its column: {error}") from None
+                memset(data + 32 * n + 4 * <size_t>i, 0, 4)
+                memcpy(data + 32 * n + 4 * <size_t>i, <const char*>currency, min(<size_t>len(currency), 4))
+                memcpy(data + 8 * <size_t>i, &overdraft, 8)
+                memcpy(data + 8 * n + 8 * <size_t>i, &limit, 8)
+                memcpy(data + 36 * n + 2 * <size_t>i, &flags, 2)
+                i += 1
+        except BaseException:
+            self._drop(request)
+            raise
+        memset(&columns, 0, sizeof(columns))
+        columns.count = count
+        columns.overdraft_limits, columns.balance_limits, columns.ids = data, data + 8 * n, data + 16 * n
+        columns.currencies, columns.flags = data + 32 * n, data + 36 * n
+        request.columns.ids, request.columns.flags = columns.ids, columns.flags
+        self._submit_parts(request, WORK_ACCOUNTS, &columns, update)
+
+    cdef int _submit_parts(self, Request* request, int kind, AccountColumns* columns, bint update) except -1:
+        """Account rows to their shards, rows of striped accounts to every shard."""
+        cdef uint32_t count = request.count, row, parts = 0, at, entries = 0
+        cdef size_t n = count, owned = len(self._order)
+        cdef Shard shard
+        cdef list pushes = []
+        cdef Work* works[SHARDS_MAX]
+        cdef Work* work
+        cdef bint striped
+        cdef uint16_t home
+        cdef ReadEntry* found = NULL
+        self._admit(request)
+        request.row_index = <uint32_t*>malloc(4 * n * owned + 4)
+        if kind == WORK_READ:
+            found = <ReadEntry*>calloc(n * owned + 1, sizeof(ReadEntry))
+            request.extra = found
+        if request.row_index == NULL or (kind == WORK_READ and found == NULL):
+            self._unadmit(request)
+            raise MemoryError()
+        for shard in self._order:
+            work = work_new(kind, request)
+            if work == NULL:
+                for at in range(parts):
+                    work_free(works[at])
+                self._unadmit(request)
+                raise MemoryError()
+            work.columns.ids = request.columns.ids
+            work.columns.rows = request.row_index + entries
+            work.peer, work.number = <uint16_t>parts, update
+            if kind == WORK_ACCOUNTS:
+                work.data = <uint8_t*>malloc(sizeof(AccountColumns))
+                if work.data == NULL:
+                    work_free(work)
+                    for at in range(parts):
+                        work_free(works[at])
+                    self._unadmit(request)
+                    raise MemoryError()
+                memcpy(work.data, columns, sizeof(AccountColumns))
+            for row in range(count):
+                striped = self._striped.has(request.columns.ids + 16 * <size_t>row)
+                if kind == WORK_ACCOUNTS and not striped and not update:
+                    striped = (request.columns.flags[2 * <size_t>row] & ACCOUNT_STRIPED) != 0
+                if striped or self.core.shard_of_slot[ducat_slot(request.columns.ids + 16 * <size_t>row)] == shard.shard:
+                    if kind == WORK_READ:
+                        found[entries].id_index = row
+                        request.row_index[entries] = entries
+                    else:
+                        request.row_index[entries] = row
+                    entries += 1
+                    work.columns.count += 1
+            if work.columns.count:
+                works[parts] = work
+                pushes.append(shard)
+                parts += 1
+            else:
+                work_free(work)
+        request.entry_count = entries
+        request.part_count = parts
+        if parts == 0:
+            host_complete(&self.core, request)
+            return 0
+        request.remaining = parts
+        for at in range(parts):
+            shard = pushes[at]
+            shard_push(&shard.core, works[at], False)
+        return 0
+
+    def submit_read(self, uint64_t ticket, ids):
+        """Read accounts; the completion's result is a ReadResult of what is durable. At most 8,190 ids."""
+        self._submit_read(ticket, ids, 0)
+
+    cdef Request* _submit_read(self, uint64_t ticket, object ids, int waiter) except NULL:
+        cdef bytes packed = b"".join(ids)
+        cdef uint32_t count = len(ids)
+        cdef Request* request
+        if count == 0 or count > ROWS_MAX or <uint32_t>len(packed) != 16 * count:
+            raise port.BatchInvalid("ids", f"1 to {ROWS_MAX} ids of 16 bytes are expected")
+        request = self._new(ticket, SHAPE_READ, count, 64 * <uint64_t>count, packed, 0)
+        request.waiter = waiter
+        request.columns.ids = <const uint8_t*>PyBytes_AS_STRING(packed)
+        self._submit_parts(request, WORK_READ, NULL, False)
+        return request
+
+    def submit_results(self, uint64_t ticket, ids):
+        """What became of transfers: the completion's result is bytes, one TransferResult an id, 0 = not remembered."""
+        self._submit_results(ticket, ids, 0)
+
+    cdef Request* _submit_results(self, uint64_t ticket, object ids, int waiter) except NULL:
+        cdef bytes packed = b"".join(ids)
+        cdef uint32_t count = len(ids)
+        cdef Request* request
+        if count == 0 or count > ROWS_MAX or <uint32_t>len(packed) != 16 * count:
+            raise port.BatchInvalid("ids", f"1 to {ROWS_MAX} ids of 16 bytes are expected")
+        request = self._new(ticket, SHAPE_RESULTS, count, 16 * <uint64_t>count, packed, count * len(self._order))
+        request.waiter = waiter
+        request.columns.ids = <const uint8_t*>PyBytes_AS_STRING(packed)
+        self._admit(request)
+        self._push_all(request, WORK_RESULTS)
+        return request
+
+    def submit_totals(self, uint64_t ticket):
+        """The completion's result is a list of CurrencyTotals over this process's shards (a full scan of the accounts)."""
+        self._submit_all(ticket, SHAPE_TOTALS, WORK_TOTALS, 0)
+
+    def submit_check(self, uint64_t ticket):
+        """Recompute every shard's state digest; the completion's result is {shard: bool}."""
+        self._submit_all(ticket, SHAPE_CHECK, WORK_CHECK, 0)
+
+    cdef Request* _submit_all(self, uint64_t ticket, int shape, int kind, int waiter) except NULL:
+        cdef Request* request = self._new(ticket, shape, 1, 0, None, len(self._order))
+        request.waiter = waiter
+        if shape == SHAPE_TOTALS:
+            request.extra = calloc(len(self._order), sizeof(TotalsPart))
+            if request.extra == NULL:
+                self._drop(request)
+                raise MemoryError()
+        self._admit(request)
+        self._push_all(request, kind)
+        return request
+
+    cdef int _push_all(self, Request* request, int kind) except -1:
+        cdef Shard shard
+        cdef Work* work
+        cdef uint32_t part = 0
+        request.part_count = request.remaining = <uint32_t>len(self._order)
+        for shard in self._order:
+            work = work_new(kind, request)
+            if work == NULL:
+                raise MemoryError()
+            work.columns = request.columns
+            work.columns.count = request.count
+            work.peer, work.number = <uint16_t>part, part
+            part += 1
+            shard_push(&shard.core, work, False)
+        return 0
+
+    # ---- completions ----
+
+    def completions(self):
+        """Take what is done: a list of (ticket, result). A result may be an exception instance (DiskNearlyFull)."""
+        cdef Request* request
+        cdef Request* following
+        cdef uint64_t drained
+        cdef list done = []
+        c_read(self.core.event_fd, &drained, 8)
+        pthread_mutex_lock(&self.core.mutex)
+        request = self.core.done_head
+        self.core.done_head = self.core.done_tail = NULL
+        pthread_mutex_unlock(&self.core.mutex)
+        while request != NULL:
+            following = request.next
+            if request.locating:
+                request.locating = 0
+                self._route(request)
+            else:
+                done.append((request.ticket, self._finish(request)))
+            request = following
+        return done
+
+    cdef object _finish(self, Request* request):
+        """The Python result of a finished request, which is freed."""
+        cdef object result
+        try:
+            if request.status == STATUS_DISK_NEARLY_FULL:
+                result = self._nearly_full()
+            elif request.status != STATUS_OK:
+                result = port.HostClosed("the request was given up")
+            elif request.shape <= SHAPE_WRAPPED:
+                result = build_result(request, self.shard_count)
+            elif request.shape == SHAPE_ROWS:
+                result = port.RowsResult(
+                    PyBytes_FromStringAndSize(<char*>request.results, request.count), self._positions(request),
+                    request.replayed)
+            elif request.shape == SHAPE_ACCOUNTS:
+                result = self._finish_accounts(request)
+            elif request.shape == SHAPE_READ:
+                result = self._finish_read(request)
+            elif request.shape == SHAPE_RESULTS:
+                result = self._finish_results(request)
+            elif request.shape == SHAPE_TOTALS:
+                result = self._finish_totals(request)
+            elif request.shape == SHAPE_CHECK:
+                result = {(<Shard>self._order[i]).shard: request.results[i] == 1 for i in range(len(self._order))}
+            else:
+                result = None
+        finally:
+            self._unadmit(request)
+        return result
+
+    cdef tuple _positions(self, Request* request):
+        cdef uint32_t shard
+        cdef list found = []
+        for shard in range(self.shard_count):
+            if request.positions[shard]:
+                found.append(port.ShardPosition(shard, request.positions[shard]))
+        return tuple(found)
+
+    cdef object _nearly_full(self):
+        cdef Shard shard
+        for shard in self._order:
+            if not shard.log.writable():
+                try:
+                    space = os.statvfs(shard.log.folder)
+                    free_bytes = space.f_bavail * space.f_frsize
+                except OSError:
+                    free_bytes = 0
+                return DiskNearlyFull(shard.log.folder, free_bytes, shard.log.reserve_bytes)
+        return DiskNearlyFull("", 0, 0)
+
+    cdef object _finish_accounts(self, Request* request):
+        """One code a row: the worst of its parts (OK only if every shard says OK)."""
+        cdef uint32_t row, part
+        cdef uint8_t code, one
+        cdef bytes codes = PyBytes_FromStringAndSize(NULL, request.count)
+        cdef uint8_t* out = <uint8_t*>PyBytes_AS_STRING(codes)
+        for row in range(request.count):
+            code = 0
+            for part in range(request.part_count):
+                one = request.results[<size_t>part * request.count + row]
+                if one and (code == 0 or code == TRANSFER_OK):
+                    code = one
+            out[row] = code if code else ACCOUNT_WRONG_SHARD
+            if out[row] == TRANSFER_OK and request.columns.flags[2 * <size_t>row] & ACCOUNT_STRIPED:
+                self._striped.add(request.columns.ids + 16 * <size_t>row)
+        return port.AccountsResult(codes, self._positions(request))
+
+    cdef object _finish_read(self, Request* request):
+        cdef ReadEntry* entries = <ReadEntry*>request.extra
+        cdef AccountState* state
+        cdef uint32_t i
+        cdef list found = [None] * request.count
+        for i in range(request.entry_count):
+            if not entries[i].found:
+                continue
+            state = &entries[i].state
+            before = found[entries[i].id_index]
+            if before is None:
+                found[entries[i].id_index] = port.AccountState(
+                    state.id[:16], _currency(state.currency), state.balance, state.held_out, state.held_in,
+                    state.overdraft_limit, state.balance_limit, state.flags)
+            else:
+                found[entries[i].id_index] = replace(
+                    before, balance=before.balance + state.balance, held_out=before.held_out + state.held_out,
+                    held_in=before.held_in + state.held_in)
+        return port.ReadResult(tuple(found), self._positions(request))
+
+    cdef object _finish_results(self, Request* request):
+        """A cross-shard transfer is known on its debit shard; the others do not know it."""
+        cdef uint32_t row, part
+        cdef uint8_t one
+        cdef bytes codes = PyBytes_FromStringAndSize(NULL, request.count)
+        cdef uint8_t* out = <uint8_t*>PyBytes_AS_STRING(codes)
+        for row in range(request.count):
+            out[row] = 0
+            for part in range(request.part_count):
+                one = request.results[<size_t>part * request.count + row]
+                if one and (out[row] == 0 or one == TRANSFER_OK):
+                    out[row] = one
+        return codes
+
+    cdef object _finish_totals(self, Request* request):
+        cdef TotalsPart* parts = <TotalsPart*>request.extra
+        cdef CurrencyTotal* total
+        cdef uint32_t part, i
+        cdef dict sums = {}
+        cdef list row
+        for part in range(request.part_count):
+            for i in range(parts[part].count):
+                total = &parts[part].totals[i]
+                row = sums.setdefault(_currency(total.currency), [0, 0, 0, 0, 0])
+                row[0] += total.accounts
+                row[1] += total.balance
+                row[2] += total.in_flight
+                row[3] += total.held_out
+                row[4] += total.held_in
+            free(parts[part].totals)
+            parts[part].totals = NULL
+        return [port.CurrencyTotals(currency, *sums[currency]) for currency in sorted(sums)]
+
+    # ---- blocking calls, for any thread but the loop's ----
+
+    cdef int _wait(self, Request* request) except -1:
+        cdef int finished = 0, failed = 0
+        with nogil:
+            pthread_mutex_lock(&self.core.mutex)
+            while not request.finished and not ducat_load_int(&self.core.failed):
+                pthread_cond_wait(&self.core.finished, &self.core.mutex)
+            finished = request.finished
+            pthread_mutex_unlock(&self.core.mutex)
+        if not finished:
+            raise self.failure()
+        return 0
+
+    def account(self, bytes account_id not None):
+        """One account as it stands durably, or None. Blocks until what was read is durable."""
+        cdef Request* request = self._submit_read(0, [account_id], 1)
+        self._wait(request)
+        return self._finish(request).accounts[0]
+
+    def totals(self):
+        """CurrencyTotals over this process's shards. Blocks."""
+        cdef Request* request = self._submit_all(0, SHAPE_TOTALS, WORK_TOTALS, 1)
+        self._wait(request)
+        return self._finish(request)
+
+    def check_digests(self):
+        """{shard: does the state digest match a recomputation}. Blocks."""
+        cdef Request* request = self._submit_all(0, SHAPE_CHECK, WORK_CHECK, 1)
+        self._wait(request)
+        return self._finish(request)
+
+    # ---- status ----
+
+    def shards(self):
+        """The status of every shard of this process."""
+        cdef Shard shard
+        cdef EngineCounters counters
+        cdef uint8_t digest[16]
+        cdef uint64_t queued
+        cdef list found = []
+        for shard in self._order:
+            pthread_mutex_lock(&shard.core.mutex)
+            counters = shard.core.counters
+            memcpy(digest, shard.core.digest, 16)
+            queued = shard.core.queued
+            pthread_mutex_unlock(&shard.core.mutex)
+            state = "poisoned" if shard.core.stopped or shard.log._poisoned else \
+                "serving" if shard.log.writable() else "read-only"
+            found.append(port.ShardFigures(
+                shard=shard.shard, state=state, epoch=shard.log.epoch, sequence=counters.sequence,
+                durable_sequence=shard.log._durable_sequence, snapshot_sequence=shard.snapshot_sequence,
+                digest=digest[:16], account_count=counters.account_count, log_bytes=shard.log.appended_bytes,
+                hold_count=counters.hold_count, id_count=counters.id_count, unsettled_count=counters.unsettled_count,
+                memory_bytes=counters.memory_bytes, sync_count=shard.log.sync_count, frame_count=shard.log.frame_count,
+                queued_count=queued, now_ns=counters.now_ns))
+        return found
+
+    def durable_sequence(self, int shard):
+        """The last durable sequence number of one shard."""
+        return (<Shard>self._shards[shard]).log._durable_sequence
+
+    def watch(self, bint on):
+        """While on, the eventfd wakes the loop after every sync (somebody waits for a durable sequence number)."""
+        ducat_store_int(&self.core.watching, on)
+
+    def foreign_shard(self, ids):
+        """The shard of the first id that does not live in this process, -1 if all do (striped accounts do)."""
+        cdef uint16_t home
+        for one in ids:
+            if type(one) is not bytes or len(<bytes>one) != 16:
+                raise port.BatchInvalid("ids", "16 bytes each are expected")
+            home = self.core.shard_of_slot[ducat_slot(<const uint8_t*>PyBytes_AS_STRING(<bytes>one))]
+            if self.core.shards[home] == NULL and not self._striped.has(<const uint8_t*>PyBytes_AS_STRING(<bytes>one)):
+                return home
+        return -1
+
+    @property
+    def rows_in_flight(self):
+        """Rows of requests under way."""
+        return self.core.rows_held
+
+    @property
+    def bytes_in_flight(self):
+        """Bytes of requests under way."""
+        return self.core.bytes_held
+
+    # ---- snapshots ----
+
+    def image(self, int shard, sink):
+        """Write a consistent image of one shard while it goes on: calls `sink.begin(sequence, timestamp_ns, epoch, digest)`,
+        `sink.add(piece: memoryview)` for each piece and `sink.finish(frame_hash)`, all on the calling thread, which is not
+        the loop's. Returns the sequence number. Raises RuntimeError if an image is being taken already."""
+        cdef Shard one = self._shards[shard]
+        cdef Request* request = self._new(0, SHAPE_IMAGE, 0, 0, None, 0)
+        cdef Work* work
+        cdef ImageInfo info
+        cdef int64_t length
+        cdef uint8_t[::1] view
+        cdef uint8_t* at
+        cdef bint ended = False
+        request.extra = calloc(1, sizeof(ImageInfo))
+        work = work_new(WORK_IMAGE_BEGIN, request)
+        if work == NULL or request.extra == NULL:
+            free(work)
+            self._drop(request)
+            raise MemoryError()
+        request.waiter, request.remaining = 1, 1
+        shard_push(&one.core, work, False)
+        self._wait(request)
+        if request.status:
+            self._drop(request)
+            raise RuntimeError(f"an image of shard {shard} is being taken already")
+        memcpy(&info, request.extra, sizeof(info))
+        self._drop(request)
+        try:
+            sink.begin(info.sequence, info.timestamp_ns, info.epoch, info.digest[:16])
+            buffer = bytearray(IMAGE_PIECE_BYTES_MAX)
+            view = buffer
+            at = &view[0]
+            readable = memoryview(buffer)
+            while True:
+                with nogil:
+                    length = one.engine.read_image(at)
+                if length <= 0:
+                    break
+                sink.add(readable[:length])
+            if length < 0:
+                raise RuntimeError(f"the image of shard {shard} could not be read")
+            ended = True
+        finally:
+            self._end_image(one)
+        sink.finish(info.hash[:16])
+        one.snapshot_sequence = info.sequence
+        return info.sequence
+
+    cdef int _end_image(self, Shard shard) except -1:
+        cdef Request* request = <Request*>calloc(1, sizeof(Request))
+        cdef Work* work = work_new(WORK_IMAGE_END, request)
+        if request == NULL or work == NULL:
+            raise MemoryError()
+        request.waiter, request.remaining = 1, 1
+        shard_push(&shard.core, work, False)
+        self._wait(request)
+        request_free(request)
+        return 0
+
+    def note_snapshot(self, int shard, uint64_t sequence):
+        """Recovery tells which snapshot it began from."""
+        (<Shard>self._shards[shard]).snapshot_sequence = sequence
+
+    # ---- the relay's seam ----
+
+    def resend(self, int shard, int destination):
+        """Let a shard deliver everything unsettled towards `destination` again (start-up, a relay that reconnects)."""
+        cdef Work* work = work_new(WORK_RESEND, NULL)
+        if work == NULL:
+            raise MemoryError()
+        work.peer = <uint16_t>destination
+        shard_push(&(<Shard>self._shards[shard]).core, work, True)
+
+    def outbound(self):
+        """Deliveries for shards of other processes: (destination, kind, source, number, position, count, payload), in order
+        for each pair of shards. kind: "credits", "outcomes" or "forget"."""
+        cdef Work* work
+        cdef Work* following
+        cdef list found = []
+        cdef Py_ssize_t length
+        pthread_mutex_lock(&self.core.mutex)
+        work = self.core.outbound_head
+        self.core.outbound_head = self.core.outbound_tail = NULL
+        pthread_mutex_unlock(&self.core.mutex)
+        while work != NULL:
+            following = work.next
+            length = <Py_ssize_t>work.count * (CREDIT_ROW_BYTES if work.kind == WORK_CREDITS else sizeof(Refusal))
+            found.append((
+                work.columns.count,
+                "credits" if work.kind == WORK_CREDITS else "outcomes" if work.kind == WORK_OUTCOMES else "forget",
+                work.peer, work.number, work.position, work.count if work.kind != WORK_FORGET else 0,
+                PyBytes_FromStringAndSize(<char*>work.data, length) if work.data != NULL else b""))
+            work_free(work)
+            work = following
+        return found
+
+    def deliver(self, int destination, str kind, int source, uint64_t number, uint64_t position, uint32_t count,
+                bytes payload not None):
+        """A delivery that another process's `outbound` gave, for a shard of this one. Only durable sends may be delivered,
+        which `outbound` guarantees. Doubled and late deliveries are harmless; a gap is ignored until the source resends."""
+        cdef Work* work
+        cdef int code = WORK_CREDITS if kind == "credits" else WORK_OUTCOMES if kind == "outcomes" else WORK_FORGET
+        cdef Py_ssize_t length = <Py_ssize_t>count * (CREDIT_ROW_BYTES if code == WORK_CREDITS else sizeof(Refusal))
+        if kind not in ("credits", "outcomes", "forget"):
+            raise ValueError(f"kind {kind!r} is not known")
+        if destination not in self._shards:
+            raise ValueError(f"shard {destination} does not live here")
+        if not 0 <= source < <int>self.shard_count or source == destination:
+            raise ValueError(f"source shard {source} is not another shard")
+        if len(payload) != length or count > DELIVERY_ROWS_MAX or (code == WORK_CREDITS and count == 0):
+            raise ValueError(f"{count} rows and {len(payload)} bytes do not belong together")
+        work = work_new(code, NULL)
+        if work == NULL:
+            raise MemoryError()
+        work.peer, work.number, work.position, work.count = <uint16_t>source, number, position, count
+        if length:
+            work.data = <uint8_t*>malloc(length)
+            if work.data == NULL:
+                free(work)
+                raise MemoryError()
+            memcpy(work.data, PyBytes_AS_STRING(payload), length)
+        shard_push(&(<Shard>self._shards[destination]).core, work, True)
+
+    def account_keys(self, int shard, ordinals):
+        """(id, currency) of accounts by their ordinals on a shard: neither ever changes, so no thread is asked. LookupError
+        for one that does not exist."""
+        cdef Shard one = self._shards[shard]
+        cdef AccountState state
+        cdef list found = []
+        for ordinal in ordinals:
+            if ordinal >= one.core.counters.account_count or not one.engine.account_at(ordinal, &state):
+                raise LookupError(f"shard {shard} has no account with ordinal {ordinal}")
+            found.append((state.id[:16], _currency(state.currency)))
+        return found
+
+    def gap_count(self, int shard):
+        """Deliveries that did not continue the cursor and were dropped."""
+        return (<Shard>self._shards[shard]).core.gap_count
+
+
+cdef str _currency(uint32_t currency):
+    return currency.to_bytes(4, "little").rstrip(b"\0").decode("ascii", "replace")

@@ -1,0 +1,659 @@
+# One shard's two threads. Included by _host.pyx.
+
+cdef struct ImageInfo:
+    uint64_t sequence
+    uint64_t timestamp_ns
+    uint32_t epoch
+    uint8_t digest[16]
+    uint8_t hash[16]
+
+cdef struct TotalsPart:
+    uint32_t count
+    CurrencyTotal* totals
+
+cdef struct ReadEntry:
+    uint32_t id_index
+    uint32_t found
+    AccountState state
+
+
+cdef class ShardClock:
+    """Where apply threads get their time from: the machine's clock, or a time that a test sets. Never backwards."""
+
+    cdef int64_t fixed_ns
+
+    def __init__(self, int64_t fixed_ns=0):
+        self.fixed_ns = fixed_ns
+
+    def set(self, int64_t now_ns):
+        """Stand still at this unix time; call the host's `tick` for holds to expire by it. 0: the machine's clock."""
+        ducat_store_i64(&self.fixed_ns, now_ns)
+
+    @property
+    def now_ns(self):
+        """The time apply threads would see now."""
+        return self.now()
+
+    cdef int64_t now(self) noexcept nogil:
+        cdef int64_t fixed = ducat_load_i64(&self.fixed_ns)
+        return fixed if fixed else ducat_now_ns()
+
+
+cdef class Shard:
+    """The engine and the log of one shard with their threads. Made and driven by ShardHost."""
+
+    cdef Engine engine
+    cdef FileLog log
+    cdef ShardClock clock
+    cdef HostCore* host
+    cdef ShardCore core
+    cdef uint16_t shard
+    cdef int64_t now_ns
+    cdef int64_t space_checked_ns
+    cdef uint64_t sent[SHARDS_MAX]           # highest saga number handed to a delivery, by destination
+    cdef WaitRing waiting[SHARDS_MAX]
+    cdef LateWait* late
+    cdef uint32_t late_count, late_capacity
+    cdef PendingSend* sends
+    cdef uint8_t* credit_results
+    cdef object apply_thread
+    cdef object sync_thread
+    cdef object snapshot_sequence
+
+    def __cinit__(self):
+        memset(&self.core, 0, sizeof(ShardCore))
+        pthread_mutex_init(&self.core.mutex, NULL)
+        pthread_cond_init(&self.core.work_ready, NULL)
+        pthread_cond_init(&self.core.group_ready, NULL)
+        self.core.current = &self.core.groups[0]
+        self.sends = <PendingSend*>malloc(DELIVERY_ROWS_MAX * sizeof(PendingSend))
+        self.credit_results = <uint8_t*>malloc(DELIVERY_ROWS_MAX)
+        if self.sends == NULL or self.credit_results == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        cdef int i
+        cdef Work* work
+        for i in range(2):
+            free(self.core.groups[i].events.data)
+            free(self.core.groups[i].frames)
+            free(self.core.groups[i].dones)
+            while self.core.groups[i].deliveries != NULL:
+                work = self.core.groups[i].deliveries
+                self.core.groups[i].deliveries = work.next
+                work_free(work)
+        while self.core.head != NULL:
+            work = self.core.head
+            self.core.head = work.next
+            work_free(work)
+        while self.core.urgent_head != NULL:
+            work = self.core.urgent_head
+            self.core.urgent_head = work.next
+            work_free(work)
+        for i in range(SHARDS_MAX):
+            free(self.waiting[i].entries)
+        free(self.late)
+        free(self.sends)
+        free(self.credit_results)
+        pthread_mutex_destroy(&self.core.mutex)
+        pthread_cond_destroy(&self.core.work_ready)
+        pthread_cond_destroy(&self.core.group_ready)
+
+    # ---- the apply thread ----
+
+    def apply_loop(self):
+        with nogil:
+            self.apply_run()
+
+    cdef void apply_run(self) noexcept nogil:
+        cdef ShardCore* core = &self.core
+        cdef Work* work
+        cdef uint64_t deadline
+        cdef EngineCounters counters
+        cdef uint8_t digest[16]
+        pthread_mutex_lock(&core.mutex)
+        while not core.stopped:
+            self.hand_over()
+            if core.current.sealed or core.current.events.length >= GROUP_BYTES_MAX \
+                    or core.current.frame_count >= GROUP_FRAMES_MAX:
+                pthread_cond_wait(&core.work_ready, &core.mutex)      # for the disk
+                continue
+            work = NULL
+            if core.urgent_head != NULL:
+                work = core.urgent_head
+                core.urgent_head = work.next
+                if core.urgent_head == NULL:
+                    core.urgent_tail = NULL
+            elif core.tick:
+                core.tick = 0
+                work = work_new(WORK_TICK, NULL)
+            elif core.head != NULL and core.counters.unsettled_count < UNSETTLED_MAX:
+                work = core.head
+                core.head = work.next
+                if core.head == NULL:
+                    core.tail = NULL
+            if work == NULL:
+                if core.closing and core.head == NULL and group_empty(core.current) and core.syncing == NULL:
+                    break
+                deadline = self.engine.next_deadline_ns()
+                if deadline and not core.closing and self.clock.fixed_ns == 0:
+                    if self.clock.now() >= <int64_t>deadline:
+                        core.tick = 1
+                    else:
+                        ducat_cond_wait_ns(&core.work_ready, &core.mutex, <int64_t>deadline - self.clock.now())
+                else:
+                    pthread_cond_wait(&core.work_ready, &core.mutex)
+                continue
+            if work.kind != WORK_TICK:
+                core.queued -= 1
+            core.applying = 1
+            pthread_mutex_unlock(&core.mutex)
+            if self.apply_one(work) < 0:
+                self.fail()
+            work_free(work)
+            self.engine.counters(&counters)
+            self.engine.digest(digest)
+            pthread_mutex_lock(&core.mutex)
+            core.applying = 0
+            core.counters = counters
+            memcpy(core.digest, digest, 16)
+        core.apply_stopped = 1
+        pthread_cond_broadcast(&core.group_ready)
+        pthread_mutex_unlock(&core.mutex)
+
+    cdef void hand_over(self) noexcept nogil:
+        """Give the current group to an idle sync thread. The mutex is held."""
+        cdef ShardCore* core = &self.core
+        if core.sync_idle and core.syncing == NULL and not group_empty(core.current):
+            core.syncing = core.current
+            core.current = &core.groups[1] if core.current == &core.groups[0] else &core.groups[0]
+            core.sync_idle = 0
+            pthread_cond_signal(&core.group_ready)
+
+    cdef int64_t now(self) noexcept nogil:
+        cdef int64_t now = self.clock.now()
+        if now > self.now_ns:
+            self.now_ns = now
+        return self.now_ns
+
+    cdef int apply_one(self, Work* work) noexcept nogil:
+        """0, or -1: this shard must stop."""
+        cdef Group* group = self.core.current
+        if work.kind == WORK_TRANSFERS:
+            return self.apply_transfers(work, group)
+        if work.kind == WORK_CREDITS:
+            return self.apply_credits(work, group)
+        if work.kind == WORK_OUTCOMES:
+            return self.apply_outcomes(work, group)
+        if work.kind == WORK_ACCOUNTS:
+            return self.apply_accounts(work, group)
+        if work.kind == WORK_READ:
+            return self.read_accounts(work, group)
+        if work.kind == WORK_RESULTS:
+            return self.read_results(work, group)
+        if work.kind == WORK_LOCATE:
+            return self.locate(work)
+        if work.kind == WORK_FORGET:
+            self.engine.forget_refusals(work.peer, work.number)
+            return 0
+        if work.kind == WORK_RESEND:
+            return self.resend(work, group)
+        if work.kind == WORK_TICK:
+            return self.expire(group)
+        if work.kind == WORK_TOTALS:
+            return self.read_totals(work, group)
+        if work.kind == WORK_CHECK:
+            work.request.results[work.number] = 1 if self.engine.check_digest() else 0
+            return self.finish_read(work.request, group)
+        if work.kind == WORK_IMAGE_BEGIN:
+            return self.begin_image(work, group)
+        if work.kind == WORK_IMAGE_END:
+            self.engine.end_image()
+            request_done(self.host, work.request, 1)
+            return 0
+        return -1
+
+    cdef int close_frame(self, Group* group, size_t offset, uint32_t count_before) noexcept nogil:
+        """What was appended to the group's events since becomes one frame."""
+        cdef uint32_t count = group.events.count - count_before, capacity
+        cdef FrameEntry* larger
+        cdef FrameEntry* entry
+        cdef EngineCounters counters
+        if count == 0:
+            return 0
+        if group.frame_count == group.frame_capacity:
+            capacity = 2 * group.frame_capacity if group.frame_capacity else 64
+            larger = <FrameEntry*>realloc(group.frames, capacity * sizeof(FrameEntry))
+            if larger == NULL:
+                return -1
+            group.frames, group.frame_capacity = larger, capacity
+        self.engine.counters(&counters)
+        entry = &group.frames[group.frame_count]
+        entry.offset = offset
+        entry.info.first_sequence = counters.sequence - count + 1
+        entry.info.timestamp_ns = counters.now_ns
+        entry.info.count = count
+        entry.info.body_length = <uint32_t>(group.events.length - offset)
+        self.engine.digest(entry.info.digest)
+        group.frame_count += 1
+        return 0
+
+    cdef int apply_transfers(self, Work* work, Group* group) noexcept nogil:
+        cdef Request* request = work.request
+        cdef size_t offset = group.events.length
+        cdef uint32_t count_before = group.events.count
+        cdef uint64_t repeated = self.core.counters.repeated_count
+        cdef EngineCounters counters
+        if not self.log.writable():
+            return self.refuse_full(request)
+        if self.engine.apply_transfers(&work.columns, <uint64_t>self.now(), request.results, &group.events) < 0:
+            return -1
+        if self.close_frame(group, offset, count_before) < 0:
+            return -1
+        self.engine.counters(&counters)
+        if counters.repeated_count != repeated:
+            ducat_add_u32(&request.replayed, <uint32_t>(counters.repeated_count - repeated))
+        ducat_max_u64(&request.positions[self.shard], counters.sequence)
+        if work.columns.credit_shards != NULL and self.send_credits(work, group) < 0:
+            return -1
+        if counters.sequence <= self.log._durable_sequence and group_empty(group):
+            request_done(self.host, request, 1)       # nothing new was written, and all that it saw is on disk
+            return 0
+        return group_done(group, request, 1)
+
+    cdef int refuse_full(self, Request* request) noexcept nogil:
+        cdef int64_t now = ducat_monotonic_ns()
+        if now - self.space_checked_ns > 200000000:
+            self.space_checked_ns = now
+            self.log.retry_space()
+        request.status = STATUS_DISK_NEARLY_FULL
+        request_done(self.host, request, 1)
+        return 0
+
+    cdef int apply_accounts(self, Work* work, Group* group) noexcept nogil:
+        cdef AccountColumns columns
+        cdef size_t offset = group.events.length
+        cdef uint32_t count_before = group.events.count
+        cdef Request* request = work.request
+        if not self.log.writable():
+            return self.refuse_full(request)
+        memcpy(&columns, work.data, sizeof(AccountColumns))
+        columns.rows, columns.count = work.columns.rows, work.columns.count
+        # striped accounts are opened on every shard: each shard answers into results of its own
+        if self.engine.apply_accounts(&columns, work.number != 0, <uint64_t>self.now(),
+                                      request.results + <size_t>work.peer * request.count, &group.events) < 0:
+            return -1
+        if self.close_frame(group, offset, count_before) < 0:
+            return -1
+        ducat_max_u64(&request.positions[self.shard], self.engine.sequence())
+        return group_done(group, request, 1)
+
+    cdef int finish_read(self, Request* request, Group* group) noexcept nogil:
+        """Answer a read once everything it saw is durable."""
+        cdef uint64_t sequence = self.engine.sequence()
+        ducat_max_u64(&request.positions[self.shard], sequence)
+        if sequence <= self.log._durable_sequence and group_empty(group):
+            request_done(self.host, request, 1)
+            return 0
+        return group_done(group, request, 1)
+
+    cdef int read_accounts(self, Work* work, Group* group) noexcept nogil:
+        cdef ReadEntry* entries = <ReadEntry*>work.request.extra
+        cdef ReadEntry* entry
+        cdef uint32_t i
+        for i in range(work.columns.count):
+            entry = &entries[work.columns.rows[i]]
+            entry.found = self.engine.find_account(work.columns.ids + 16 * <size_t>entry.id_index, &entry.state)
+        return self.finish_read(work.request, group)
+
+    cdef int read_results(self, Work* work, Group* group) noexcept nogil:
+        cdef uint32_t i
+        cdef uint8_t* out = work.request.results + <size_t>work.peer * work.request.count
+        for i in range(work.columns.count):
+            out[i] = self.engine.find_result(work.columns.ids + 16 * <size_t>i)
+        return self.finish_read(work.request, group)
+
+    cdef int locate(self, Work* work) noexcept nogil:
+        """Which holds of the batch are known here; rows of other shards are left alone."""
+        cdef Request* request = work.request
+        cdef uint16_t* located = request.located
+        cdef uint32_t row
+        for row in range(request.count):
+            if located[row] == LOCATE_WANTED and self.engine.find_result(request.columns.pending_ids + 16 * <size_t>row):
+                located[row] = self.shard
+        request_done(self.host, request, 1)
+        return 0
+
+    cdef int read_totals(self, Work* work, Group* group) noexcept nogil:
+        cdef TotalsPart* part = &(<TotalsPart*>work.request.extra)[work.number]
+        cdef uint32_t capacity = 64, count
+        while True:
+            free(part.totals)
+            part.totals = <CurrencyTotal*>malloc(capacity * sizeof(CurrencyTotal))
+            if part.totals == NULL:
+                return -1
+            count = self.engine.totals(part.totals, capacity)
+            if count <= capacity:
+                break
+            capacity = count
+        part.count = count
+        return self.finish_read(work.request, group)
+
+    cdef int expire(self, Group* group) noexcept nogil:
+        cdef size_t offset = group.events.length
+        cdef uint32_t count_before = group.events.count
+        if self.engine.expire_holds(<uint64_t>self.now(), &group.events) < 0:
+            return -1
+        return self.close_frame(group, offset, count_before)
+
+    cdef int begin_image(self, Work* work, Group* group) noexcept nogil:
+        cdef ImageInfo* info = <ImageInfo*>work.request.extra
+        cdef EngineCounters counters
+        if self.engine.begin_image() < 0:
+            work.request.status = STATUS_ENGINE_FAILED
+            request_done(self.host, work.request, 1)
+            return 0
+        self.engine.counters(&counters)
+        info.sequence, info.timestamp_ns, info.epoch = counters.sequence, counters.now_ns, self.log.epoch
+        self.engine.digest(info.digest)
+        group.sealed, group.image = 1, work.request
+        return group_done(group, work.request, 1)
+
+    # ---- sagas ----
+
+    cdef int send_credits(self, Work* work, Group* group) noexcept nogil:
+        """New sends of this batch become deliveries of this group; rows that wait for them are noted."""
+        cdef uint32_t destination
+        cdef Request* request = work.request
+        for destination in range(self.host.shard_count):
+            if destination != self.shard and self.send_to(<uint16_t>destination, work, group) < 0:
+                return -1
+        if request.settled:
+            return self.note_late(work)
+        return 0
+
+    cdef int send_to(self, uint16_t destination, Work* work, Group* group) noexcept nogil:
+        cdef uint64_t settled, last, number
+        cdef uint32_t count, i, at = 0, row
+        cdef Request* request = NULL if work == NULL else work.request
+        cdef WaitRing* ring = &self.waiting[destination]
+        cdef Waiting* waiting
+        cdef const uint8_t* shards = NULL if work == NULL else work.columns.credit_shards
+        cdef Work* delivery
+        self.engine.send_span(destination, &settled, &last)
+        number = self.sent[destination] + 1
+        if number > last:
+            return 0
+        if ring.size == 0:
+            ring.first = number
+            ring.last = number - 1
+        if wait_reserve(ring, last) < 0:
+            return -1
+        while number <= last:
+            count = self.engine.read_sends(destination, number, DELIVERY_ROWS_MAX, self.sends)
+            if count == 0:
+                return -1
+            delivery = self.pack_credits(count)
+            if delivery == NULL:
+                return -1
+            delivery.peer, delivery.number = self.shard, number
+            group_deliver(group, destination, delivery)
+            for i in range(count):
+                waiting = &ring.entries[(number + i) & (ring.size - 1)]
+                waiting.request = NULL
+                if request != NULL and request.settled:
+                    while at < work.columns.count:
+                        row = work.columns.rows[at] if work.columns.rows != NULL else at
+                        at += 1
+                        if request.results[row] == IN_FLIGHT \
+                                and shards[2 * <size_t>row] == (destination & 0xFF) \
+                                and shards[2 * <size_t>row + 1] == (destination >> 8) \
+                                and ducat_same_id(self.sends[i].id, work.columns.ids + 16 * <size_t>row):
+                            waiting.request, waiting.row = request, row
+                            request.results[row] = IN_FLIGHT_WAITING
+                            ducat_add_u32(&request.remaining, 1)
+                            break
+            number += count
+            ring.last = number - 1
+        self.sent[destination] = last
+        return 0
+
+    cdef Work* pack_credits(self, uint32_t count) noexcept nogil:
+        """self.sends as credit columns: amounts, ids, credit ids, currencies, codes."""
+        cdef Work* work = work_new(WORK_CREDITS, NULL)
+        cdef uint8_t* at
+        cdef uint32_t i
+        cdef PendingSend* send
+        if work == NULL:
+            return NULL
+        work.data = <uint8_t*>malloc(<size_t>count * CREDIT_ROW_BYTES)
+        if work.data == NULL:
+            free(work)
+            return NULL
+        at = work.data
+        for i in range(count):
+            send = &self.sends[i]
+            memcpy(at + 8 * <size_t>i, &send.amount, 8)
+            memcpy(at + 8 * <size_t>count + 16 * <size_t>i, send.id, 16)
+            memcpy(at + 24 * <size_t>count + 16 * <size_t>i, send.credit_id, 16)
+            memcpy(at + 40 * <size_t>count + 4 * <size_t>i, &send.currency, 4)
+            memcpy(at + 44 * <size_t>count + 2 * <size_t>i, &send.code, 2)
+        work.count = count
+        return work
+
+    cdef int note_late(self, Work* work) noexcept nogil:
+        """Rows still IN_FLIGHT without a new send repeat an id whose saga is under way: wait for that saga."""
+        cdef Request* request = work.request
+        cdef uint32_t at, row, capacity
+        cdef LateWait* larger
+        for at in range(work.columns.count):
+            row = work.columns.rows[at] if work.columns.rows != NULL else at
+            if request.results[row] == IN_FLIGHT_WAITING:
+                request.results[row] = IN_FLIGHT
+            elif request.results[row] == IN_FLIGHT:
+                if self.late_count == self.late_capacity:
+                    capacity = 2 * self.late_capacity if self.late_capacity else 64
+                    larger = <LateWait*>realloc(self.late, capacity * sizeof(LateWait))
+                    if larger == NULL:
+                        return -1
+                    self.late, self.late_capacity = larger, capacity
+                self.late[self.late_count].request, self.late[self.late_count].row = request, row
+                memcpy(self.late[self.late_count].id, work.columns.ids + 16 * <size_t>row, 16)
+                self.late_count += 1
+                ducat_add_u32(&request.remaining, 1)
+        return 0
+
+    cdef int apply_credits(self, Work* work, Group* group) noexcept nogil:
+        """Saga step 2: credit or refuse, answer the source once that is durable."""
+        cdef CreditColumns columns
+        cdef size_t offset = group.events.length, n = work.count
+        cdef uint32_t count_before = group.events.count, i, refused = 0
+        cdef int code
+        cdef Work* outcome
+        cdef Refusal* refusal
+        columns.count = work.count
+        columns.amounts, columns.ids = work.data, work.data + 8 * n
+        columns.credit_ids, columns.currencies, columns.codes = work.data + 24 * n, work.data + 40 * n, work.data + 44 * n
+        code = self.engine.apply_credits(work.peer, work.number, &columns, <uint64_t>self.now(), self.credit_results,
+                                         &group.events)
+        if code == ENGINE_REFUSED:
+            self.core.gap_count += 1       # a delivery got lost on the way: the source's relay sends again from the cursor
+            return 0
+        if code < 0 or self.close_frame(group, offset, count_before) < 0:
+            return -1
+        for i in range(work.count):
+            refused += self.credit_results[i] != TRANSFER_OK
+        outcome = work_new(WORK_OUTCOMES, NULL)
+        if outcome == NULL:
+            return -1
+        outcome.peer, outcome.number, outcome.count = self.shard, work.number + work.count - 1, refused
+        outcome.position = self.engine.sequence()
+        if refused:
+            outcome.data = <uint8_t*>calloc(refused, sizeof(Refusal))
+            if outcome.data == NULL:
+                free(outcome)
+                return -1
+            refusal = <Refusal*>outcome.data
+            for i in range(work.count):
+                if self.credit_results[i] != TRANSFER_OK:
+                    refusal.number, refusal.result = work.number + i, self.credit_results[i]
+                    refusal += 1
+        group_deliver(group, work.peer, outcome)
+        return 0
+
+    cdef int apply_outcomes(self, Work* work, Group* group) noexcept nogil:
+        """Saga step 3: settle or return, and let the rows go that waited."""
+        cdef size_t offset = group.events.length
+        cdef uint32_t count_before = group.events.count, at = 0, i
+        cdef int code
+        cdef WaitRing* ring = &self.waiting[work.peer]
+        cdef Refusal* refusals = <Refusal*>work.data
+        cdef Waiting* waiting
+        cdef Work* forget
+        cdef uint8_t result
+        code = self.engine.apply_outcomes(work.peer, work.number, refusals, work.count, <uint64_t>self.now(), &group.events)
+        if code == ENGINE_REFUSED:
+            self.core.gap_count += 1
+            return 0
+        if code < 0 or self.close_frame(group, offset, count_before) < 0:
+            return -1
+        while ring.size and ring.first <= ring.last and ring.first <= work.number:
+            waiting = &ring.entries[ring.first & (ring.size - 1)]
+            result = TRANSFER_OK
+            while at < work.count and refusals[at].number < ring.first:
+                at += 1
+            if at < work.count and refusals[at].number == ring.first:
+                result = refusals[at].result
+            if waiting.request != NULL:
+                waiting.request.results[waiting.row] = result
+                ducat_max_u64(&waiting.request.positions[self.shard], self.engine.sequence())
+                ducat_max_u64(&waiting.request.positions[work.peer], work.position)
+                if group_done(group, waiting.request, 1) < 0:
+                    return -1
+            ring.first += 1
+        i = 0
+        while i < self.late_count:
+            result = self.engine.find_result(self.late[i].id)
+            if result == IN_FLIGHT:
+                i += 1
+                continue
+            self.late[i].request.results[self.late[i].row] = result
+            if group_done(group, self.late[i].request, 1) < 0:
+                return -1
+            self.late_count -= 1
+            self.late[i] = self.late[self.late_count]
+        if work.count:
+            forget = work_new(WORK_FORGET, NULL)
+            if forget == NULL:
+                return -1
+            forget.peer, forget.number = self.shard, work.number
+            group_deliver(group, work.peer, forget)
+        return 0
+
+    cdef int resend(self, Work* work, Group* group) noexcept nogil:
+        """Deliver everything unsettled to a destination again, from the engine's own queue: after a restart, or for a relay
+        that lost its connection."""
+        cdef uint64_t settled, last
+        self.engine.send_span(work.peer, &settled, &last)
+        if self.waiting[work.peer].size == 0:
+            self.waiting[work.peer].first = settled + 1
+            self.waiting[work.peer].last = settled
+            if last > settled and wait_reserve(&self.waiting[work.peer], last) < 0:
+                return -1
+            while self.waiting[work.peer].last < last:
+                self.waiting[work.peer].last += 1
+                self.waiting[work.peer].entries[
+                    self.waiting[work.peer].last & (self.waiting[work.peer].size - 1)].request = NULL
+            self.sent[work.peer] = last
+        return self.deliver_again(work.peer, settled + 1, last, group)
+
+    cdef int deliver_again(self, uint16_t destination, uint64_t number, uint64_t last, Group* group) noexcept nogil:
+        cdef uint32_t count
+        cdef Work* delivery
+        while number <= last:
+            count = self.engine.read_sends(destination, number, DELIVERY_ROWS_MAX, self.sends)
+            if count == 0:
+                return -1
+            delivery = self.pack_credits(count)
+            if delivery == NULL:
+                return -1
+            delivery.peer, delivery.number = self.shard, number
+            group_deliver(group, destination, delivery)
+            number += count
+        return 0
+
+    # ---- the sync thread ----
+
+    def sync_loop(self):
+        with nogil:
+            self.sync_run()
+
+    cdef void sync_run(self) noexcept nogil:
+        cdef ShardCore* core = &self.core
+        cdef Group* group
+        pthread_mutex_lock(&core.mutex)
+        while True:
+            if core.syncing == NULL:
+                if core.stopped or (core.apply_stopped and group_empty(core.current)):
+                    break
+                core.sync_idle = 1
+                if not core.applying:
+                    self.hand_over()
+                if core.syncing == NULL:
+                    pthread_cond_wait(&core.group_ready, &core.mutex)
+                    continue
+            core.sync_idle = 0
+            group = core.syncing
+            pthread_mutex_unlock(&core.mutex)
+            if self.commit(group) < 0:
+                self.fail()
+                pthread_mutex_lock(&core.mutex)
+                break
+            pthread_mutex_lock(&core.mutex)
+            core.syncing = NULL
+            if core.current.sealed or core.closing or core.current.events.length >= GROUP_BYTES_MAX \
+                    or core.current.frame_count >= GROUP_FRAMES_MAX:
+                pthread_cond_signal(&core.work_ready)
+        core.sync_stopped = 1
+        pthread_cond_broadcast(&core.work_ready)
+        pthread_mutex_unlock(&core.mutex)
+
+    cdef int commit(self, Group* group) noexcept nogil:
+        """Make a group durable, then tell everyone who waits for it."""
+        cdef uint32_t i
+        cdef Work* delivery
+        if group.frame_count:
+            for i in range(group.frame_count):
+                if self.log.append_frame(&group.frames[i].info, group.events.data + group.frames[i].offset) < 0:
+                    return -1
+            if self.log.sync_frames() < 0:
+                return -1
+            if ducat_load_int(&self.host.watching):
+                host_wake(self.host)
+        if group.sealed:
+            memcpy((<ImageInfo*>group.image.extra).hash, self.log._durable_hash, 16)
+        while group.deliveries != NULL:
+            delivery = group.deliveries
+            group.deliveries = delivery.next
+            host_deliver(self.host, <uint16_t>delivery.columns.count, delivery)
+        group.deliveries_tail = NULL
+        for i in range(group.done_count):
+            request_done(self.host, group.dones[i].request, group.dones[i].decrement)
+        group.done_count = group.frame_count = 0
+        group.events.length = 0
+        group.events.count = 0
+        group.sealed, group.image = 0, NULL
+        return 0
+
+    cdef void fail(self) noexcept nogil:
+        """Nothing further is applied or acknowledged by this process."""
+        ducat_store_int(&self.host.failed, 1)
+        pthread_mutex_lock(&self.core.mutex)
+        self.core.stopped = 1
+        pthread_cond_broadcast(&self.core.work_ready)
+        pthread_cond_broadcast(&self.core.group_ready)
+        pthread_mutex_unlock(&self.core.mutex)
+        pthread_mutex_lock(&self.host.mutex)
+        pthread_cond_broadcast(&self.host.finished)
+        pthread_mutex_unlock(&self.host.mutex)
+        host_wake(self.host)

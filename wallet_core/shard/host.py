@@ -1,0 +1,574 @@
+"""The asyncio face of a process's shards: awaitables, bounded back-pressure, one native batch per loop
+iteration.
+
+Transfers that are submitted in one iteration of the event loop travel to the shards as one batch, so that
+many single transfers share a frame and a sync. A caller that is cancelled does not stop its transfers: they
+were sent; sending them again with the same ids tells what became of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from kernel.errors import (
+    DucatError,
+    FailedPrecondition,
+    FieldViolation,
+    Internal,
+    InvalidArgument,
+    OutOfRange,
+    Unavailable,
+)
+from wallet_core.engine.codes import TransferFlags
+from wallet_core.event_log import DiskNearlyFull, LogGap, LogTail, delete_segments_below, segments
+from wallet_core.shard._host import ShardClock, ShardHost
+from wallet_core.shard.port import (
+    ROWS_MAX,
+    AccountRow,
+    AccountsResult,
+    AccountState,
+    BatchInvalid,
+    CurrencyTotals,
+    EventPage,
+    HostBusy,
+    HostClosed,
+    ReadResult,
+    RowsResult,
+    ShardHostConfig,
+    ShardStatus,
+    SnapshotInfo,
+    TransferRow,
+    shard_folder,
+)
+from wallet_core.shard.recovery import Progress, open_host
+from wallet_core.snapshot import SnapshotDamaged, SnapshotWriter, delete_older, read_header, snapshot_files
+
+__all__ = ["WalletHost"]
+
+_TAILS_KEPT = 32  # open positions in logs, for readers that come back for more
+_LINKED = int(TransferFlags.LINKED)
+
+
+class WalletHost:
+    """The shards of this process (satisfies `wallet_core.service.port.Host`). Create with `await
+    WalletHost.open(config)` and use from that event loop. `on_failure(error)` is called once when a shard is
+    poisoned: nothing will be acknowledged any more, the process must stop."""
+
+    def __init__(self, native: ShardHost, config: ShardHostConfig) -> None:
+        self._native, self._config = native, config
+        self._loop = asyncio.get_running_loop()
+        self._ticket = 0
+        self._futures: dict[int, asyncio.Future[Any]] = {}
+        self._gathered: list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]] = []
+        self._gathered_rows = 0
+        self._turn: deque[asyncio.Future[None]] = deque()
+        self._durable_waiters: list[tuple[int, int, asyncio.Future[int]]] = []
+        self._tails: dict[tuple[int, int], LogTail] = {}
+        self._tails_lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="wallet-image")
+        self._snapshot_locks = {shard: asyncio.Lock() for shard in native.shard_ids}
+        self._closed = False
+        self._failure: Exception | None = None
+        self.on_failure: Callable[[Exception], None] | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        config: ShardHostConfig,
+        *,
+        clock: ShardClock | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
+    ) -> WalletHost:
+        """Recover all shards (in threads; `progress` is called there) and start."""
+        native = await asyncio.get_running_loop().run_in_executor(
+            None, lambda: open_host(config, clock=clock, progress=progress)
+        )
+        host = cls(native, config)
+        host.on_failure = on_failure
+        host.start()
+        return host
+
+    def start(self) -> None:
+        """Start the shards' threads and listen for completions."""
+        self._native.start()
+        self._loop.add_reader(self._native.fileno(), self._drain)
+
+    async def close(self) -> None:
+        """Refuse new work, wait for what is under way, sync, stop the threads."""
+        if self._closed:
+            return
+        self._closed = True
+        self._flush()
+        for waiter in self._turn:
+            if not waiter.done():
+                waiter.set_exception(_unavailable("the wallet is shutting down"))
+        if self._futures and not self._native.failed:
+            await asyncio.wait(list(self._futures.values()), timeout=10)
+        self._threads.shutdown(wait=False)
+        self._loop.remove_reader(self._native.fileno())
+        await self._loop.run_in_executor(None, self._native.close)
+        for future in self._futures.values():
+            if not future.done():
+                future.set_exception(_unavailable("the wallet was shut down; send again with the same ids"))
+        self._futures.clear()
+
+    @property
+    def native(self) -> ShardHost:
+        """The pipeline beneath (status, tests, the relay)."""
+        return self._native
+
+    @property
+    def config(self) -> ShardHostConfig:
+        """What the host was opened with."""
+        return self._config
+
+    @property
+    def shard_count(self) -> int:
+        """Shards of the whole system."""
+        return self._native.shard_count
+
+    @property
+    def shard_ids(self) -> tuple[int, ...]:
+        """Shards of this process, ascending."""
+        return tuple(sorted(self._native.shard_ids))
+
+    # ---- transfers and accounts ----
+
+    async def transfer_batch(self, message: bytes | memoryview, *, wrapped: bool = False) -> bytes:
+        """A serialized TransferBatch in, a serialized TransferBatchResult out, once everything in it is
+        durable (and settled, unless the message says DURABLE). wrapped: SubmitTransfersRequest and -Response
+        around them. Raises InvalidArgument BATCH_INVALID, Unavailable SHARD_READ_ONLY."""
+        rows = len(message) // 56 + 1  # an upper bound: a row has at least 56 bytes
+        if self._must_wait(min(rows, ROWS_MAX), len(message)):
+            await self._wait_turn(min(rows, ROWS_MAX), len(message))
+        future = self._future()
+        try:
+            self._native.submit_message(self._ticket, message, wrapped=wrapped)
+        except Exception as error:
+            raise self._forget(error) from None
+        result: bytes = await future
+        return result
+
+    async def transfers(self, rows: Sequence[TransferRow]) -> bytes:
+        """One TransferResult byte a row (at most 8,190 rows). Linked chains stay whole. Raises
+        InvalidArgument BATCH_INVALID."""
+        return (await self.transfer_rows(rows)).codes
+
+    async def transfer_rows(self, rows: Sequence[TransferRow]) -> RowsResult:
+        """As `transfers`, with the positions in the shards' logs that include the rows."""
+        count = len(rows)
+        if self._must_wait(count, 128 * count):
+            await self._wait_turn(count, 128 * count)
+        if count == 0 or count > 256 or (rows[-1][4:5] and rows[-1][4] & _LINKED):
+            return await self._submit_rows(rows)  # an open chain must not reach into somebody else's rows
+        if self._gathered_rows + count > ROWS_MAX:
+            self._flush()
+        if not self._gathered:
+            self._loop.call_soon(self._flush)
+        future: asyncio.Future[RowsResult] = self._loop.create_future()
+        self._gathered.append((rows, future))
+        self._gathered_rows += count
+        return await future
+
+    async def create_accounts(self, rows: Sequence[AccountRow], *, update: bool = False) -> bytes:
+        """One AccountResult byte a row; a striped account is opened on every shard of this process."""
+        if self._must_wait(len(rows), 64 * len(rows)):
+            await self._wait_turn(len(rows), 64 * len(rows))
+        future = self._future()
+        try:
+            self._native.submit_accounts(self._ticket, rows, update=update)
+        except Exception as error:
+            raise self._forget(error) from None
+        result: AccountsResult = await future
+        return result.codes
+
+    async def accounts(self, ids: Sequence[bytes]) -> list[AccountState | None]:
+        """Accounts as they durably stand, None where there is none. Raises FailedPrecondition WRONG_SHARD."""
+        return list((await self.read_accounts(ids)).accounts)
+
+    async def read_accounts(self, ids: Sequence[bytes]) -> ReadResult:
+        """As `accounts`, with the positions that were seen. Any number of ids."""
+        found: list[AccountState | None] = []
+        positions: dict[int, Any] = {}
+        for at in range(0, len(ids), ROWS_MAX):
+            part = ids[at : at + ROWS_MAX]
+            self._owned(part)
+            if self._must_wait(len(part), 64 * len(part)):
+                await self._wait_turn(len(part), 64 * len(part))
+            future = self._future()
+            try:
+                self._native.submit_read(self._ticket, part)
+            except Exception as error:
+                raise self._forget(error) from None
+            result: ReadResult = await future
+            found += result.accounts
+            positions.update((position.shard, position) for position in result.positions)
+        return ReadResult(tuple(found), tuple(positions.values()))
+
+    async def transfer_results(self, ids: Sequence[bytes]) -> bytes:
+        """What became of transfers, as far as the shards here remember: one TransferResult byte an id, 0 =
+        not remembered."""
+        codes = b""
+        for at in range(0, len(ids), ROWS_MAX):
+            future = self._future()
+            try:
+                self._native.submit_results(self._ticket, ids[at : at + ROWS_MAX])
+            except Exception as error:
+                raise self._forget(error) from None
+            codes += await future
+        return codes
+
+    async def totals(self) -> list[CurrencyTotals]:
+        """Sums by currency over the shards of this process. Scans all accounts."""
+        future = self._future()
+        try:
+            self._native.submit_totals(self._ticket)
+        except Exception as error:
+            raise self._forget(error) from None
+        result: list[CurrencyTotals] = await future
+        return result
+
+    async def check_digests(self) -> dict[int, bool]:
+        """Recompute every shard's state digest from its accounts."""
+        future = self._future()
+        try:
+            self._native.submit_check(self._ticket)
+        except Exception as error:
+            raise self._forget(error) from None
+        result: dict[int, bool] = await future
+        return result
+
+    def account_keys(self, shard: int, ordinals: Sequence[int]) -> list[tuple[bytes, str]]:
+        """(id, currency) of accounts by their ordinals on a shard. Raises LookupError."""
+        return self._native.account_keys(shard, ordinals)
+
+    # ---- status, events ----
+
+    def shards(self) -> list[ShardStatus]:
+        """Where each shard stands."""
+        return list(self._native.shards())
+
+    def durable_sequence(self, shard: int) -> int:
+        """The number of the last durable event of a shard."""
+        return self._native.durable_sequence(shard)
+
+    async def wait_durable(self, shard: int, above: int, timeout_s: float) -> int:
+        """The durable sequence number once it is above `above`, or as it is after `timeout_s`."""
+        now = self._native.durable_sequence(shard)
+        if now > above or timeout_s <= 0 or self._failure is not None:
+            return now
+        future: asyncio.Future[int] = self._loop.create_future()
+        entry = (shard, above, future)
+        self._durable_waiters.append(entry)
+        self._native.watch(True)
+        self._loop.call_soon(self._drain)  # it may have moved before the watch began
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            return self._native.durable_sequence(shard)
+        finally:
+            if entry in self._durable_waiters:
+                self._durable_waiters.remove(entry)
+            if not self._durable_waiters:
+                self._native.watch(False)
+
+    def read_events(self, shard: int, from_sequence: int, limit: int) -> list[EventPage]:
+        """Durable events from `from_sequence` on, whole frames (the first one cut at from_sequence) until
+        `limit` events are reached. Blocks on the disk: call it in a thread. Raises OutOfRange
+        SEQUENCE_OUT_OF_RANGE."""
+        durable = self._native.durable_sequence(shard)
+        with self._tails_lock:
+            tail = self._tails.pop((shard, from_sequence), None)
+        if tail is None:
+            tail = LogTail(self._log_folder(shard), shard, from_sequence)
+        pages: list[EventPage] = []
+        total = 0
+        following = from_sequence
+        try:
+            while total < limit:
+                frames = tail.poll(durable, 1)
+                if not frames:
+                    break
+                frame = frames[0]
+                skip = max(0, from_sequence - frame.first_sequence)
+                record = len(frame.body) // frame.count
+                pages.append(
+                    EventPage(
+                        frame.first_sequence + skip, frame.count - skip, frame.timestamp_ns, frame.body[skip * record :]
+                    )
+                )
+                total += frame.count - skip
+                following = frame.last_sequence + 1
+        except LogGap as error:
+            raise OutOfRange(str(error), reason="SEQUENCE_OUT_OF_RANGE") from None
+        with self._tails_lock:
+            self._tails[(shard, following)] = tail
+            while len(self._tails) > _TAILS_KEPT:
+                del self._tails[next(iter(self._tails))]
+        return pages
+
+    def first_sequence(self, shard: int) -> int:
+        """The number of the oldest event that the log still has."""
+        return segments(self._log_folder(shard))[0]
+
+    # ---- snapshots ----
+
+    async def snapshot(self, shard: int) -> SnapshotInfo:
+        """Write a snapshot beside the running shard, then let go of snapshots and segments that are no
+        longer needed."""
+        async with self._snapshot_locks[shard]:
+            return await self._loop.run_in_executor(self._threads, self._write_snapshot, shard)
+
+    def snapshots(self, shard: int) -> list[SnapshotInfo]:
+        """Snapshots on disk, newest first; those whose header does not read back are left out."""
+        found = []
+        for one in snapshot_files(self._snapshot_folder(shard)):
+            try:
+                found.append(_info(one.path))
+            except SnapshotDamaged:
+                continue
+        return found
+
+    def _write_snapshot(self, shard: int) -> SnapshotInfo:
+        folder = self._snapshot_folder(shard)
+        writer = SnapshotWriter(folder, shard)
+        try:
+            self._native.image(shard, writer)
+        except BaseException:
+            writer.abandon()
+            raise
+        oldest = delete_older(folder, self._config.snapshots_kept)
+        if oldest:
+            delete_segments_below(self._log_folder(shard), oldest)
+        return _info(snapshot_files(folder)[0].path)
+
+    # ---- inside ----
+
+    def _log_folder(self, shard: int) -> Path:
+        return shard_folder(self._config.data_dir, shard) / "log"
+
+    def _snapshot_folder(self, shard: int) -> Path:
+        return shard_folder(self._config.data_dir, shard) / "snapshots"
+
+    def _owned(self, ids: Sequence[bytes]) -> None:
+        try:
+            foreign = self._native.foreign_shard(ids)
+        except BatchInvalid as error:
+            raise _mapped(error) from None
+        if foreign >= 0:
+            raise FailedPrecondition(
+                f"an account lives on shard {foreign}, this process owns {list(self.shard_ids)}; ask ListShards",
+                reason="WRONG_SHARD",
+                metadata={"shard": str(foreign)},
+            )
+
+    def _future(self) -> asyncio.Future[Any]:
+        if self._failure is not None:
+            raise _mapped(self._failure)
+        if self._closed:
+            raise _unavailable("the wallet is shutting down")
+        self._ticket += 1
+        future = self._futures[self._ticket] = self._loop.create_future()
+        return future
+
+    def _forget(self, error: Exception) -> DucatError:
+        """The last ticket was refused."""
+        self._futures.pop(self._ticket, None)
+        return _mapped(error)
+
+    def _must_wait(self, rows: int, size: int) -> bool:
+        native = self._native
+        held = native.rows_in_flight
+        return bool(self._turn) or (
+            (
+                held + self._gathered_rows + rows > native.rows_in_flight_max
+                or native.bytes_in_flight + size > native.bytes_in_flight_max
+            )
+            and held > 0
+        )
+
+    async def _wait_turn(self, rows: int, size: int) -> None:
+        """First come, first served, until there is room."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._turn.append(waiter)
+        try:
+            while True:
+                await waiter
+                native = self._native
+                if native.rows_in_flight == 0 or (
+                    native.rows_in_flight + self._gathered_rows + rows <= native.rows_in_flight_max
+                    and native.bytes_in_flight + size <= native.bytes_in_flight_max
+                ):
+                    return
+                fresh: asyncio.Future[None] = self._loop.create_future()
+                self._turn[self._turn.index(waiter)] = fresh
+                waiter = fresh
+        finally:
+            if waiter in self._turn:
+                self._turn.remove(waiter)
+            self._loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        if self._turn and not self._turn[0].done():
+            native = self._native
+            if (
+                native.rows_in_flight < native.rows_in_flight_max
+                and native.bytes_in_flight < native.bytes_in_flight_max
+            ):
+                self._turn[0].set_result(None)
+
+    def _flush(self) -> None:
+        """Everything gathered in this iteration of the loop becomes one native batch."""
+        gathered = self._gathered
+        if not gathered:
+            return
+        self._gathered, self._gathered_rows = [], 0
+        if len(gathered) == 1:
+            self._submit_alone(*gathered[0])
+            return
+        rows = [row for part, _ in gathered for row in part]
+        try:
+            future = self._future()
+            self._native.submit_rows(self._ticket, rows)
+        except HostBusy:
+            self._futures.pop(self._ticket, None)
+            self._loop.call_later(0.001, self._again, gathered)
+        except BatchInvalid:
+            self._futures.pop(self._ticket, None)
+            for part, one in gathered:  # only the caller whose row is wrong hears of it
+                self._submit_alone(part, one)
+        except Exception as error:
+            self._futures.pop(self._ticket, None)
+            for _, one in gathered:
+                if not one.done():
+                    one.set_exception(_mapped(error))
+        else:
+            future.add_done_callback(lambda done: _share(done, gathered))
+
+    def _again(self, gathered: list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]]) -> None:
+        for part, one in gathered:
+            self._gathered.append((part, one))
+            self._gathered_rows += len(part)
+            if self._gathered_rows > ROWS_MAX - 256:
+                self._flush()
+        self._flush()
+
+    def _submit_alone(self, rows: Sequence[TransferRow], one: asyncio.Future[RowsResult]) -> None:
+        try:
+            future = self._future()
+            self._native.submit_rows(self._ticket, rows)
+        except HostBusy:
+            self._futures.pop(self._ticket, None)
+            self._loop.call_later(0.001, self._submit_alone, rows, one)
+        except Exception as error:
+            self._futures.pop(self._ticket, None)
+            if not one.done():
+                one.set_exception(_mapped(error))
+        else:
+            future.add_done_callback(lambda done: _share(done, [(rows, one)]))
+
+    async def _submit_rows(self, rows: Sequence[TransferRow]) -> RowsResult:
+        self._flush()  # what came before stays before
+        future = self._future()
+        try:
+            self._native.submit_rows(self._ticket, rows)
+        except Exception as error:
+            raise self._forget(error) from None
+        result: RowsResult = await future
+        return result
+
+    def _drain(self) -> None:
+        """The eventfd is readable: hand out what is done."""
+        for ticket, result in self._native.completions():
+            future = self._futures.pop(ticket, None)
+            if future is None or future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(_mapped(result))
+            else:
+                future.set_result(result)
+        if self._durable_waiters:
+            for shard, above, waiting in self._durable_waiters:
+                now = self._native.durable_sequence(shard)
+                if now > above and not waiting.done():
+                    waiting.set_result(now)
+        if self._turn:
+            self._next_turn()
+        if self._native.failed and self._failure is None:
+            self._fail(self._native.failure() or HostClosed("a shard stopped"))
+
+    def _fail(self, error: Exception) -> None:
+        """Nothing that is under way will be acknowledged: its outcome is unknown until the restart."""
+        self._failure = error
+        for future in self._futures.values():
+            if not future.done():
+                future.set_exception(_mapped(error))
+        self._futures.clear()
+        for _, one in self._gathered:
+            if not one.done():
+                one.set_exception(_mapped(error))
+        self._gathered, self._gathered_rows = [], 0
+        for waiter in self._turn:
+            if not waiter.done():
+                waiter.set_exception(_mapped(error))
+        if self.on_failure is not None:
+            self.on_failure(error)
+
+
+def _share(
+    done: asyncio.Future[Any], gathered: Sequence[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]]
+) -> None:
+    """Cut one batch's result into its callers' parts."""
+    error = done.exception()
+    at = 0
+    for rows, one in gathered:
+        if not one.done():
+            if error is not None:
+                one.set_exception(error)
+            else:
+                result: RowsResult = done.result()
+                one.set_result(RowsResult(result.codes[at : at + len(rows)], result.positions, 0))
+        at += len(rows)
+
+
+def _info(path: Path) -> SnapshotInfo:
+    header = read_header(path)
+    return SnapshotInfo(
+        shard=header.shard,
+        sequence=header.sequence,
+        file_name=path.name,
+        size_bytes=header.file_bytes,
+        digest=header.digest,
+        create_time_ns=header.create_time_ns,
+    )
+
+
+def _unavailable(message: str) -> Unavailable:
+    return Unavailable(message, reason="UNAVAILABLE")
+
+
+def _mapped(error: Exception) -> DucatError:
+    """The one border between the shards' errors and those that callers see."""
+    if isinstance(error, DucatError):
+        return error
+    if isinstance(error, BatchInvalid):
+        return InvalidArgument(
+            f"the batch is malformed: {error}",
+            violations=[FieldViolation(error.field, error.reason)],
+            reason="BATCH_INVALID",
+        )
+    if isinstance(error, DiskNearlyFull):
+        return Unavailable(str(error), reason="SHARD_READ_ONLY")
+    if isinstance(error, HostBusy):
+        return Unavailable(str(error), reason="OVERLOADED")
+    if isinstance(error, MemoryError | TypeError | ValueError):
+        return Internal(f"{type(error).__name__}: {error}")
+    return _unavailable(str(error))

@@ -1,0 +1,176 @@
+"""Words of the shard host: its configuration, what it answers, and what it refuses.
+
+ShardHostError
+├── BatchInvalid(field, reason)     the caller's columns do not fit together; nothing was applied
+├── HostBusy                        the bound on rows or bytes under way is reached; wait for completions
+├── HostClosed                      not started, closed, or stopped by a poisoned shard
+├── ShardFailed(shard, reason)      an engine gave up; the process must stop and recover
+└── RecoveryFailed(file, offset, sequence_number, reason)   snapshot and log do not give their state
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from wallet_core.service.port import (
+    AccountRow,
+    AccountState,
+    EventPage,
+    ShardStatus,
+    SnapshotInfo,
+    TransferRow,
+    slot_of,
+)
+
+__all__ = [
+    "ROWS_MAX",
+    "SLOT_COUNT",
+    "AccountRow",
+    "AccountState",
+    "AccountsResult",
+    "BatchInvalid",
+    "CurrencyTotals",
+    "EventPage",
+    "HostBusy",
+    "HostClosed",
+    "ReadResult",
+    "RecoveryFailed",
+    "RowsResult",
+    "ShardFailed",
+    "ShardFigures",
+    "ShardHostConfig",
+    "ShardHostError",
+    "ShardPosition",
+    "ShardStatus",
+    "SnapshotInfo",
+    "TransferRow",
+    "default_shard_map",
+    "shard_folder",
+    "slot_of",
+]
+
+ROWS_MAX = 8190  # rows of one message: 8190 * 48 bytes of events stay below 384 KiB
+SLOT_COUNT = 4096
+
+
+class ShardHostError(Exception):
+    """Anything the shard host refuses or fails at."""
+
+
+class BatchInvalid(ShardHostError):
+    """The batch as a whole is malformed. Nothing was applied."""
+
+    def __init__(self, field_name: str, reason: str) -> None:
+        super().__init__(f"{field_name}: {reason}")
+        self.field, self.reason = field_name, reason
+
+
+class HostBusy(ShardHostError):
+    """Too many rows or bytes are under way. Take completions, then submit again."""
+
+
+class HostClosed(ShardHostError):
+    """The host takes no work."""
+
+
+class ShardFailed(ShardHostError):
+    """A shard's engine failed; its state is not to be trusted any more. The process must stop."""
+
+    def __init__(self, shard: int, reason: str) -> None:
+        super().__init__(f"shard {shard} failed: {reason}; restart to recover it from snapshot and log")
+        self.shard, self.reason = shard, reason
+
+
+class RecoveryFailed(ShardHostError):
+    """The log, though undamaged, does not lead to the state that it says it leads to."""
+
+    def __init__(self, file: str, offset: int, sequence_number: int, reason: str) -> None:
+        super().__init__(f"{file} at byte {offset}, event {sequence_number}: {reason}")
+        self.file, self.offset, self.sequence_number, self.reason = file, offset, sequence_number, reason
+
+
+def default_shard_map(shard_count: int) -> list[int]:
+    """Slot → shard, in equal contiguous ranges."""
+    return [slot * shard_count // SLOT_COUNT for slot in range(SLOT_COUNT)]
+
+
+def shard_folder(data_dir: Path, shard: int) -> Path:
+    """Where one shard keeps its log and snapshots."""
+    return data_dir / f"shard-{shard:04d}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHostConfig:
+    """One process's shards. `shard_ids` empty = all of `shard_count`."""
+
+    data_dir: Path
+    shard_count: int = 1
+    shard_ids: tuple[int, ...] = ()
+    shard_map: tuple[int, ...] = ()  # slot → shard; empty = equal ranges
+    segment_bytes: int = 256 * 1024 * 1024
+    reserve_bytes: int = 256 * 1024 * 1024
+    sync: bool = True  # False only for measurements: without it nothing is durable
+    id_window_ms: int = 7 * 24 * 3600 * 1000
+    id_count_max: int = 1 << 26
+    generation_ids: int = 1 << 20
+    snapshots_kept: int = 2
+    rows_in_flight_max: int = 64 * ROWS_MAX
+    bytes_in_flight_max: int = 64 * 1024 * 1024
+    engine_options: dict[str, int] = field(default_factory=dict)  # further engine parameters, by name
+
+
+class ShardPosition(NamedTuple):
+    """A place in one shard's log: the number of the last event that is included."""
+
+    shard: int
+    sequence_number: int
+
+
+class RowsResult(NamedTuple):
+    """`codes`: one TransferResult a row."""
+
+    codes: bytes
+    positions: tuple[ShardPosition, ...]
+    replayed_count: int
+
+
+class AccountsResult(NamedTuple):
+    """`codes`: one AccountResult a row."""
+
+    codes: bytes
+    positions: tuple[ShardPosition, ...]
+
+
+class ReadResult(NamedTuple):
+    """`accounts`: one a wanted id, None where there is none."""
+
+    accounts: tuple[AccountState | None, ...]
+    positions: tuple[ShardPosition, ...]
+
+
+class CurrencyTotals(NamedTuple):
+    """Sums over all owned shards. Σ balance + in_flight = 0 for every currency once nothing crosses to other
+    processes."""
+
+    currency: str
+    account_count: int
+    balance: int
+    in_flight: int
+    held_out: int
+    held_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFigures(ShardStatus):
+    """A shard's status with its inner figures."""
+
+    hold_count: int
+    id_count: int
+    unsettled_count: int
+    memory_bytes: int
+    sync_count: int
+    frame_count: int
+    queued_count: int
+    now_ns: int

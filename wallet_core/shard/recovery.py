@@ -1,0 +1,305 @@
+"""Bringing a shard back: newest good snapshot, then every frame behind it, each checked; then the log goes
+on.
+
+Rules: a snapshot that does not read back, or whose state does not have the digest it names, falls back to
+the one before it, at last to an empty engine and the whole log (if retention kept it). Every frame must
+continue the hash chain, must follow from the state (the engine checks each record), and must leave the state
+with the digest that it names. The tail rule is the event log's (`wallet_core.event_log.file`). Nothing is
+changed on disk before everything was read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from wallet_core.engine._engine import Engine
+from wallet_core.event_log import FileLog, FrameReader, LogDamaged, LogGap, lock_folder, open_log, settle_end
+from wallet_core.event_log.file import LogEnd, make_folder, sync_folder
+from wallet_core.shard._host import ShardClock, ShardHost, load_image_done, load_image_piece, replay_frames
+from wallet_core.shard.port import (
+    RecoveryFailed,
+    ShardHostConfig,
+    ShardHostError,
+    default_shard_map,
+    shard_folder,
+)
+from wallet_core.snapshot import SnapshotDamaged, SnapshotHeader, read_header, read_pieces, snapshot_files
+
+__all__ = ["Progress", "RecoveredShard", "ShardsMismatch", "load_snapshot", "open_host", "rebuild", "recover_shard"]
+
+_REPLAY_STEP_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a recovery is. `stage`: "snapshot" (done and total are bytes) or "replay" (events done; total
+    0 = unknown)."""
+
+    shard: int
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveredShard:
+    """A shard ready to serve. `skipped`: snapshots that could not be used, and why."""
+
+    shard: int
+    engine: Engine
+    log: FileLog
+    snapshot_sequence: int
+    replayed_events: int
+    seconds: float
+    tail_kept: str | None
+    skipped: tuple[str, ...]
+
+
+class ShardsMismatch(ShardHostError):
+    """The folder was made with another number of shards."""
+
+
+def new_engine(config: ShardHostConfig, shard: int) -> Engine:
+    """An empty engine with the configured window of ids."""
+    return Engine(
+        shard,
+        id_window_ms=config.id_window_ms,
+        id_count_max=config.id_count_max,
+        generation_ids=config.generation_ids,
+        **config.engine_options,
+    )
+
+
+def load_snapshot(path: Path, engine: Engine, progress: Callable[[Progress], None] | None = None) -> SnapshotHeader:
+    """Load a snapshot into an empty engine. Raises SnapshotDamaged; the engine is then of no use."""
+    header = read_header(path)
+    done = 0
+    for piece in read_pieces(path):
+        if not load_image_piece(engine, piece):
+            raise SnapshotDamaged(str(path), done, "the engine refuses a piece")
+        done += len(piece)
+        if progress is not None:
+            progress(Progress(header.shard, "snapshot", done, header.file_bytes))
+    if not load_image_done(engine):
+        raise SnapshotDamaged(str(path), 0, "the state does not have the digest that the image names")
+    if engine.state_digest() != header.digest or engine.status().sequence != header.sequence:
+        raise SnapshotDamaged(str(path), 0, "the state is not the one that the header names")
+    return header
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    engine: Engine
+    header: SnapshotHeader | None
+    skipped: tuple[str, ...]
+
+
+def _start_from(
+    config: ShardHostConfig,
+    shard: int,
+    folder: Path,
+    progress: Callable[[Progress], None] | None,
+    upto_sequence: int = 2**64 - 1,
+    upto_timestamp_ns: int = 2**64 - 1,
+) -> _Start:
+    """The newest snapshot at or below a bound that loads, else an empty engine."""
+    skipped: list[str] = []
+    for one in snapshot_files(folder / "snapshots"):
+        if one.sequence > upto_sequence:
+            continue
+        engine = new_engine(config, shard)
+        try:
+            header = read_header(one.path)
+            if header.timestamp_ns > upto_timestamp_ns:
+                continue
+            if header.shard != shard:
+                raise SnapshotDamaged(str(one.path), 8, f"it is of shard {header.shard}")
+            return _Start(engine, load_snapshot(one.path, engine, progress), tuple(skipped))
+        except SnapshotDamaged as error:
+            skipped.append(str(error))
+    return _Start(new_engine(config, shard), None, tuple(skipped))
+
+
+def recover_shard(
+    config: ShardHostConfig, shard: int, *, progress: Callable[[Progress], None] | None = None
+) -> RecoveredShard:
+    """Lock, load, replay, settle the tail, open for appending. Raises LogLocked, LogDamaged, LogGap,
+    RecoveryFailed, DiskNearlyFull, OSError."""
+    began = time.monotonic()
+    folder = shard_folder(config.data_dir, shard)
+    make_folder(folder / "log")
+    lock = lock_folder(folder)
+    try:
+        start = _start_from(config, shard, folder, progress)
+        engine, header = start.engine, start.header
+        events = 0
+
+        def visit(reader: FrameReader) -> None:
+            nonlocal events
+            more = True
+            while more:
+                _, count, more = replay_frames(engine, reader, bytes_max=_REPLAY_STEP_BYTES)
+                events += count
+                if progress is not None:
+                    progress(Progress(shard, "replay", events, 0))
+
+        try:
+            end = settle_end(
+                folder / "log",
+                shard,
+                from_sequence=header.sequence + 1 if header else 1,
+                from_hash=header.frame_hash if header else None,
+                visit=visit,
+            )
+        except LogGap as error:
+            if start.skipped:
+                raise LogDamaged(
+                    error.file, 0, f"{error}; no snapshot reads back: {'; '.join(start.skipped)}"
+                ) from error
+            raise
+        if end.next_sequence != engine.status().sequence + 1:
+            raise RecoveryFailed(
+                str(folder), 0, end.next_sequence, f"the log ends there, the engine is at {engine.status().sequence}"
+            )
+        log = open_log(
+            folder / "log",
+            shard,
+            end=end,
+            lock=lock,
+            segment_bytes=config.segment_bytes,
+            reserve_bytes=config.reserve_bytes,
+            sync=config.sync,
+        )
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(lock)
+        raise
+    return RecoveredShard(
+        *(shard, engine, log, header.sequence if header else 0, events, time.monotonic() - began),
+        *(end.tail_kept, start.skipped),
+    )
+
+
+def rebuild(
+    config: ShardHostConfig,
+    shard: int,
+    *,
+    upto_sequence: int = 2**64 - 1,
+    upto_timestamp_ns: int = 2**64 - 1,
+    from_scratch: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[Engine, LogEnd]:
+    """A shard's state as of a sequence number or a time (unix ns), from snapshot and log, without locking or
+    changing anything: for balances as of then, for `verify` (from_scratch=True replays every frame that is
+    kept), for tools beside a live server. The state is that of the last whole frame at or before the bound.
+    Raises as `recover_shard` does."""
+    folder = shard_folder(config.data_dir, shard)
+    bound = (upto_sequence, upto_timestamp_ns)
+    start = (
+        _Start(new_engine(config, shard), None, ())
+        if from_scratch
+        else _start_from(config, shard, folder, progress, *bound)
+    )
+    engine, header = start.engine, start.header
+    events = 0
+
+    def visit(reader: FrameReader) -> None:
+        nonlocal events
+        more = True
+        while more:
+            _, count, more = replay_frames(
+                engine,
+                reader,
+                upto_sequence=upto_sequence,
+                upto_timestamp_ns=upto_timestamp_ns,
+                bytes_max=_REPLAY_STEP_BYTES,
+            )
+            events += count
+            if progress is not None:
+                progress(Progress(shard, "replay", events, 0))
+
+    from wallet_core.event_log.file import open_reader
+
+    reader = open_reader(
+        folder / "log",
+        shard,
+        header.sequence + 1 if header else 1,
+        from_hash=header.frame_hash if header else None,
+    )
+    if reader is None:
+        return engine, LogEnd(engine.status().sequence + 1, bytes(16), 0, 0, 0, 0, None)
+    visit(reader)
+    if reader.damage is not None:
+        raise LogDamaged(reader.file, reader.offset, reader.damage)
+    end = LogEnd(
+        *(reader.next_sequence, reader.last_hash or bytes(16), reader.epoch, reader.timestamp_ns),
+        *(reader.segment_first, reader.offset, None),
+    )
+    return engine, end
+
+
+def open_host(
+    config: ShardHostConfig,
+    *,
+    clock: ShardClock | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> ShardHost:
+    """Recover this process's shards, several at a time, and make a host of them (not started yet). Raises
+    what `recover_shard` raises, and ShardsMismatch."""
+    shard_ids = config.shard_ids or tuple(range(config.shard_count))
+    _check_manifest(config)
+    recovered: list[RecoveredShard] = []
+    try:
+        with ThreadPoolExecutor(max_workers=min(len(shard_ids), os.cpu_count() or 1)) as pool:
+            futures = [pool.submit(recover_shard, config, shard, progress=progress) for shard in shard_ids]
+            errors = []
+            for future in futures:
+                try:
+                    recovered.append(future.result())
+                except BaseException as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
+        host = ShardHost(
+            [(one.shard, one.engine, one.log) for one in recovered],
+            shard_count=config.shard_count,
+            shard_map=config.shard_map or default_shard_map(config.shard_count),
+            clock=clock,
+            config=config,
+            rows_in_flight_max=config.rows_in_flight_max,
+            bytes_in_flight_max=config.bytes_in_flight_max,
+        )
+    except BaseException:
+        for one in recovered:
+            one.log.close()
+        raise
+    for one in recovered:
+        host.note_snapshot(one.shard, one.snapshot_sequence)
+    return host
+
+
+def _check_manifest(config: ShardHostConfig) -> None:
+    """`wallet.json` keeps the number of shards that the folder was made for: slots must not move under
+    existing data."""
+    make_folder(config.data_dir)
+    path = config.data_dir / "wallet.json"
+    if not path.exists():
+        temporary = config.data_dir / f"wallet.json.{os.getpid()}"
+        temporary.write_text(json.dumps({"format": 1, "shard_count": config.shard_count}) + "\n")
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+        sync_folder(config.data_dir)
+    found = json.loads(path.read_text())
+    if found.get("shard_count") != config.shard_count:
+        raise ShardsMismatch(
+            f"{config.data_dir} was made for {found.get('shard_count')} shards, {config.shard_count} are configured; "
+            f"the number is fixed once data exist"
+        )

@@ -1,0 +1,24 @@
+"""Snapshots of a shard: the file format, writing beside a running shard, reading back with every check."""
+
+from wallet_core.snapshot.file import (
+    SnapshotFile,
+    SnapshotWriter,
+    check,
+    delete_older,
+    read_header,
+    read_pieces,
+    snapshot_files,
+)
+from wallet_core.snapshot.format import SnapshotDamaged, SnapshotHeader
+
+__all__ = [
+    "SnapshotDamaged",
+    "SnapshotFile",
+    "SnapshotHeader",
+    "SnapshotWriter",
+    "check",
+    "delete_older",
+    "read_header",
+    "read_pieces",
+    "snapshot_files",
+]

@@ -1,0 +1,250 @@
+"""Snapshots on disk: written atomically beside a running shard, listed, checked, read back, and not too many
+of them."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from wallet_core.event_log import crc32c
+from wallet_core.event_log.file import make_folder, sync_folder
+from wallet_core.snapshot.format import (
+    HEADER_BYTES,
+    PIECE_BYTES_MAX,
+    PIECE_HEADER,
+    TRAILER_BYTES,
+    SnapshotDamaged,
+    SnapshotHeader,
+    pack_header,
+    pack_trailer,
+    unpack_header,
+)
+
+_BLOCK = 4096
+_BUFFER_BYTES = 8 * 1024 * 1024
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFile:
+    """One finished snapshot in a folder, not yet checked."""
+
+    path: Path
+    sequence: int
+    size_bytes: int
+
+
+def snapshot_files(folder: Path) -> list[SnapshotFile]:
+    """Finished snapshots, newest first."""
+    found = []
+    if folder.is_dir():
+        for entry in folder.iterdir():
+            if entry.suffix == ".snap" and len(entry.stem) == 20 and entry.stem.isdigit():
+                found.append(SnapshotFile(entry, int(entry.stem), entry.stat().st_size))
+    return sorted(found, key=lambda one: -one.sequence)
+
+
+class SnapshotWriter:
+    """Writes one snapshot: `begin`, `add` each piece, `finish`. Nothing is visible before `finish` returns;
+    `abandon` (or a crash) leaves at most a `.building` file, which the next writer removes. Past the page
+    cache where possible, so that a gigabyte of snapshot does not push a server's memory out. Use one writer
+    a folder at a time."""
+
+    def __init__(self, folder: Path, shard: int) -> None:
+        self._folder, self._shard = folder, shard
+        self._descriptor = -1
+        self._path = folder
+        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+        self._written = 0
+        self._pieces = 0
+        self._pieces_crc = 0
+        self._first_block = b""
+        self._begun: tuple[int, int, int, bytes] | None = None
+        self.file_bytes = 0
+
+    def begin(self, sequence: int, timestamp_ns: int, epoch: int, digest: bytes) -> None:
+        """The state that the pieces will be of."""
+        if not self._folder.is_dir():
+            make_folder(self._folder)
+        for left in self._folder.glob("*.building"):
+            left.unlink()
+        self._begun = (sequence, timestamp_ns, epoch, digest)
+        self._path = self._folder / f"{sequence:020d}.building"
+        self._descriptor = _open_direct(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self._put(bytes(HEADER_BYTES))
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """The next piece of the image (at most 8 MiB)."""
+        length = len(piece)
+        if not 0 < length <= PIECE_BYTES_MAX:
+            raise ValueError(f"a piece has 1 to {PIECE_BYTES_MAX} bytes, not {length}")
+        crc = crc32c(piece)
+        self._put(PIECE_HEADER.pack(length, crc))
+        self._put(piece)
+        self._put(bytes(-length % 8))
+        self._pieces_crc = crc32c(crc.to_bytes(4, "little"), self._pieces_crc)
+        self._pieces += 1
+
+    def finish(self, frame_hash: bytes) -> Path:
+        """Header, sync, rename, sync of the folder. Returns the snapshot's path."""
+        assert self._begun is not None, "begin comes first"
+        sequence, timestamp_ns, epoch, digest = self._begun
+        size = self._written + self._filled + TRAILER_BYTES
+        self._put(pack_trailer(self._pieces, size, self._pieces_crc))
+        header = pack_header(
+            SnapshotHeader(
+                *(self._shard, epoch, sequence, timestamp_ns, digest, frame_hash, self._pieces, size),
+                *(time.time_ns(), self._pieces_crc),
+            )
+        )
+        self._flush(last=True)
+        final = self._folder / f"{sequence:020d}.snap"
+        descriptor = os.open(self._path, os.O_RDWR)  # the header is no whole block: through the page cache
+        try:
+            os.ftruncate(descriptor, size)
+            os.pwrite(descriptor, header, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(self._path, final)
+        sync_folder(self._folder)
+        self.file_bytes = size
+        self._close()
+        return final
+
+    def abandon(self) -> None:
+        """Give up; removes what was written."""
+        if self._descriptor >= 0:
+            self._close()
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        at = 0
+        while at < len(data):
+            part = min(len(data) - at, _BUFFER_BYTES - self._filled)
+            self._view[self._filled : self._filled + part] = data[at : at + part]
+            self._filled += part
+            at += part
+            if self._filled == _BUFFER_BYTES:
+                self._flush()
+
+    def _flush(self, *, last: bool = False) -> None:
+        length = self._filled
+        if last and length % _BLOCK:
+            padded = length + -length % _BLOCK
+            self._view[length:padded] = bytes(padded - length)
+            length = padded
+        done = 0
+        while done < length:
+            done += os.pwrite(self._descriptor, self._view[done:length], self._written + done)
+        self._written += length
+        self._filled = 0
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
+        self._view.release()
+        self._buffer.close()
+
+
+def read_header(path: Path) -> SnapshotHeader:
+    """The header alone. Raises SnapshotDamaged."""
+    with open(path, "rb") as file:
+        return unpack_header(file.read(HEADER_BYTES), str(path))
+
+
+def read_pieces(path: Path) -> Iterator[memoryview]:
+    """Every piece in order, each checked before it is given out; a view lives until the next one. The
+    trailer is checked after the last piece. Raises SnapshotDamaged."""
+    name = str(path)
+    header = read_header(path)
+    size = path.stat().st_size
+    if size != header.file_bytes:
+        raise SnapshotDamaged(name, min(size, header.file_bytes), f"{size} bytes, the header says {header.file_bytes}")
+    descriptor = _open_direct(path, os.O_RDONLY)
+    buffer = mmap.mmap(-1, 2 * PIECE_BYTES_MAX)
+    view = memoryview(buffer)
+    base = filled = 0
+
+    def need(at: int, length: int) -> memoryview:
+        nonlocal base, filled
+        if at + length > size:
+            raise SnapshotDamaged(name, at, "the file ends inside a piece")
+        if at < base or at + length > base + filled:
+            base, filled = at - at % _BLOCK, 0
+            while base + filled < at + length:
+                got = os.preadv(descriptor, [view[filled:]], base + filled)
+                if got == 0:
+                    raise SnapshotDamaged(name, base + filled, "the file ends inside a piece")
+                filled += got
+                if got % _BLOCK:
+                    break
+        return view[at - base : at - base + length]
+
+    try:
+        at, pieces_crc = HEADER_BYTES, 0
+        for _ in range(header.piece_count):
+            length, crc = PIECE_HEADER.unpack(need(at, PIECE_HEADER.size))
+            if not 0 < length <= PIECE_BYTES_MAX:
+                raise SnapshotDamaged(name, at, f"a piece of {length} bytes cannot be")
+            piece = need(at + PIECE_HEADER.size, length)
+            if crc32c(piece) != crc:
+                raise SnapshotDamaged(name, at, "a piece does not match its checksum")
+            pieces_crc = crc32c(crc.to_bytes(4, "little"), pieces_crc)
+            yield piece
+            padding = bytes(need(at + PIECE_HEADER.size + length, -length % 8))
+            if any(padding):
+                raise SnapshotDamaged(name, at, "padding that is not zero")
+            at += PIECE_HEADER.size + length + -length % 8
+        trailer = bytes(need(at, TRAILER_BYTES))
+        if (
+            pieces_crc != header.pieces_crc
+            or trailer != pack_trailer(header.piece_count, header.file_bytes, pieces_crc)
+            or at + TRAILER_BYTES != size
+        ):
+            raise SnapshotDamaged(name, at, "the trailer does not match the pieces")
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(BufferError):  # a caller may still hold the last view
+            view.release()
+            buffer.close()
+
+
+def check(path: Path, progress: Callable[[int, int], None] | None = None) -> SnapshotHeader:
+    """Read a whole snapshot and check every checksum; `progress(bytes done, bytes of all)`. Raises
+    SnapshotDamaged."""
+    header = read_header(path)
+    done = HEADER_BYTES
+    for piece in read_pieces(path):
+        done += len(piece)
+        if progress is not None:
+            progress(done, header.file_bytes)
+    return header
+
+
+def delete_older(folder: Path, keep: int) -> int:
+    """Keep the newest `keep` snapshots (at least 2, because a bad one falls back to the one before). Returns
+    the sequence number of the oldest one kept, 0 if fewer than `keep` exist: the log must reach back to
+    it."""
+    keep = max(keep, 2)
+    files = snapshot_files(folder)
+    for old in files[keep:]:
+        old.path.unlink()
+    if len(files) > keep:
+        sync_folder(folder)
+    return files[keep - 1].sequence if len(files) >= keep else 0
+
+
+def _open_direct(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | _O_DIRECT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        return os.open(path, flags | os.O_CLOEXEC, 0o644)
