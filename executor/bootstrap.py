@@ -91,7 +91,9 @@ def adapters_of(settings: Settings) -> dict[str, PspAdapter]:
     for psp in settings.psps:
         make = ADAPTERS.get(psp.adapter)
         if make is None:
-            raise SettingsInvalid(f"psps: {psp.name}: no adapter {psp.adapter!r}; there are: {', '.join(sorted(ADAPTERS))}")
+            raise SettingsInvalid(
+                f"psps: {psp.name}: no adapter {psp.adapter!r}; there are: {', '.join(sorted(ADAPTERS))}"
+            )
         adapters[psp.name] = make(_config(psp, settings))
     return adapters
 

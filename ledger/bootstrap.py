@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ducat.ledger.v1 import ledger_pb2_grpc
 from ledger.adapters.bus import BATCH_MAX, GROUP, TOPIC, LedgerConsumer
-from ledger.adapters.grpc_server import SCOPES, SERVICE_NAME, LedgerServicer
+from ledger.adapters.grpc_server import SCOPES, SERVICE_NAME, LedgerServicer, add_to_server
 from ledger.adapters.postgres import PostgresJournal
 from ledger.service import PostFacts, ReadLedger
 from runtime.process import Process
@@ -23,8 +22,6 @@ async def main() -> None:
         process.spawn(bus.consume(TOPIC, GROUP, consumer.handle, batch_max=BATCH_MAX), name="payment-events")
         await process.serve_grpc(
             settings.ledger_listen,
-            servicers=[
-                (LedgerServicer(ReadLedger(journal)), ledger_pb2_grpc.add_LedgerServiceServicer_to_server, SERVICE_NAME)
-            ],
+            servicers=[(LedgerServicer(ReadLedger(journal)), add_to_server, SERVICE_NAME)],
             scopes=SCOPES,
         )

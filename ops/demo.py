@@ -16,11 +16,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urljoin
 
 import aiohttp
@@ -52,6 +52,9 @@ PAYOUT_STATES_FINAL = frozenset(
     }
 )
 PAID_STATES = frozenset({payment_pb2.PAYMENT_ORDER_STATE_SUCCESS})
+
+
+Seen = TypeVar("Seen")
 
 
 class EventRefused(Exception):
@@ -216,9 +219,7 @@ async def run_checkout(platform: Platform, body: bytes, *, log: Callable[[str], 
         await _play_buyer(http, client, checkout_id)
         payment = await _wait(lambda: _payment_if_done(client, checkout_id), f"payment {checkout_id} to be done")
         await _wait(lambda: _captures_landed(client, payment), "wallets and ledger to have every paid order")
-        payouts, note = [], ""
-        if pay_out:
-            payouts, note = await _pay_half_out(client, payment)
+        payouts, note = await _pay_half_out(client, payment) if pay_out else ([], "")
         outcome = await _wait(lambda: _outcome_if_settled(client, payment), "the wallets to agree with the ledger")
         outcome.payouts, outcome.note = payouts, note
         references = [order.payment_order_id for order in payment.payment_orders] + [
@@ -327,14 +328,18 @@ async def _captures_landed(client: ducat.aio.Client, payment: payment_pb2.Paymen
             )
             if not found.journal_entries:
                 return False
-    expected: dict[str, int] = {}
-    for order in payment.payment_orders:
-        if order.state in PAID_STATES:
-            name = names.seller_wallet(order.seller_account, order.amount.currency_code)
-            expected[name] = expected.get(name, 0) + order.amount.amount_minor
-    accounts = (await client.wallet.get_accounts(wallet_pb2.GetAccountsRequest(names=list(expected)))).accounts
+    wallets = {
+        names.seller_wallet(order.seller_account, order.amount.currency_code)
+        for order in payment.payment_orders
+        if order.state in PAID_STATES
+    }
+    accounts = (await client.wallet.get_accounts(wallet_pb2.GetAccountsRequest(names=sorted(wallets)))).accounts
     balances = {account.name: account.balance_minor for account in accounts}
-    return all(balances.get(name, 0) >= amount for name, amount in expected.items())
+    for name in wallets:
+        account = (await client.ledger.get_account(ledger_pb2.GetAccountRequest(name=name))).account
+        if balances.get(name) != account.credit_minor - account.debit_minor:
+            return False
+    return True
 
 
 async def _pay_half_out(client: ducat.aio.Client, payment: payment_pb2.Payment) -> tuple[list[payout_pb2.Payout], str]:
@@ -437,7 +442,7 @@ async def read_books(client: ducat.aio.Client) -> Books:
     return Books(wallets=wallets, ledger=ledger, trial_balance=trial_balance, held=held)
 
 
-async def _wait(look: Callable[[], Any], what: str) -> Any:
+async def _wait(look: Callable[[], Awaitable[Seen | None]], what: str) -> Seen:
     """Looks until there is something to see."""
     deadline = time.monotonic() + WAIT_S_MAX
     while True:
@@ -455,11 +460,11 @@ async def _wait(look: Callable[[], Any], what: str) -> Any:
 
 
 def order_state(state: int) -> str:
-    return payment_pb2.PaymentOrderState.Name(state).removeprefix("PAYMENT_ORDER_STATE_")  # type: ignore[arg-type]
+    return payment_pb2.PaymentOrderState.Name(state).removeprefix("PAYMENT_ORDER_STATE_")
 
 
 def payout_state(state: int) -> str:
-    return payout_pb2.PayoutState.Name(state).removeprefix("PAYOUT_STATE_")  # type: ignore[arg-type]
+    return payout_pb2.PayoutState.Name(state).removeprefix("PAYOUT_STATE_")
 
 
 def _print_outcome(outcome: Outcome, seconds: float) -> None:

@@ -277,6 +277,7 @@ class Platform:
             "DUCAT_DATABASE_URL": self.database_url,
             "DUCAT_REDIS_URL": self.redis_url,
             "PYTHONUNBUFFERED": "1",
+            "GRPC_VERBOSITY": "ERROR",
         }
 
     # One process

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -471,9 +472,12 @@ async def _rebuild(session: _Session) -> int:
 
 
 def _restore(args: argparse.Namespace, settings: Settings) -> int:
-    from wallet_core.restore import restore_shard
+    from wallet_core.adapters.restore import restore_shard
+    from wallet_core.bootstrap import host_config
 
-    target = args.target or Path(settings.data_dir) / "wallet"
+    config = host_config(settings)
+    if args.target:
+        config = replace(config, data_dir=args.target)
     progress: _Progress | None = None
 
     def note(what: str, at: int, end: int) -> None:
@@ -484,7 +488,7 @@ def _restore(args: argparse.Namespace, settings: Settings) -> int:
             progress = _Progress(what, end, quiet=args.json)
         progress.at(at)
 
-    report = restore_shard(args.source, target, args.shard, dry_run=args.dry_run, note=note)
+    report = restore_shard(config, args.source, args.shard, dry_run=args.dry_run, note=note)
     if progress is not None:
         progress.end()
     if args.json:

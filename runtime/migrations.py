@@ -58,7 +58,10 @@ async def migrate(dsn: str, room: str) -> str:
         "--migration-lock",
         f"--migration-lock-timeout={LOCK_TIMEOUT}",
         "migrate",
-        env={"PATH": os.environ.get("PATH", ""), "DATABASE_URL": dbmate_url(dsn)},  # not in the arguments: they show in `ps`
+        env={
+            "PATH": os.environ.get("PATH", ""),
+            "DATABASE_URL": dbmate_url(dsn),
+        },  # not in the arguments: they show in `ps`
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -116,7 +116,10 @@ class OutboxRelay:
                 delay = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
                 failures += 1
                 _log.warning(
-                    "outbox relay starts again", schema=self._schema, error=f"{type(error).__name__}: {error}", delay_s=delay
+                    "outbox relay starts again",
+                    schema=self._schema,
+                    error=f"{type(error).__name__}: {error}",
+                    delay_s=delay,
                 )
                 if isinstance(error, asyncpg.InterfaceError) and self._pool.is_closing():
                     raise
@@ -136,7 +139,8 @@ class OutboxRelay:
             connection.terminate()
 
     async def _become_active(self, connection: Any) -> None:
-        while not await connection.fetchval("SELECT pg_try_advisory_lock($1, hashtext($2))", _LOCK_NAMESPACE, self._schema):
+        ask = "SELECT pg_try_advisory_lock($1, hashtext($2))"
+        while not await connection.fetchval(ask, _LOCK_NAMESPACE, self._schema):  # noqa: ASYNC110 - held by another process
             await asyncio.sleep(TAKEOVER_INTERVAL_S)
         self.is_active = True
         _log.info("outbox relay is active", schema=self._schema)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
@@ -61,8 +61,12 @@ async def create_pool(
     application_name: str = "",
     wait_s: float = 60.0,
     init: Callable[[Connection], Awaitable[None]] | None = None,
+    server_settings: Mapping[str, str] | None = None,
 ) -> Pool:
-    """A pool whose connections see only `schema`. Waits with backoff up to `wait_s` for the server, then raises Unavailable."""
+    """A pool whose connections see only `schema`. Waits with backoff up to `wait_s` for the server, then raises Unavailable.
+
+    `server_settings` are added to our own, such as planner settings that a room needs.
+    """
 
     async def attempt() -> Pool:
         pool: Pool = await asyncpg.create_pool(
@@ -74,7 +78,8 @@ async def create_pool(
             max_cached_statement_lifetime=0,
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=COMMAND_TIMEOUT_S,
-            server_settings=_server_settings(schema, application_name or f"ducat-{schema}"),
+            server_settings=_server_settings(schema, application_name or f"ducat-{schema}")
+            | dict(server_settings or {}),
             init=init,
             reset=_reset,
         )
@@ -115,7 +120,7 @@ async def transaction(
     failures = 0
     while True:
         try:
-            async with pool.acquire() as connection, connection.transaction(isolation=isolation):  # type: ignore[arg-type]
+            async with pool.acquire() as connection, connection.transaction(isolation=isolation):
                 return await fn(connection)
         except _CONFLICTS as error:
             failures += 1

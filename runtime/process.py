@@ -218,13 +218,17 @@ class Process:
 
     # --- dependencies
 
-    async def postgres(self, schema: str) -> asyncpg.Pool:
+    async def postgres(self, schema: str, *, server_settings: Mapping[str, str] | None = None) -> asyncpg.Pool:
         """A pool with search_path ``schema``; waits for the database; refuses to start when migrations are missing."""
         from runtime import migrations, postgres
 
         dsn = self._need("database_url")
         pool = await postgres.create_pool(
-            dsn, schema, max_size=self.settings.postgres_connections_max, application_name=f"ducat-{self.name}"
+            dsn,
+            schema,
+            max_size=self.settings.postgres_connections_max,
+            application_name=f"ducat-{self.name}",
+            server_settings=server_settings,
         )
         self.on_close("postgres", pool.close)
         missing = await migrations.pending(pool, schema)

@@ -38,7 +38,10 @@ _PAGE_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
-    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'",
+    ),
 )
 _KINDS = {"payment_intents": "payment_intent", "refunds": "refund", "payouts": "payout"}
 _REFERENCE_PARAMS = {"payment_intents": "payment_order_id", "refunds": "refund_id", "payouts": "your_reference_id"}
@@ -89,7 +92,9 @@ class SandboxApi:
             return
         except Exception:
             _logger.exception("request failed", path=scope["path"])
-            response = _refusal(ApiError(500, "api_error", "internal", "a bug of the sandbox; its log has the traceback"))
+            response = _refusal(
+                ApiError(500, "api_error", "internal", "a bug of the sandbox; its log has the traceback")
+            )
         length = (b"content-length", str(len(response.body)).encode())
         await send({"type": "http.response.start", "status": response.status, "headers": [*response.headers, length]})
         await send({"type": "http.response.body", "body": response.body})
@@ -213,7 +218,9 @@ class SandboxApi:
             case ["healthz"] if request.method == "GET":
                 return _json({"status": "ok"})
             case [""] if request.method == "GET":
-                return _html(200, pages.index_page(sorted(self._names), self._store.count(), self._deliveries.pending_count))
+                return _html(
+                    200, pages.index_page(sorted(self._names), self._store.count(), self._deliveries.pending_count)
+                )
             case ["_control", "faults"]:
                 return self._control_faults(request)
             case ["_control", "pending"] if request.method == "GET":
@@ -265,7 +272,9 @@ async def _body(receive: Receive) -> bytes:
         message = await receive()
         body += message.get("body", b"")
     if len(body) > BODY_BYTES_MAX:
-        raise ApiError(413, "invalid_request_error", "body_too_large", f"the body is larger than {BODY_BYTES_MAX} bytes")
+        raise ApiError(
+            413, "invalid_request_error", "body_too_large", f"the body is larger than {BODY_BYTES_MAX} bytes"
+        )
     return body
 
 

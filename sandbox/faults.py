@@ -44,13 +44,11 @@ class Faults:
     def of(self, reference: str, header: str, metadata: Mapping[str, str]) -> frozenset[str]:
         """The faults that this request meets."""
         asked = header or metadata.get("sandbox_fault", "")
-        if not asked and not self.rates and not self.slow_ms and "fault-" not in reference:
+        lowered = reference.lower()
+        if not asked and not self.rates and not self.slow_ms and "fault-" not in lowered:
             return _NONE
         met = {name for name in (part.strip().replace("-", "_") for part in asked.split(",")) if name in NAMES}
-        lowered = reference.lower()
-        met.update(
-            name for name in NAMES if f"fault-{name}" in lowered or f"fault-{name.replace('_', '-')}" in lowered
-        )
+        met.update(name for name in NAMES if f"fault-{name}" in lowered or f"fault-{name.replace('_', '-')}" in lowered)
         met.update(name for name, rate in self.rates.items() if self._draw(name, reference) < rate)
         if self.slow_ms:
             met.add("slow")

@@ -77,7 +77,9 @@ def _summary(intent: Stored, tag: str, verb: str) -> str:
 
 
 def _brand(psp: str) -> str:
-    return f'<div class="brand"><span>{escape(psp.capitalize())} payments</span><span class="badge">Test mode</span></div>'
+    return (
+        f'<div class="brand"><span>{escape(psp.capitalize())} payments</span><span class="badge">Test mode</span></div>'
+    )
 
 
 def payment_page(psp: str, intent: Stored, *, error: str = "") -> bytes:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-
 from kernel.money import Money
 from sandbox import rules
 from sandbox.faults import Faults
@@ -140,14 +139,20 @@ class SandboxPsp:
             return _replay(before, _fingerprint(params))
         intent = self._store.get(psp.name, "payment_intent", fields["payment_intent"])
         if intent is None:
-            raise ApiError(404, "invalid_request_error", "resource_missing", "no such payment intent", param="payment_intent")
+            raise ApiError(
+                404, "invalid_request_error", "resource_missing", "no such payment intent", param="payment_intent"
+            )
         if intent.status != "succeeded":
             raise ApiError(400, "invalid_request_error", "intent_unexpected_state", f"the intent is {intent.status}")
         left = intent.body["amount"] - int(intent.private.get("refunded", 0))
         amount = left if fields["amount"] is None else fields["amount"]
         if not 0 < amount <= left:
             raise ApiError(
-                400, "invalid_request_error", "amount_too_large", f"{amount} is more than is left ({left})", param="amount"
+                400,
+                "invalid_request_error",
+                "amount_too_large",
+                f"{amount} is more than is left ({left})",
+                param="amount",
             )
         body = {
             "amount": amount,
@@ -197,7 +202,9 @@ class SandboxPsp:
     def get(self, psp: PspName, kind: str, object_id: str) -> Stored:
         stored = self._store.get(psp.name, kind, object_id)
         if stored is None or stored.status == "refused":
-            raise ApiError(404, "invalid_request_error", "resource_missing", f"no such {kind}: {object_id[:64]}", param="id")
+            raise ApiError(
+                404, "invalid_request_error", "resource_missing", f"no such {kind}: {object_id[:64]}", param="id"
+            )
         return stored
 
     def find(self, psp: PspName, kind: str, reference: str) -> list[Stored]:
@@ -345,5 +352,3 @@ def _fingerprint(params: Json) -> bytes:
 def amount_of(intent: Stored) -> Money:
     """The amount that the page shows."""
     return Money(str(intent.body["currency"]).upper(), int(intent.body["amount"]))
-
-

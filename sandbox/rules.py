@@ -79,14 +79,34 @@ def object_from_json(body: bytes) -> Json:
 
 
 _INTENT = frozenset(
-    "amount currency payment_method_types description metadata return_url statement_descriptor receipt_email".split()
+    [
+        "amount",
+        "currency",
+        "payment_method_types",
+        "description",
+        "metadata",
+        "return_url",
+        "statement_descriptor",
+        "receipt_email",
+    ]
 )
-_REFUND = frozenset("payment_intent amount reason metadata".split())
-_PAYOUT = frozenset("amount recipient_details purpose your_reference_id callback_url".split())
+_REFUND = frozenset(["payment_intent", "amount", "reason", "metadata"])
+_PAYOUT = frozenset(["amount", "recipient_details", "purpose", "your_reference_id", "callback_url"])
 _RECIPIENT = frozenset(
-    (
-        "type account_holder_name account_number bank_name routing_number sort_code bsb ifsc iban bic country address"
-    ).split()
+    [
+        "type",
+        "account_holder_name",
+        "account_number",
+        "bank_name",
+        "routing_number",
+        "sort_code",
+        "bsb",
+        "ifsc",
+        "iban",
+        "bic",
+        "country",
+        "address",
+    ]
 )
 
 
@@ -210,7 +230,9 @@ def card_of(number: str) -> Card | str:
 def _only(params: Json, known: frozenset[str], prefix: str = "") -> None:
     for name in params:
         if name not in known:
-            raise invalid(f"{prefix}{name}"[:200], f"unknown parameter; known: {', '.join(sorted(known))}", "parameter_unknown")
+            raise invalid(
+                f"{prefix}{name}"[:200], f"unknown parameter; known: {', '.join(sorted(known))}", "parameter_unknown"
+            )
 
 
 def _amount(value: Any, param: str) -> int:

@@ -160,7 +160,9 @@ class Store:
         return [Task(*row) for row in self._db.execute("SELECT * FROM task ORDER BY due_ms, id")]
 
     def postpone(self, task: Task) -> None:
-        self._db.execute("UPDATE task SET due_ms = ?, try_count = ? WHERE id = ?", (task.due_ms, task.try_count, task.id))
+        self._db.execute(
+            "UPDATE task SET due_ms = ?, try_count = ? WHERE id = ?", (task.due_ms, task.try_count, task.id)
+        )
 
     def done(self, task_ids: Iterable[int]) -> None:
         ids = list(task_ids)
@@ -175,12 +177,12 @@ class Store:
 
     def set_faults(self, psp: str, body: dict[str, Any] | None) -> None:
         if body is None:
-            self._db.execute("DELETE FROM fault" + (" WHERE psp = ?" if psp else ""), (psp,) if psp else ())
+            self._db.execute("DELETE FROM fault WHERE ?1 IN ('', psp)", (psp,))
         else:
             self._db.execute("INSERT OR REPLACE INTO fault VALUES (?,?)", (psp, encode(body)))
 
     def _one(self, where: str, values: tuple[str, ...]) -> Stored | None:
-        row = self._db.execute(f"SELECT * FROM object WHERE {where}", values).fetchone()  # noqa: S608 - constants of this file
+        row = self._db.execute("SELECT * FROM object WHERE " + where, values).fetchone()  # noqa: S608 - constants of this file
         return None if row is None else _stored(row)
 
 

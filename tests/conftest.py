@@ -1,8 +1,8 @@
 """Real servers for the tests: one embedded PostgreSQL and one embedded Valkey a session, fresh contents a test.
 
-    postgres_dsn   a fresh database, cloned from a template that has every room's migrations
-    valkey_url     the Valkey, emptied
-    bus            a Bus over a real Valkey, and over a real Kafka broker where there is one (see tests/kafka_broker.py)
+postgres_dsn   a fresh database, cloned from a template that has every room's migrations
+valkey_url     the Valkey, emptied
+bus            a Bus over a real Valkey, and over a real Kafka broker where there is one (see tests/kafka_broker.py)
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import redis
 from runtime.bus import Bus, open_bus
 from runtime.embedded import EmbeddedPostgres, EmbeddedValkey
 from runtime.migrations import migrate_all
-from tests.kafka_broker import kafka_bootstrap, kafka_class_path
+from tests.kafka_broker import kafka_bootstrap, kafka_broker
 
-__all__ = ["kafka_bootstrap", "kafka_class_path"]
+__all__ = ["kafka_bootstrap", "kafka_broker"]
 
 _database_number = itertools.count(1)
 

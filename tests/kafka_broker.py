@@ -148,27 +148,21 @@ def class_path(folder: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def kafka_class_path(server_folder: Path) -> str:
-    """For tests that need a broker of their own, to kill it. Skips the test where there is none."""
+def kafka_broker(server_folder: Path) -> Iterator[KafkaBroker | None]:
+    """The session's broker, which a test may kill and start again; None for a given one. Skips the test where there is none."""
     if os.environ.get("DUCAT_KAFKA_BOOTSTRAP"):
-        pytest.skip("DUCAT_KAFKA_BOOTSTRAP names somebody's broker: tests that kill theirs do not run")
-    try:
-        return class_path(server_folder)
-    except KafkaMissing as error:
-        pytest.skip(f"no Kafka broker: {error}")
-
-
-@pytest.fixture(scope="session")
-def kafka_bootstrap(request: pytest.FixtureRequest, server_folder: Path) -> Iterator[str]:
-    """The session's broker. Skips the test where there is none."""
-    given = os.environ.get("DUCAT_KAFKA_BOOTSTRAP", "")
-    if given:
-        yield given
+        yield None
         return
-    broker = KafkaBroker(server_folder / "kafka", request.getfixturevalue("kafka_class_path"))
     try:
+        broker = KafkaBroker(server_folder / "kafka", class_path(server_folder))
         broker.start()
     except KafkaMissing as error:
         pytest.skip(f"no Kafka broker: {error}")
-    yield broker.bootstrap
+    yield broker
     broker.stop()
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(kafka_broker: KafkaBroker | None) -> str:
+    """Where the broker listens."""
+    return kafka_broker.bootstrap if kafka_broker is not None else os.environ["DUCAT_KAFKA_BOOTSTRAP"]

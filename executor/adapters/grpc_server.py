@@ -28,9 +28,7 @@ SCOPES: dict[str, str] = {
     **{f"/{SERVICE_NAME}/{method}": "executor.read" for method in _READS},
 }
 
-_KINDS = {
-    kind: executor_pb2.NotificationKind.Value(f"NOTIFICATION_KIND_{kind.name}") for kind in NotificationKind
-}
+_KINDS = {kind: executor_pb2.NotificationKind.Value(f"NOTIFICATION_KIND_{kind.name}") for kind in NotificationKind}
 _CHANNELS: Mapping[int, Channel] = {
     payment_pb2.NOTIFICATION_CHANNEL_UNSPECIFIED: Channel.PAYMENT,
     payment_pb2.NOTIFICATION_CHANNEL_PAYMENT: Channel.PAYMENT,

@@ -87,7 +87,16 @@ WITH due AS (
 UPDATE executor.attempt AS a SET next_poll_time = $2 FROM due
 WHERE a.kind = due.kind AND a.reference = due.reference
 RETURNING {", ".join(f"a.{column.strip()}" for column in _COLUMNS.split(","))}
-"""
+"""  # noqa: S608
+
+_LOAD = f"SELECT {_COLUMNS} FROM executor.attempt WHERE kind = $1 AND reference = $2"  # noqa: S608
+
+# Whoever asks for the cancel calls the PSP now; the poller takes over where that process dies.
+_REQUEST_CANCEL = f"""
+UPDATE executor.attempt SET cancel_requested = true, update_time = $2,
+    next_poll_time = CASE state WHEN 2 THEN $2::timestamptz + interval '5 seconds' ELSE next_poll_time END
+WHERE kind = 1 AND reference = $1 RETURNING {_COLUMNS}
+"""  # noqa: S608
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -115,9 +124,7 @@ class PostgresAttemptStore:
             self._out[row[:2]] = asyncio.get_running_loop().time()
         return attempt
 
-    async def finish(
-        self, attempt: Attempt, expected: AttemptState, events: Sequence[Event], traceparent: str
-    ) -> bool:
+    async def finish(self, attempt: Attempt, expected: AttemptState, events: Sequence[Event], traceparent: str) -> bool:
         row = (
             attempt.kind.value,
             attempt.reference,
@@ -159,16 +166,16 @@ class PostgresAttemptStore:
         return False
 
     async def load(self, kind: AttemptKind, reference: str) -> Due | None:
-        row = await self._pool.fetchrow(
-            f"SELECT {_COLUMNS} FROM executor.attempt WHERE kind = $1 AND reference = $2", kind.value, reference  # noqa: S608
-        )
+        row = await self._pool.fetchrow(_LOAD, kind.value, reference)
         return None if row is None else _due(row)
 
     async def claim_due(self, now_ns: int, lease_until_ns: int, count_max: int) -> tuple[list[Due], int]:
         rows = await self._pool.fetch(_CLAIM, _time(now_ns), _time(lease_until_ns), count_max)
         if rows:
             return [_due(row) for row in rows], 0
-        next_time = await self._pool.fetchval("SELECT min(next_poll_time) FROM executor.attempt WHERE next_poll_time IS NOT NULL")
+        next_time = await self._pool.fetchval(
+            "SELECT min(next_poll_time) FROM executor.attempt WHERE next_poll_time IS NOT NULL"
+        )
         return [], 0 if next_time is None else _ns(next_time)
 
     async def settle(self, references: Sequence[tuple[AttemptKind, str]], now_ns: int) -> None:
@@ -182,30 +189,29 @@ class PostgresAttemptStore:
         )
 
     async def request_cancel(self, payment_order_id: str, now_ns: int) -> Due | None:
-        row = await self._pool.fetchrow(
-            f"""UPDATE executor.attempt SET cancel_requested = true, update_time = $2,
-                next_poll_time = CASE state WHEN 2 THEN $2 + interval '5 seconds' ELSE next_poll_time END
-                WHERE kind = 1 AND reference = $1 RETURNING {_COLUMNS}""",  # noqa: S608
-            payment_order_id,
-            _time(now_ns),
-        )
+        row = await self._pool.fetchrow(_REQUEST_CANCEL, payment_order_id, _time(now_ns))
         return None if row is None else _due(row)
 
     async def load_health(self) -> dict[str, Health]:
-        rows = await self._pool.fetch("SELECT psp, failure_count, open_until_time FROM executor.psp_health")
+        rows = await self._pool.fetch("SELECT psp, failure_count, open_until_time, probing FROM executor.psp_health")
         return {
-            row["psp"]: Health(row["failure_count"], _ns(row["open_until_time"]) if row["open_until_time"] else 0)
+            row["psp"]: Health(
+                row["failure_count"],
+                0 if row["open_until_time"] is None else _ns(row["open_until_time"]),
+                row["probing"],
+            )
             for row in rows
         }
 
     async def save_health(self, psp: str, health: Health, now_ns: int) -> None:
         await self._pool.execute(
-            """INSERT INTO executor.psp_health VALUES ($1, $2, $3, $4) ON CONFLICT (psp) DO UPDATE SET
+            """INSERT INTO executor.psp_health VALUES ($1, $2, $3, $4, $5) ON CONFLICT (psp) DO UPDATE SET
                failure_count = excluded.failure_count, open_until_time = excluded.open_until_time,
-               update_time = excluded.update_time""",
+               probing = excluded.probing, update_time = excluded.update_time""",
             psp,
             health.failure_count,
             _time(health.open_until_ns) if health.open_until_ns else None,
+            health.probing,
             _time(now_ns),
         )
 
@@ -218,7 +224,9 @@ class PostgresAttemptStore:
         events = [event for _, sent in items for event in sent]
         event_columns = _columns(events) if events else [[], [], [], [], [], []]
         is_relay_here = self._relay is not None and self._relay.is_active
-        updated = await self._pool.fetch(_FINISH, *_columns([row for row, _ in items]), *event_columns, not is_relay_here)
+        updated = await self._pool.fetch(
+            _FINISH, *_columns([row for row, _ in items]), *event_columns, not is_relay_here
+        )
         if events and self._relay is not None:
             self._relay.wake()
         keys = {(row["kind"], row["reference"]) for row in updated}

@@ -37,6 +37,7 @@ class Health:
 
     failure_count: int = 0
     open_until_ns: int = 0
+    probing: bool = False
 
 
 CLOSED = Health()
@@ -53,11 +54,14 @@ def take(health: Health, now_ns: int) -> tuple[bool, Health]:
         return True, health
     if now_ns < health.open_until_ns:
         return False, health
-    return True, replace(health, open_until_ns=now_ns + PROBE_S * _SECOND_NS)
+    return True, replace(health, open_until_ns=now_ns + PROBE_S * _SECOND_NS, probing=True)
 
 
 def after_failure(health: Health, now_ns: int) -> Health:
-    """No answer, or no connection."""
+    """No answer, or no connection. Calls that were under way when the circuit opened do not make it stay open longer; a failed
+    probe does."""
+    if not is_healthy(health) and not health.probing:
+        return health
     count = health.failure_count + 1
     if count < FAILURE_COUNT_OPEN:
         return Health(count, 0)

@@ -255,7 +255,9 @@ def verify_timestamped_hmac(header: str, body: bytes, secret: str, now_s: int, *
     if not (timestamp.isascii() and timestamp.isdigit() and len(timestamp) <= 12):
         raise signature_refused(f"header {name} has no timestamp")
     if not signatures or len(signatures) > SIGNATURE_COUNT_MAX:
-        raise signature_refused(f"header {name}: expected 1 to {SIGNATURE_COUNT_MAX} v1 signatures, got {len(signatures)}")
+        raise signature_refused(
+            f"header {name}: expected 1 to {SIGNATURE_COUNT_MAX} v1 signatures, got {len(signatures)}"
+        )
     expected = hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest().encode()
     matches = False
     for signature in signatures:

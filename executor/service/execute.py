@@ -19,7 +19,8 @@ from executor.domain.schedule import next_time_ns
 from executor.service.health_board import HealthBoard
 from executor.service.ports import AttemptStore, Due, Event, PayoutInstructions, PspAdapter
 from kernel.clock import Clock
-from kernel.errors import FailedPrecondition, NotFound as NotFoundError
+from kernel.errors import FailedPrecondition
+from kernel.errors import NotFound as NotFoundError
 from kernel.ids import derived_event_id
 
 __all__ = ["Executor", "Policy"]
@@ -113,7 +114,9 @@ class Executor:
             return due.attempt
         if not self._can(due.attempt, Capability.QUERY):
             raise FailedPrecondition(
-                f"PSP {due.attempt.psp} cannot be asked", reason="PROVIDER_UNSUPPORTED", metadata={"capability": "query"}
+                f"PSP {due.attempt.psp} cannot be asked",
+                reason="PROVIDER_UNSUPPORTED",
+                metadata={"capability": "query"},
             )
         return await self._conclude(due.attempt, due.command, await self._query(due.attempt))
 
@@ -171,7 +174,9 @@ class Executor:
                 capability, currency, requested = Capability.PAY_IN, command.amount.currency_code, command.psp
                 reference = command.payment_order_id
             case ExecuteRefund():  # only the PSP that has the payment can send it back
-                return [command.psp] if self._takes(command.psp, Capability.REFUND, command.amount.currency_code) else []
+                return (
+                    [command.psp] if self._takes(command.psp, Capability.REFUND, command.amount.currency_code) else []
+                )
             case ExecutePayout():
                 assert instruction is not None
                 capability, currency = Capability.PAYOUT, instruction.amount.currency_code
@@ -213,7 +218,9 @@ class Executor:
         if adapter is None:
             return NoAnswer(f"PSP {attempt.psp!r} is not configured any more")
         if Capability.QUERY not in adapter.provider.capabilities:  # the idempotency key makes sending again a question
-            return NotFound() if attempt.state is AttemptState.UNKNOWN else NoAnswer(f"PSP {attempt.psp} cannot be asked")
+            return (
+                NotFound() if attempt.state is AttemptState.UNKNOWN else NoAnswer(f"PSP {attempt.psp} cannot be asked")
+            )
         if not await self._health.may_call(attempt.psp):
             return NotSent(f"PSP {attempt.psp} does not answer; waiting for it to recover", throttled=True)
         match attempt.kind:
@@ -269,7 +276,9 @@ class Executor:
                     after.next_poll_time_ns = 0
                 else:
                     after.poll_count += 1
-                    schedule = self._policy.unknown_schedule_s if after.cancel_requested else self._policy.accepted_schedule_s
+                    schedule = (
+                        self._policy.unknown_schedule_s if after.cancel_requested else self._policy.accepted_schedule_s
+                    )
                     after.next_poll_time_ns = next_time_ns(schedule, after.poll_count, now_ns)
             case Rejected():
                 if new is AttemptState.REJECTED:
@@ -282,7 +291,9 @@ class Executor:
                 self._postpone(attempt, after, NoAnswer("the PSP does not have it"), now_ns, first=False)
         return after, events
 
-    def _postpone(self, attempt: Attempt, after: Attempt, answer: NoAnswer | NotSent, now_ns: int, *, first: bool) -> None:
+    def _postpone(
+        self, attempt: Attempt, after: Attempt, answer: NoAnswer | NotSent, now_ns: int, *, first: bool
+    ) -> None:
         if attempt.state is AttemptState.REJECTED:
             after.next_poll_time_ns = 0
             return
@@ -294,7 +305,9 @@ class Executor:
         schedule = self._policy.accepted_schedule_s if slow else self._policy.unknown_schedule_s
         at_least_s = answer.retry_after_s if isinstance(answer, NotSent) else 0.0
         # a first NOT_SENT waits the schedule's first step, like a first UNKNOWN
-        step = after.poll_count - 1 if event_of(answer) is AttemptEvent.NOT_SENT and after.poll_count else after.poll_count
+        step = (
+            after.poll_count - 1 if event_of(answer) is AttemptEvent.NOT_SENT and after.poll_count else after.poll_count
+        )
         after.next_poll_time_ns = next_time_ns(schedule, step, now_ns, at_least_s=at_least_s)
 
     async def _abandon(self, attempt: Attempt, command: Command) -> Attempt:

@@ -44,7 +44,9 @@ class HealthBoard:
         """An answer of any kind is a success of the PSP, even a refusal; none, or no connection, is a failure."""
         before = self.of(psp)
         if isinstance(answer, NoAnswer) or (isinstance(answer, NotSent) and not answer.throttled):
-            await self._keep(psp, after_failure(before, self._clock.now_ns()))
+            after = after_failure(before, self._clock.now_ns())
+            if after is not before:
+                await self._keep(psp, after)
         elif before.failure_count:
             await self._keep(psp, after_success(before))
 

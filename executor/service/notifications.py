@@ -31,7 +31,10 @@ class Notifications:
         self._changed = asyncio.Event()
 
     def verify(self, psp: str, headers: Mapping[str, str], body: bytes, channel: Channel) -> Sequence[Notification]:
-        """The notifications of a webhook call. Raises NotFound (PROVIDER_UNKNOWN), PermissionDenied (SIGNATURE_INVALID), InvalidArgument."""
+        """The notifications of a webhook call.
+
+        Raises NotFound (PROVIDER_UNKNOWN), PermissionDenied (SIGNATURE_INVALID), InvalidArgument.
+        """
         adapter = self._adapters.get(psp)
         if adapter is None:
             raise NotFound(f"no PSP {psp!r} is configured", reason="PROVIDER_UNKNOWN", metadata={"psp": psp})

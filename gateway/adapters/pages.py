@@ -101,9 +101,11 @@ def return_page(payment: payment_pb2.Payment | None, payment_order_id: str) -> s
     )  # the webhook may come after the buyer
     link = f"/checkout/{quote(payment.checkout_id, safe='')}"
     left = sum(1 for each in payment.payment_orders if not _shown(each).is_final and each is not order)
+    is_refused = order is not None and _shown(order).is_final and not _is_paid(order)
+    title = "Payment not made" if is_refused else "Thank you"
     more = f"{left} more {'order' if left == 1 else 'orders'} to pay in this checkout." if left else ""
     main = (
-        f'<p class="eyebrow">Checkout {escape(payment.checkout_id)}</p><h1>Thank you</h1>'
+        f'<p class="eyebrow">Checkout {escape(payment.checkout_id)}</p><h1 id="title" data-part>{title}</h1>'
         f"{_banner(tone, headline, text)}"
         f'<div id="next" data-part><p>{more}</p>'
         f'<p class="foot"><a class="button" id="back" href="{link}">'
@@ -167,8 +169,10 @@ def _summary(payment: payment_pb2.Payment) -> tuple[str, str, str]:
     if open_count:
         text = f"{paid} of {len(orders)} paid." if paid else "Pay each order below."
         return "wait", f"{open_count} {'order' if open_count == 1 else 'orders'} to pay", text
-    if paid == len(orders):
+    if all(ORDER_STATES.get(order.state) == "SUCCESS" for order in orders):
         return "good", "Payment complete", "Everything is paid. You may close this page."
+    if paid == len(orders):
+        return "idle", "Payment closed", "Everything was paid; some of it has changed since, as you see below."
     if paid:
         return "bad", f"{paid} of {len(orders)} orders paid", "The others were not paid; nothing was charged for them."
     return "bad", "Not paid", "None of the orders was paid. Nothing was charged."

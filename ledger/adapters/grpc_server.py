@@ -13,9 +13,10 @@ from kernel.errors import FieldViolation, InvalidArgument, Unimplemented
 from ledger.domain import JournalEntry, balance_minor
 from ledger.service import AccountRow, EntryRow, ReadLedger
 
-__all__ = ["SCOPES", "SERVICE_NAME", "LedgerServicer"]
+__all__ = ["SCOPES", "SERVICE_NAME", "LedgerServicer", "add_to_server"]
 
 SERVICE_NAME = "ducat.ledger.v1.LedgerService"
+add_to_server = ledger_pb2_grpc.add_LedgerServiceServicer_to_server
 
 _READS = ("GetAccount", "ListAccounts", "ListJournalEntries", "GetTrialBalance", "GetStatement", "ListBreaks")
 _WRITES = ("ImportSettlement", "ResolveBreak")

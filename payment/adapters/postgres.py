@@ -10,13 +10,14 @@ state writes nothing (StaleState).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from binascii import b2a_base64
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
 import asyncpg
 
-from payment.adapters.envelopes import encode, encode_completed, encode_execute_orders
+from payment.adapters.envelopes import OutboxRow, encode, encode_completed, encode_execute_orders
 from payment.domain.bank_account import BankAccount, PostalAddress
 from payment.domain.facts import Change
 from payment.domain.notification import Notification, NotificationKind
@@ -54,9 +55,9 @@ def _prefixed(columns: str, prefix: str) -> str:
     return ", ".join(f"{prefix}.{column.strip()}" for column in columns.split(","))
 
 
-_CREATE_PAYMENT = f"SELECT payment.create_payment({', '.join(f'${n}' for n in range(1, 17))})"
+_CREATE_PAYMENT = f"SELECT payment.create_payment({', '.join(f'${n}' for n in range(1, 11))})"
 _CREATE_PAYOUT = f"SELECT payment.create_payout({', '.join(f'${n}' for n in range(1, 17))})"
-_APPLY = f"SELECT payment.apply({', '.join(f'${n}' for n in range(1, 45))})"
+_APPLY = "SELECT payment.apply($1, $2, $3)"
 _READ_PAYMENT = f"""
 SELECT {_prefixed(_ORDER, "o")}, o.history, e.buyer_id, e.buyer_name, e.buyer_email, e.is_payment_done,
     e.create_time AS event_create_time
@@ -70,8 +71,8 @@ _READ_PAYOUT = f"SELECT {_PAYOUT}, history FROM payment.payout WHERE reference =
 _TAKEN = "SELECT payment_order_id FROM payment.payment_order WHERE payment_order_id = ANY($1) AND checkout_id <> $2"
 
 _KNOWN_NOTIFICATIONS = """
-FROM unnest($2::text[], $3::text[]) AS u(id, reference)
-LEFT JOIN payment.psp_notification AS k ON k.psp = $1 AND k.psp_event_id = u.id AND k.outcome <> 0
+FROM unnest($1::text[], $2::text[], $3::text[]) AS u(psp, id, reference)
+LEFT JOIN payment.psp_notification AS k ON k.psp = u.psp AND k.psp_event_id = u.id AND k.outcome <> 0
 """
 _KNOWN_MESSAGES = """
 FROM unnest($2::text[], $3::text[]) AS u(id, reference)
@@ -80,23 +81,21 @@ LEFT JOIN payment.inbox AS k ON k.consumer = $1 AND k.message_id = u.id
 _JOIN_ORDER = "LEFT JOIN payment.payment_order AS o ON o.payment_order_id = u.reference"
 _JOIN_PAYOUT = "LEFT JOIN payment.payout AS q ON q.reference = u.reference"
 _ORDERS_FOR_NOTIFICATIONS = (
-    f"SELECT u.id, k.psp IS NOT NULL AS is_known, {_prefixed(_ORDER, 'o')} {_KNOWN_NOTIFICATIONS} {_JOIN_ORDER}"
+    f"SELECT k.psp AS known_psp, k.psp_event_id, {_prefixed(_ORDER, 'o')} {_KNOWN_NOTIFICATIONS} {_JOIN_ORDER}"
 )
 _PAYOUTS_FOR_NOTIFICATIONS = (
-    f"SELECT u.id, k.psp IS NOT NULL AS is_known, {_prefixed(_PAYOUT, 'q')} {_KNOWN_NOTIFICATIONS} {_JOIN_PAYOUT}"
+    f"SELECT k.psp AS known_psp, k.psp_event_id, {_prefixed(_PAYOUT, 'q')} {_KNOWN_NOTIFICATIONS} {_JOIN_PAYOUT}"
 )
-_ORDERS_FOR_MESSAGES = (
-    f"SELECT u.id, k.consumer IS NOT NULL AS is_known, {_prefixed(_ORDER, 'o')} {_KNOWN_MESSAGES} {_JOIN_ORDER}"
-)
-_PAYOUTS_FOR_MESSAGES = (
-    f"SELECT u.id, k.consumer IS NOT NULL AS is_known, {_prefixed(_PAYOUT, 'q')} {_KNOWN_MESSAGES} {_JOIN_PAYOUT}"
-)
-_ORDERS_BY_TOKEN = (
-    f"SELECT {_ORDER} FROM payment.payment_order WHERE psp = $1 AND psp_token = ANY($2) AND psp_token <> ''"
-)
-_PAYOUTS_BY_TOKEN = (
-    f"SELECT {_PAYOUT} FROM payment.payout WHERE psp = $1 AND psp_payout_id = ANY($2) AND psp_payout_id <> ''"
-)
+_ORDERS_FOR_MESSAGES = f"SELECT k.consumer, k.message_id, {_prefixed(_ORDER, 'o')} {_KNOWN_MESSAGES} {_JOIN_ORDER}"
+_PAYOUTS_FOR_MESSAGES = f"SELECT k.consumer, k.message_id, {_prefixed(_PAYOUT, 'q')} {_KNOWN_MESSAGES} {_JOIN_PAYOUT}"
+_ORDERS_BY_TOKEN = f"""
+SELECT {_prefixed(_ORDER, "o")} FROM unnest($1::text[], $2::text[]) AS u(psp, token)
+JOIN payment.payment_order AS o ON o.psp = u.psp AND o.psp_token = u.token AND o.psp_token <> ''
+"""
+_PAYOUTS_BY_TOKEN = f"""
+SELECT {_prefixed(_PAYOUT, "q")} FROM unnest($1::text[], $2::text[]) AS u(psp, token)
+JOIN payment.payout AS q ON q.psp = u.psp AND q.psp_payout_id = u.token AND q.psp_payout_id <> ''
+"""
 _OVERDUE = """
 SELECT checkout_id FROM payment.payment_event WHERE NOT is_payment_done AND expire_time <= $1 ORDER BY expire_time
 LIMIT $2
@@ -137,14 +136,21 @@ class PostgresStore:
                 now,
                 expire_time,
                 traceparent,
-                [order.payment_order_id for order in orders],
-                [order.seller_account for order in orders],
-                [order.currency_code for order in orders],
-                [order.amount_minor for order in orders],
-                [order.psp for order in orders],
                 _FIRST_HISTORY % (PaymentOrderState.NOT_STARTED, int(now.timestamp() * 1000)),
-                message_ids,
-                payloads,
+                _json(
+                    [
+                        {
+                            "id": order.payment_order_id,
+                            "seller": order.seller_account,
+                            "currency": order.currency_code,
+                            "amount": order.amount_minor,
+                            "psp": order.psp,
+                            "message_id": message_id,
+                            "payload": _base64(payload),
+                        }
+                        for order, message_id, payload in zip(orders, message_ids, payloads, strict=True)
+                    ]
+                ),
             )
         except asyncpg.PostgresError as error:
             if error.sqlstate == _ORDER_IDS_TAKEN:
@@ -255,41 +261,44 @@ class PostgresStore:
     # --------------------------------------------------------------------------------------
 
     async def load_for_notifications(self, notifications: Sequence[Notification]) -> Loaded:
-        """One round trip where the PSP echoes our reference; a second one for those that are found by the
-        PSP's id only.
-        """
+        """One round trip where PSPs echo our reference; a second one for those that are found by the PSP's id only."""
         loaded = Loaded()
-        psp = notifications[0].psp
         about_payouts = [each for each in notifications if each.kind.subject == "payout"]
         others = [each for each in notifications if each.kind.subject != "payout"]
         if others:
-            await self._load(loaded, _ORDERS_FOR_NOTIFICATIONS, psp, others, _order_of, loaded.orders)
-            unmatched = _objects_unmatched(others, loaded.orders)
-            for row in await self._pool.fetch(_ORDERS_BY_TOKEN, psp, unmatched) if unmatched else ():
-                loaded.orders[row["payment_order_id"]] = _order_of(row)
+            await self._load(loaded, others, _ORDERS_FOR_NOTIFICATIONS, _ORDERS_BY_TOKEN, _order_of, loaded.orders)
         if about_payouts:
-            await self._load(loaded, _PAYOUTS_FOR_NOTIFICATIONS, psp, about_payouts, _payout_of, loaded.payouts)
-            unmatched = _objects_unmatched(about_payouts, loaded.payouts)
-            for row in await self._pool.fetch(_PAYOUTS_BY_TOKEN, psp, unmatched) if unmatched else ():
-                loaded.payouts[row["reference"]] = _payout_of(row)
+            await self._load(
+                loaded, about_payouts, _PAYOUTS_FOR_NOTIFICATIONS, _PAYOUTS_BY_TOKEN, _payout_of, loaded.payouts
+            )
         return loaded
 
     async def _load(
         self,
         loaded: Loaded,
-        statement: str,
-        psp: str,
         notifications: Sequence[Notification],
-        of: Any,
+        by_reference: str,
+        by_token: str,
+        of: Callable[[Any], Any],
         into: dict[str, Any],
     ) -> None:
         rows = await self._pool.fetch(
-            statement,
-            psp,
+            by_reference,
+            [each.psp for each in notifications],
             [each.psp_event_id for each in notifications],
             [each.merchant_reference for each in notifications],
         )
-        _take(rows, loaded, of, into)
+        for row in rows:
+            if row[0] is not None:
+                loaded.known.add((row[0], row[1]))
+            if row[2] is not None and row[2] not in into:
+                into[row[2]] = of(row)
+        unmatched = [each for each in notifications if each.psp_object_id and each.merchant_reference not in into]
+        if unmatched:
+            tokens = [each.psp for each in unmatched], [each.psp_object_id for each in unmatched]
+            for row in await self._pool.fetch(by_token, *tokens):
+                if row[0] not in into:
+                    into[row[0]] = of(row)
 
     async def load_for_messages(
         self, consumer: str, message_ids: Sequence[str], order_ids: Sequence[str], references: Sequence[str]
@@ -308,68 +317,9 @@ class PostgresStore:
 
     async def apply(self, changes: ChangeSet) -> bool:
         """One statement, one round trip."""
-        now = changes.now
-        orders = sorted(changes.orders, key=_by_order_id)
-        payouts = sorted(changes.payouts, key=_by_reference)
-        notifications = changes.notifications
-        outbox = [encode(fact, subject, now) for fact, subject in changes.facts]
-        closed: dict[str, int] = {}
-        traces: dict[str, str] = {}
-        for order in orders:
-            if order.is_closed_now:
-                closed[order.checkout_id] = closed.get(order.checkout_id, 0) + 1
-                traces[order.checkout_id] = order.traceparent
-        completed = [encode_completed(checkout_id, now, traces[checkout_id]) for checkout_id in closed]
-        known_objects = [order.psp_token for order in orders if order.psp_token] + [
-            payout.psp_payout_id for payout in payouts if payout.psp_payout_id
-        ]
         try:
             has_parked: bool = await self._pool.fetchval(
-                _APPLY,
-                now,
-                changes.consumer,
-                changes.message_ids,
-                [each.notification.psp for each in notifications],
-                [each.notification.psp_event_id for each in notifications],
-                [each.notification.kind for each in notifications],
-                [each.outcome for each in notifications],
-                [each.reference for each in notifications],
-                [_content_json(each) for each in notifications],
-                [each.attempt_count for each in notifications],
-                [each.next_attempt_time for each in notifications],
-                [order.payment_order_id for order in orders],
-                [order.stored_revision for order in orders],
-                [order.revision for order in orders],
-                [order.state for order in orders],
-                [order.psp for order in orders],
-                [order.psp_token for order in orders],
-                [order.hosted_page_url for order in orders],
-                [order.failure_reason for order in orders],
-                [order.attention for order in orders],
-                [order.cancel_requested for order in orders],
-                [order.refunded_minor for order in orders],
-                [_history_json(order.changes) for order in orders],
-                [payout.reference for payout in payouts],
-                [payout.stored_revision for payout in payouts],
-                [payout.revision for payout in payouts],
-                [payout.state for payout in payouts],
-                [payout.psp_payout_id for payout in payouts],
-                [payout.hold_id for payout in payouts],
-                [payout.failure_reason for payout in payouts],
-                [payout.attention for payout in payouts],
-                [_history_json(payout.changes) for payout in payouts],
-                [row[0] for row in outbox],
-                [row[1] for row in outbox],
-                [row[2] for row in outbox],
-                [row[3] for row in outbox],
-                [row[4] for row in outbox],
-                list(closed),
-                list(closed.values()),
-                [row[0] for row in completed],
-                [row[1] for row in completed],
-                [traces[checkout_id] for checkout_id in closed],
-                list({order.checkout_id for order in orders}),
-                known_objects,
+                _APPLY, changes.now, changes.consumer, _json(_document(changes))
             )
         except asyncpg.PostgresError as error:
             if error.sqlstate in _STALE:
@@ -417,23 +367,18 @@ class _Conditions:
         return [f"({time}, {key}) < (${arguments.add(after[0])}, ${arguments.add(after[1])})"], arguments
 
 
-def _take(rows: Sequence[Any], loaded: Loaded, of: Any, into: dict[str, Any]) -> None:
+def _take(rows: Sequence[Any], loaded: Loaded, of: Callable[[Any], Any], into: dict[str, Any]) -> None:
     for row in rows:
-        if row["is_known"]:
-            loaded.known.add(row["id"])
-        key = row[2]
-        if key is not None and key not in into:
-            into[key] = of(row)
+        if row[0] is not None:
+            loaded.known.add(row[1])
+        if row[2] is not None and row[2] not in into:
+            into[row[2]] = of(row)
 
 
 def _padded(ids: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
     """Two lists of one length for unnest; nothing has the empty id."""
     count = max(len(ids), len(references))
     return [*ids, *[""] * (count - len(ids))], [*references, *[""] * (count - len(references))]
-
-
-def _objects_unmatched(notifications: Sequence[Notification], found: Mapping[str, object]) -> list[str]:
-    return [each.psp_object_id for each in notifications if each.psp_object_id and each.merchant_reference not in found]
 
 
 def _by_order_id(order: PaymentOrder) -> str:
@@ -502,13 +447,127 @@ def _history_of(text: str) -> list[Change]:
     return [Change(each["s"], each["c"], each["t"]) for each in json.loads(text)]
 
 
-def _history_json(changes: Sequence[Change]) -> str:
-    return json.dumps([{"s": int(each.state), "c": each.cause, "t": each.time_ms} for each in changes])
+_encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
+
+
+def _json(value: object) -> str:
+    return _encode_json(value)
+
+
+def _base64(payload: bytes) -> str:
+    return b2a_base64(payload, newline=False).decode()
+
+
+def _document(changes: ChangeSet) -> dict[str, Any]:
+    """What payment.apply takes; empty parts are left out."""
+    orders = sorted(changes.orders, key=_by_order_id)
+    document: dict[str, Any] = {}
+    if changes.message_ids:
+        document["messages"] = changes.message_ids
+    if orders:
+        document["orders"] = [_order_part(order) for order in orders]
+        document["changed"] = list({order.checkout_id for order in orders})
+        closed = [order for order in orders if order.is_closed_now]
+        if closed:
+            document["closed"] = _closed_part(closed, changes.now)
+    if changes.payouts:
+        document["payouts"] = [_payout_part(payout) for payout in sorted(changes.payouts, key=_by_reference)]
+    if changes.notifications:
+        document["notifications"] = [_notification_part(each) for each in changes.notifications]
+    if changes.facts:
+        document["outbox"] = [_outbox_part(encode(fact, subject, changes.now)) for fact, subject in changes.facts]
+    if changes.message_ids:  # a webhook names objects that the executor made known before
+        objects = [order.psp_token for order in orders] + [payout.psp_payout_id for payout in changes.payouts]
+        if any(objects):
+            document["objects"] = [each for each in objects if each]
+    return document
+
+
+def _order_part(order: PaymentOrder) -> dict[str, Any]:
+    return {
+        "id": order.payment_order_id,
+        "was": order.stored_revision,
+        "revision": order.revision,
+        "state": order.state,
+        "psp": order.psp,
+        "token": order.psp_token,
+        "url": order.hosted_page_url,
+        "reason": order.failure_reason,
+        "attention": order.attention,
+        "cancel": order.cancel_requested,
+        "refunded": order.refunded_minor,
+        "history": _history_part(order.changes),
+    }
+
+
+def _payout_part(payout: Payout) -> dict[str, Any]:
+    return {
+        "id": payout.reference,
+        "was": payout.stored_revision,
+        "revision": payout.revision,
+        "state": payout.state,
+        "token": payout.psp_payout_id,
+        "hold": payout.hold_id.hex(),
+        "reason": payout.failure_reason,
+        "attention": payout.attention,
+        "history": _history_part(payout.changes),
+    }
+
+
+def _history_part(changes: Sequence[Change]) -> list[dict[str, Any]]:
+    return [{"s": each.state, "c": each.cause, "t": each.time_ms} for each in changes]
+
+
+def _closed_part(orders: Sequence[PaymentOrder], now: datetime) -> list[dict[str, Any]]:
+    """One entry a payment whose orders ended, in the order of the ids."""
+    parts: dict[str, dict[str, Any]] = {}
+    for order in orders:
+        part = parts.get(order.checkout_id)
+        if part is None:
+            message_id, payload = encode_completed(order.checkout_id, now, order.traceparent)
+            parts[order.checkout_id] = {
+                "checkout_id": order.checkout_id,
+                "count": 1,
+                "id": message_id,
+                "payload": _base64(payload),
+                "trace": order.traceparent,
+            }
+        else:
+            part["count"] += 1
+    return list(parts.values())
+
+
+def _outbox_part(row: OutboxRow) -> dict[str, str]:
+    topic, key, message_id, payload, traceparent = row
+    return {"topic": topic, "key": key, "id": message_id, "payload": _base64(payload), "trace": traceparent}
+
+
+def _notification_part(recorded: RecordedNotification) -> dict[str, Any]:
+    each = recorded.notification
+    return {
+        "psp": each.psp,
+        "id": each.psp_event_id,
+        "kind": each.kind,
+        "outcome": recorded.outcome,
+        "reference": recorded.reference,
+        "attempts": recorded.attempt_count,
+        "next": recorded.next_attempt_time.isoformat() if recorded.next_attempt_time else None,
+        "content": {
+            "object": each.psp_object_id,
+            "reference": each.merchant_reference,
+            "currency": each.currency_code,
+            "amount": each.amount_minor,
+            "code": each.code,
+            "reason": each.reason,
+            "type": each.psp_type,
+            "time": each.occur_time.isoformat() if each.occur_time else None,
+        },
+    }
 
 
 def _recipient_json(account: BankAccount) -> str:
     address = account.address
-    return json.dumps(
+    return _json(
         {
             "holder": account.account_holder_name,
             "country": account.country_code,
@@ -542,22 +601,6 @@ def _recipient_of(text: str) -> BankAccount:
         bic=stored["bic"],
         bank_name=stored["bank"],
         address=PostalAddress(*stored["address"]) if stored["address"] else None,
-    )
-
-
-def _content_json(recorded: RecordedNotification) -> str:
-    each = recorded.notification
-    return json.dumps(
-        {
-            "object": each.psp_object_id,
-            "reference": each.merchant_reference,
-            "currency": each.currency_code,
-            "amount": each.amount_minor,
-            "code": each.code,
-            "reason": each.reason,
-            "type": each.psp_type,
-            "time": each.occur_time.isoformat() if each.occur_time else None,
-        }
     )
 
 

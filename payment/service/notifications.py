@@ -9,6 +9,8 @@ level tells operators.
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -27,8 +29,10 @@ from payment.service.ports import (
     now_of,
 )
 
-__all__ = ["PARKED_BATCH_MAX", "PARKED_FOR", "Counts", "Notifications", "Report", "decide_notification"]
+__all__ = ["CALLS_MAX", "PARKED_BATCH_MAX", "PARKED_FOR", "Counts", "Notifications", "Report", "decide_notification"]
 
+CALLS_MAX = 64
+"""Webhook calls of one transaction."""
 PARKED_BATCH_MAX = 200
 PARKED_RETRY_BASE = timedelta(seconds=60)
 PARKED_RETRY_MAX = timedelta(hours=6)
@@ -52,21 +56,36 @@ class Counts:
     subjects: list[Subject] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Call:
+    """The notifications of one webhook call, and the caller that waits for their commit."""
+
+    notifications: Sequence[Notification]
+    done: asyncio.Future[Counts]
+
+
 class Notifications:
-    """The use cases of notifications."""
+    """The use cases of notifications.
+
+    Webhook calls that come while a transaction is under way wait for it and then share the next one, up to CALLS_MAX of them: an idle
+    service answers each at once, a busy one pays for a commit, a wake-up and a relay once a batch. A call that fails is tried alone,
+    so that none can spoil its neighbours.
+    """
 
     def __init__(self, store: Store, verifier: NotificationVerifier, clock: Clock, report: Report) -> None:
         self._store = store
         self._verifier = verifier
         self._clock = clock
         self._report = report
+        self._waiting: deque[_Call] = deque()
+        self._worker: asyncio.Task[None] | None = None
 
     async def record(self, psp: str, body: bytes, headers: Mapping[str, str], channel: int) -> Counts:
         """One webhook call, as it came. Returns after the commit."""
         return await self.apply(await self._verifier.verify(psp, body, headers, channel))
 
     async def apply(self, notifications: Sequence[Notification]) -> Counts:
-        """Apply verified notifications, each once; parked ones again."""
+        """Apply verified notifications, each once; parked ones again. Returns after the commit."""
         for notification in notifications:
             if not notification.psp_event_id:
                 raise InvalidArgument(
@@ -74,48 +93,76 @@ class Notifications:
                 )
         if not notifications:
             return Counts()
-        return await until_fresh(lambda: self._attempt(notifications))
+        call = _Call(notifications, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work(), name="notifications")
+        return await call.done
 
     async def retry_parked(self, psp_object_ids: Sequence[str] = ()) -> int:
-        """Try parked notifications again: those of the given PSP objects, or those that are due. Returns how
-        many fit now.
-        """
+        """Try parked notifications again: those of the given PSP objects, or those that are due. Returns how many fit now."""
         now = None if psp_object_ids else now_of(self._clock)
         parked = await self._store.parked_notifications(now, psp_object_ids, PARKED_BATCH_MAX)
-        applied = 0
-        for psp in sorted({notification.psp for notification in parked}):
-            applied += (await self.apply([each for each in parked if each.psp == psp])).applied
-        return applied
+        return (await self.apply(parked)).applied
 
-    async def _attempt(self, notifications: Sequence[Notification]) -> Counts:
-        loaded = await self._store.load_for_notifications(notifications)
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                calls = [self._waiting.popleft() for _ in range(min(CALLS_MAX, len(self._waiting)))]
+                if not await self._try(calls):
+                    for call in calls:
+                        await self._try([call])
+        finally:
+            self._worker = None
+
+    async def _try(self, calls: Sequence[_Call]) -> bool:
+        """One transaction. False where several failed together, and each is to be tried alone."""
+        try:
+            results = await until_fresh(lambda: self._attempt(calls))
+        except Exception as error:
+            if len(calls) > 1:
+                return False
+            if not calls[0].done.done():
+                calls[0].done.set_exception(error)
+            return True
+        for call, counts in zip(calls, results, strict=True):
+            if not call.done.done():
+                call.done.set_result(counts)
+        return True
+
+    async def _attempt(self, calls: Sequence[_Call]) -> list[Counts]:
+        loaded = await self._store.load_for_notifications([each for call in calls for each in call.notifications])
         changes = ChangeSet(now_of(self._clock))
-        counts = Counts()
         seen = set(loaded.known)
         unusual: list[tuple[Outcome, Notification, Subject | None]] = []
         touched: dict[int, Subject] = {}
-        for notification in notifications:
-            if notification.psp_event_id in seen:
-                counts.duplicate += 1
-                continue
-            seen.add(notification.psp_event_id)
-            outcome, subject = decide_notification(notification, loaded, changes)
-            if subject is not None:
-                touched[id(subject)] = subject
-            if outcome is Outcome.APPLIED:
-                counts.applied += 1
-            else:
-                counts.ignored += 1
-                if outcome is not Outcome.IGNORED:
-                    unusual.append((outcome, notification, subject))
-            changes.notifications.append(_recorded(notification, outcome, subject, changes.now))
-        counts.subjects = list(touched.values())
-        changes.collect(counts.subjects)
+        results: list[Counts] = []
+        for call in calls:
+            counts = Counts()
+            results.append(counts)
+            for notification in call.notifications:
+                key = (notification.psp, notification.psp_event_id)
+                if key in seen:
+                    counts.duplicate += 1
+                    continue
+                seen.add(key)
+                outcome, subject = decide_notification(notification, loaded, changes)
+                if subject is not None:
+                    touched[id(subject)] = subject
+                if outcome is Outcome.APPLIED:
+                    counts.applied += 1
+                    counts.subjects.append(subject)  # type: ignore[arg-type]  # nothing is applied to nothing
+                else:
+                    counts.ignored += 1
+                    if outcome is not Outcome.IGNORED:
+                        unusual.append((outcome, notification, subject))
+                changes.notifications.append(_recorded(notification, outcome, subject, changes.now))
+        changes.collect(list(touched.values()))
         if not changes.is_empty:
             await self._store.apply(changes)
         for each in unusual:
             self._report(*each)
-        return counts
+        return results
 
 
 def decide_notification(

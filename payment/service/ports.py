@@ -82,7 +82,7 @@ class Loaded:
 
     orders: dict[str, PaymentOrder] = field(default_factory=dict)
     payouts: dict[str, Payout] = field(default_factory=dict)
-    known: set[str] = field(default_factory=set)
+    known: set[str | tuple[str, str]] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +154,9 @@ class Store(Protocol):
     async def list_payouts(self, filter: PayoutFilter, after: Position | None, limit: int) -> list[Payout]: ...
 
     async def load_for_notifications(self, notifications: Sequence[Notification]) -> Loaded:
-        """What the notifications are about, found by our reference or else by the PSP's id. `known`: psp_event_ids
-        with a final outcome. All notifications are of one PSP.
+        """What the notifications are about, found by our reference or else by the PSP's id.
+
+        `known`: (psp, psp_event_id) of those that have a final outcome.
         """
         ...
 

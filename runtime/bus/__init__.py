@@ -78,7 +78,16 @@ class BusPolicy:
     """How often a Valkey stream is trimmed of what every group has handled."""
 
     def __post_init__(self) -> None:
-        if min(self.delivery_count_max, self.retry_base_ms, self.in_flight_max, self.partition_count, self.trim_interval_ms) < 1:
+        if (
+            min(
+                self.delivery_count_max,
+                self.retry_base_ms,
+                self.in_flight_max,
+                self.partition_count,
+                self.trim_interval_ms,
+            )
+            < 1
+        ):
             raise ValueError("BusPolicy: every limit must be at least 1")
         if self.claim_idle_ms < 100:
             raise ValueError(f"BusPolicy.claim_idle_ms: expected at least 100, got {self.claim_idle_ms}")
@@ -151,7 +160,9 @@ def is_transient(error: BaseException) -> bool:
     """True when the failure is of the surroundings and not of the message: tried again without end, never dead-lettered."""
     if isinstance(error, _TRANSIENT):
         return True
-    if isinstance(error, asyncpg.InterfaceError):  # "connection is closed", "pool is closing": asyncpg has no class of its own for it
+    if isinstance(
+        error, asyncpg.InterfaceError
+    ):  # "connection is closed", "pool is closing": asyncpg has no class of its own for it
         return "clos" in str(error) or "connection" in str(error)
     return isinstance(error, OSError)
 

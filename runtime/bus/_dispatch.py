@@ -97,7 +97,9 @@ class Dispatcher:
         self._now_ms = now_ms
         self._done = done
         self._bury = bury
-        self._in_flight_max = policy.in_flight_max if self._in_batches else min(policy.in_flight_max, max(64, 2 * concurrency))
+        self._in_flight_max = (
+            policy.in_flight_max if self._in_batches else min(policy.in_flight_max, max(64, 2 * concurrency))
+        )
         self._ready: deque[Delivery] = deque()
         self._keys: dict[tuple[int, str], _Key] = {}
         self._revoking: set[int] = set()
@@ -187,7 +189,10 @@ class Dispatcher:
         batch: list[Delivery] = []
         while self._ready and len(batch) < self._batch_max:
             delivery = self._ready.popleft()
-            if (delivery.partition, delivery.message.key) in self._keys or delivery.delivered_count > self._policy.delivery_count_max:
+            if (
+                delivery.partition,
+                delivery.message.key,
+            ) in self._keys or delivery.delivered_count > self._policy.delivery_count_max:
                 self._queue_alone(delivery)  # its key waits, or it may be what killed its consumers: never in company
             else:
                 batch.append(delivery)
@@ -217,7 +222,11 @@ class Dispatcher:
             return
         self._failed.inc()
         _log.info(
-            "a batch failed, each message is tried alone", topic=self._topic, group=self._group, count=len(batch), error=_text(error)
+            "a batch failed, each message is tried alone",
+            topic=self._topic,
+            group=self._group,
+            count=len(batch),
+            error=_text(error),
         )
         for delivery in batch:
             self._queue_alone(delivery)
@@ -268,7 +277,9 @@ class Dispatcher:
         crash_count_max = CRASH_FACTOR * self._policy.delivery_count_max
         if delivery.delivered_count > crash_count_max and not delivery.failures:
             delivery.failures = self._policy.delivery_count_max
-            return RuntimeError(f"delivered {delivery.delivered_count} times and never acknowledged: its consumers died or were stopped")
+            return RuntimeError(
+                f"delivered {delivery.delivered_count} times and never acknowledged: its consumers died or were stopped"
+            )
         async with self._slots:
             with trace.bind(delivery.message.traceparent):
                 try:
@@ -316,7 +327,12 @@ class Dispatcher:
                 break
             except Exception as broker_error:
                 tries += 1
-                _log.warning("the dead-letter topic does not take a message", topic=self._topic, error=_text(broker_error), tries=tries)
+                _log.warning(
+                    "the dead-letter topic does not take a message",
+                    topic=self._topic,
+                    error=_text(broker_error),
+                    tries=tries,
+                )
                 await self._wait(key, self._policy.backoff_s(tries))
         self._buried.inc()
         _log.error(

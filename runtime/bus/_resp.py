@@ -25,7 +25,7 @@ __all__ = ["Address", "Link", "ReplyError", "RespConnection", "parse_url"]
 
 CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 15.0
-Command = tuple[str | bytes | int, ...]
+Command = tuple[str | int | float | bytes | memoryview, ...]
 
 
 class ReplyError(Exception):
@@ -34,7 +34,9 @@ class ReplyError(Exception):
     @property
     def is_transient(self) -> bool:
         """True when the same command may succeed later: the server loads its data, is out of memory or only reads."""
-        return str(self).startswith(("LOADING", "OOM", "BUSY ", "READONLY", "MISCONF", "TRYAGAIN", "MASTERDOWN", "NOREPLICAS", "EXECABORT"))
+        return str(self).startswith(
+            ("LOADING", "OOM", "BUSY ", "READONLY", "MISCONF", "TRYAGAIN", "MASTERDOWN", "NOREPLICAS", "EXECABORT")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,9 @@ def parse_url(url: str) -> Address:
         database = parse_qs(parts.query).get("db", ["0"])[0]
         return Address(path=unquote(parts.path), user=user, password=password, database=int(database))
     if parts.scheme not in ("redis", "rediss", "valkey", "valkeys"):
-        raise ValueError("redis_url: expected unix://, redis://, rediss://, valkey:// or valkeys://, got " + repr(parts.scheme))
+        raise ValueError(
+            "redis_url: expected unix://, redis://, rediss://, valkey:// or valkeys://, got " + repr(parts.scheme)
+        )
     return Address(
         host=parts.hostname or "127.0.0.1",
         port=parts.port or 6379,
@@ -93,7 +97,7 @@ class RespConnection(asyncio.Protocol):
             future.set_exception(self._lost or ConnectionError("not connected"))
             return future
         self._waiting.append((future, len(commands)))
-        pack = hiredis.pack_command
+        pack: Any = hiredis.pack_command  # its stub says a tuple of one
         self._transport.write(b"".join([pack(command) for command in commands]))
         return future
 
@@ -204,7 +208,9 @@ async def open_connection(address: Address, name: str) -> RespConnection:
         if connection is not None:
             connection.close()
         where = address.path or f"{address.host}:{address.port}"
-        raise Unavailable(f"Valkey does not answer at {where} ({type(error).__name__}: {error}); check DUCAT_REDIS_URL") from error
+        raise Unavailable(
+            f"Valkey does not answer at {where} ({type(error).__name__}: {error}); check DUCAT_REDIS_URL"
+        ) from error
     for reply in replies:
         if isinstance(reply, ReplyError):
             connection.close()

@@ -57,7 +57,9 @@ async def retry(store: DeadLetterStore, topic: str, ids: Sequence[str]) -> list[
     found = [letter for letter in await store.dead_letters(topic, limit=2**31) if letter.id in wanted]
     missing = wanted - {letter.id for letter in found}
     if missing:
-        raise NotFound(f"topic {topic} has no dead letter {', '.join(sorted(missing))}; see `ducat bus dead-letter list`", reason="NOT_FOUND")
+        raise NotFound(
+            f"topic {topic} has no dead letter {', '.join(sorted(missing))}; see `ducat bus dead-letter list`"
+        )
     for letter in found:
         await store.republish_dead_letter(letter)
     return found

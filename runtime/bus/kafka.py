@@ -4,13 +4,15 @@
     publish ── produce() ───────────────────► librdkafka ─► broker (acks=all, idempotent)
        ▲────── call_soon_threadsafe ◄──────── poll thread: delivery reports
     dispatcher ◄── call_soon_threadsafe ◄──── consumer thread: poll(), rebalances, heartbeats
-       └─ done ─► contiguous offsets ─► commit()
+       └─ done ─► contiguous offsets ────────► commit()
 
 - One synchronous Producer with one poll thread (confluent-kafka's AIOProducer flushes on inactivity, 0.1 s at the least).
-- An offset is committed when it and every one before it in its partition has had its effect. What lies beyond is handled again after a crash.
+- An offset is committed when it and every one before it in its partition has had its effect. What lies beyond is handled
+  again after a crash.
 - The consumer thread never stops polling for longer than a second, so that a long handler neither leaves the group nor holds up a
-  rebalance; while the dispatcher wants nothing, the partitions are paused.
-- A partition that goes to another consumer is revoked first: what runs finishes (`REVOKE_TIMEOUT_S`), is committed, and the rest is forgotten.
+  rebalance; while the dispatcher wants nothing, the partitions are paused. Every call to the consumer is made in its thread.
+- A partition that goes to another consumer is revoked first: what runs finishes (`REVOKE_TIMEOUT_S`) and is committed, the rest is
+  forgotten.
 - A failed delivery report ends the producer (`enable.gapless.guarantee`): a message may not overtake one that failed before it.
 - The dead-letter topic is compacted and keyed by the dead letter's id: a retried one is removed by a tombstone.
 
@@ -37,7 +39,7 @@ from confluent_kafka import (
     Producer,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from kernel.errors import Unavailable
 from runtime.bus import DEAD_LETTER_SUFFIX, BusPolicy, Message, dead_letter_topic
@@ -73,7 +75,9 @@ _library_log = logging.getLogger("runtime.bus.kafka.librdkafka")
 class KafkaBus:
     """A Bus and a DeadLetterStore."""
 
-    def __init__(self, bootstrap: str, *, policy: BusPolicy, name: str, options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, bootstrap: str, *, policy: BusPolicy, name: str, options: Mapping[str, str] | None = None
+    ) -> None:
         self.policy = policy
         self.name = name
         self.settings: dict[str, Any] = {
@@ -164,7 +168,9 @@ class KafkaBus:
         try:
             return await asyncio.to_thread(self._admin().list_topics, timeout=5.0)
         except KafkaException as error:
-            raise Unavailable(f"Kafka does not answer at {self.settings['bootstrap.servers']}: {error.args[0].str()}") from error
+            raise Unavailable(
+                f"Kafka does not answer at {self.settings['bootstrap.servers']}: {error.args[0].str()}"
+            ) from error
 
     async def ensure_topic(self, topic: str) -> None:
         """Make the topic where it does not exist; the number of partitions of one that exists is left alone."""
@@ -178,7 +184,9 @@ class KafkaBus:
             admin = self._admin()  # must live until the answer is there
             made = NewTopic(topic, num_partitions=partition_count, replication_factor=-1, config=config)
             try:
-                made_by_topic = admin.create_topics([made], operation_timeout=ADMIN_TIMEOUT_S, request_timeout=ADMIN_TIMEOUT_S)
+                made_by_topic = admin.create_topics(
+                    [made], operation_timeout=ADMIN_TIMEOUT_S, request_timeout=ADMIN_TIMEOUT_S
+                )
                 await asyncio.wrap_future(made_by_topic[topic])
             except KafkaException as error:
                 code = error.args[0].code()
@@ -186,7 +194,9 @@ class KafkaBus:
                     pass
                 elif code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED):
                     if topic not in (await self.metadata()).topics:  # made by an operator, or not at all
-                        raise Unavailable(f"topic {topic} does not exist and may not be made: {error.args[0].str()}") from error
+                        raise Unavailable(
+                            f"topic {topic} does not exist and may not be made: {error.args[0].str()}"
+                        ) from error
                 else:
                     raise Unavailable(f"topic {topic} cannot be made now: {error.args[0].str()}") from error
             self._topics.add(topic)
@@ -248,7 +258,7 @@ class KafkaBus:
                     if time.monotonic() > deadline:
                         raise Unavailable(f"topic {name} cannot be read to its end within {ADMIN_TIMEOUT_S:g} s")
                     continue
-                identity = record.key().decode()
+                identity = (record.key() or b"").decode()
                 letters.pop(identity, None)
                 if record.value() is not None:
                     letters[identity] = _letter_of(topic, identity, record)
@@ -321,11 +331,15 @@ class _ThreadedProducer:
                         await asyncio.sleep(PRODUCE_QUEUE_WAIT_S)
                     except KafkaException as error:
                         self._replace(producer)
-                        raise Unavailable(f"Kafka does not take messages for {topic}: {error.args[0].str()}; publish again") from error
-        error = await pending.future
-        if error is not None:
+                        raise Unavailable(
+                            f"Kafka does not take messages for {topic}: {error.args[0].str()}; publish again"
+                        ) from error
+        failure = await pending.future
+        if failure is not None:
             self._replace(producer)
-            raise Unavailable(f"Kafka did not acknowledge {len(records)} messages for {records[0][0]}: {error.str()}; publish again")
+            raise Unavailable(
+                f"Kafka did not acknowledge {len(records)} messages for {records[0][0]}: {failure.str()}; publish again"
+            )
 
     def close(self) -> None:
         """Blocks: flush, end the thread."""
@@ -363,16 +377,16 @@ class _Track:
         self.done: set[int] = set()
         self.committed = -1
 
-    def finish(self, offset: int) -> None:
-        self.done.add(offset)
-
     def advance(self) -> int | None:
         """The next offset to read after a crash, when it has moved since the last call."""
         position = None
         while self.delivered and self.delivered[0] in self.done:
             position = self.delivered.popleft()
             self.done.discard(position)
-        return None if position is None else position + 1
+        if position is None:
+            return None
+        self.committed = position + 1
+        return self.committed
 
 
 class _Consumer:
@@ -398,8 +412,9 @@ class _Consumer:
         self._stopping = False
         self._may_fetch = threading.Event()
         self._offered = asyncio.Event()
-        self._commit_timer: asyncio.TimerHandle | None = None
-        self._dirty: set[int] = set()
+        self._commit_lock = threading.Lock()
+        self._to_commit: dict[int, int] = {}
+        self._commit_at = 0.0
         self._dispatcher = Dispatcher(
             topic,
             group,
@@ -414,7 +429,9 @@ class _Consumer:
 
     async def run(self) -> None:
         ended: asyncio.Future[None] = self._loop.create_future()
-        thread = threading.Thread(target=self._run_thread, args=(ended,), name=f"bus-{self._topic}-{self._group}", daemon=True)
+        thread = threading.Thread(
+            target=self._run_thread, args=(ended,), name=f"bus-{self._topic}-{self._group}", daemon=True
+        )
         dispatching = self._loop.create_task(self._dispatcher.run())
         signalling = self._loop.create_task(self._signal_wants())
         thread.start()
@@ -461,31 +478,14 @@ class _Consumer:
         if track is None:
             return
         track.done.add(delivery.position)
-        self._dirty.add(delivery.partition)
-        if self._commit_timer is None:
-            self._commit_timer = self._loop.call_later(COMMIT_INTERVAL_S, self._commit)
+        position = track.advance()
+        if position is not None:
+            with self._commit_lock:
+                self._to_commit[delivery.partition] = position
 
     async def _bury(self, delivery: Delivery, error: str) -> None:
         await self._bus.bury(self._group, delivery, error)
         self._done(delivery)
-
-    def _commit(self) -> None:
-        self._commit_timer = None
-        offsets = self._positions(self._dirty)
-        self._dirty.clear()
-        if offsets and self._consumer is not None:
-            with contextlib.suppress(KafkaException, RuntimeError):  # a later commit says the same and more
-                self._consumer.commit(offsets=offsets, asynchronous=True)
-
-    def _positions(self, partitions: set[int]) -> list[Any]:
-        found = []
-        for partition in partitions:
-            track = self._tracks.get(partition)
-            position = track.advance() if track is not None else None
-            if track is not None and position is not None:
-                track.committed = position
-                found.append(TopicPartition(self._topic, partition, position))
-        return found
 
     async def _assign(self, partitions: Sequence[int]) -> None:
         for partition in partitions:
@@ -496,7 +496,9 @@ class _Consumer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REVOKE_TIMEOUT_S):
                 await self._dispatcher.revoke(partitions)
-        self._positions(set(partitions))
+        with self._commit_lock:
+            for partition in partitions:
+                self._to_commit.pop(partition, None)
         tracks = {partition: self._tracks.pop(partition, None) for partition in partitions}
         return [
             TopicPartition(self._topic, partition, track.committed)
@@ -518,7 +520,9 @@ class _Consumer:
                     tries = 0
                 delay = BACKOFF_S[min(tries, len(BACKOFF_S) - 1)]
                 tries += 1
-                _log.warning("consumer starts again", topic=self._topic, group=self._group, error=str(error), delay_s=delay)
+                _log.warning(
+                    "consumer starts again", topic=self._topic, group=self._group, error=str(error), delay_s=delay
+                )
                 time.sleep(delay)
             except BaseException as error:
                 failure = error
@@ -546,8 +550,11 @@ class _Consumer:
             }
         )
         try:
-            consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+            consumer.subscribe(
+                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
             while not self._stopping:
+                self._commit(consumer)
                 if self._may_fetch.wait(HANDLER_PATIENCE_S):
                     self._fetch(consumer)
                 else:
@@ -576,6 +583,7 @@ class _Consumer:
         consumer.pause(paused)
         try:
             while not self._may_fetch.wait(0):
+                self._commit(consumer)
                 record = consumer.poll(POLL_S)
                 if record is not None and not _failed(record):  # of a partition that was assigned meanwhile
                     self._loop.call_soon_threadsafe(self._offer, [record])
@@ -584,6 +592,19 @@ class _Consumer:
         finally:
             with contextlib.suppress(KafkaException):  # one of them may have been taken away
                 consumer.resume([partition for partition in consumer.assignment() if partition in paused])
+
+    def _commit(self, consumer: Any) -> None:
+        """Only ever in this thread: confluent-kafka's commit() waits for a poll() of another thread with the interpreter's lock in hand."""
+        if not self._to_commit or time.monotonic() < self._commit_at:
+            return
+        with self._commit_lock:
+            positions, self._to_commit = self._to_commit, {}
+        self._commit_at = time.monotonic() + COMMIT_INTERVAL_S
+        with contextlib.suppress(KafkaException):  # a later commit says the same and more
+            consumer.commit(
+                offsets=[TopicPartition(self._topic, partition, position) for partition, position in positions.items()],
+                asynchronous=True,
+            )
 
     def _on_assign(self, _consumer: Any, partitions: Sequence[Any]) -> None:
         self._on_loop(self._assign([partition.partition for partition in partitions]))

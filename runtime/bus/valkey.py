@@ -176,7 +176,9 @@ class ValkeyBus:
                 executed = (await self.link.call([("MULTI",), *adds, ("EXEC",)]))[-1]
                 answers = executed if isinstance(executed, list) else [executed]
         except ConnectionError as error:
-            raise Unavailable(f"the bus lost its connection while publishing {len(adds)} messages; publish again ({error})") from error
+            raise Unavailable(
+                f"the bus lost its connection while publishing {len(adds)} messages; publish again ({error})"
+            ) from error
         _check(answers, f"publishing {len(adds)} messages to {messages[0].topic}")
 
     async def consume(
@@ -372,7 +374,13 @@ class _Consumer:
                     failures = 0
                 delay = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
                 failures += 1
-                _log.warning("consumer connects again", topic=self._topic_name, group=self._group, error=str(error), delay_s=delay)
+                _log.warning(
+                    "consumer connects again",
+                    topic=self._topic_name,
+                    group=self._group,
+                    error=str(error),
+                    delay_s=delay,
+                )
                 await asyncio.sleep(delay)
             finally:
                 self._is_reading = False
@@ -446,13 +454,8 @@ class _Consumer:
     async def _beat(self, connection: RespConnection, *, is_new_connection: bool) -> bool:
         """Renew the membership, take and let go of partitions; True when the next beat should come soon."""
         dead = [member for member, since in self._gone_since.items() if time.monotonic() - since >= GONE_GRACE_S * 0.9]
-        commands: list[Command] = [
-            (
-                *("EVAL", _BEAT, 2, self._leases, self._members),
-                *(self._member, self._bus.policy.claim_idle_ms, len(self._topic.streams), connection.client_id, *dead),
-            )
-        ]
-        replies = await connection.call(commands)
+        limits: Command = (self._bus.policy.claim_idle_ms, len(self._topic.streams), connection.client_id)
+        replies = await connection.call([("EVAL", _BEAT, 2, self._leases, self._members, self._member, *limits, *dead)])
         _check(replies, "renewing the membership")
         share, mine, others = replies[0]
         self._gone_since = {member: since for member, since in self._gone_since.items() if member not in dead}
@@ -516,7 +519,9 @@ class _Consumer:
                 self._offer(partition, claimed[1], {entry[0]: entry[3] for entry in pending})
                 if claimed[0] == b"0-0":
                     del cursors[partition]
-        await connection.call([("EVAL", _SWEEP, 1, streams[partition], self._group, self._member) for partition in partitions])
+        await connection.call(
+            [("EVAL", _SWEEP, 1, streams[partition], self._group, self._member) for partition in partitions]
+        )
 
     def _drain(self, partitions: Collection[int], *, is_leased: bool) -> None:
         if not partitions:
@@ -640,7 +645,9 @@ class _Consumer:
         trims: list[Command] = []
         for stream, of_stream in zip(streams, groups, strict=True):
             keep_from: list[tuple[int, int]] = [
-                (0, 0) for name in self._bus.groups_of(self._topic_name) if name.encode() not in {group[b"name"] for group in of_stream}
+                (0, 0)
+                for name in self._bus.groups_of(self._topic_name)
+                if name.encode() not in {group[b"name"] for group in of_stream}
             ]
             for group in of_stream:
                 oldest = next(summaries)[1] if group[b"pending"] else None
@@ -662,7 +669,7 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _fields(message: Message) -> tuple[str | bytes, ...]:
+def _fields(message: Message) -> Command:
     if message.traceparent:
         return ("k", message.key, "i", message.message_id, "p", message.payload, "t", message.traceparent)
     return ("k", message.key, "i", message.message_id, "p", message.payload)

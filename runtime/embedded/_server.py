@@ -12,7 +12,16 @@ import tempfile
 import time
 from pathlib import Path
 
-__all__ = ["ServerFailed", "free_port", "kept_port", "kept_secret", "private_folder", "socket_folder", "stop_leftover", "tail"]
+__all__ = [
+    "ServerFailed",
+    "free_port",
+    "kept_port",
+    "kept_secret",
+    "private_folder",
+    "socket_folder",
+    "stop_leftover",
+    "tail",
+]
 
 SOCKET_PATH_BYTES_MAX = 100
 """A Unix socket address holds 107 bytes on Linux, 103 on macOS."""

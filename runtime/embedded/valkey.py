@@ -155,12 +155,16 @@ class EmbeddedValkey:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             if process.poll() is not None:
-                raise ServerFailed(f"Valkey ended with {process.returncode}; end of {self.log_file}:\n{tail(self.log_file)}")
+                raise ServerFailed(
+                    f"Valkey ended with {process.returncode}; end of {self.log_file}:\n{tail(self.log_file)}"
+                )
             if self._answers():
                 return
             if time.monotonic() > deadline:
                 process.kill()
-                raise ServerFailed(f"Valkey does not answer after {START_TIMEOUT_S:g} s; end of {self.log_file}:\n{tail(self.log_file)}")
+                raise ServerFailed(
+                    f"Valkey does not answer after {START_TIMEOUT_S:g} s; end of {self.log_file}:\n{tail(self.log_file)}"
+                )
             time.sleep(0.02)
 
     def _answers(self) -> bool:

@@ -22,7 +22,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from ducat.wallet.v1 import shard_pb2, wallet_pb2, wallet_service_pb2_grpc
 from kernel.errors import DucatError, FailedPrecondition, FieldViolation, InvalidArgument, NotFound, OutOfRange
-from wallet_core.adapters.rows import RESULT_OK, batch_message, result_bytes
+from wallet_core.adapters.rows import batch_message, create_transfers_response, result_bytes
 from wallet_core.engine.codes import AccountFlags, EventKind, TransferFlags
 from wallet_core.engine.events import Event, unpack_events
 from wallet_core.service.history import History
@@ -154,14 +154,14 @@ class WalletServicer(wallet_service_pb2_grpc.WalletServiceServicer):
         count = len(transfers)
         if not 0 < count <= ROW_COUNT_MAX:
             raise _wrong("transfers", f"expected 1 to {ROW_COUNT_MAX} rows, got {count}")
-        message = batch_message([_row(row, transfer) for row, transfer in enumerate(transfers)], request.settle)
+        rows = [_row(row, transfer) for row, transfer in enumerate(transfers)]
+        if request.settle != wallet_pb2.SETTLE_MODE_DURABLE:
+            done = await self._host.transfer_rows(rows)
+            return create_transfers_response(done.codes, done.positions)
+        message = batch_message(rows, request.settle)
         answer = wallet_pb2.TransferBatchResult.FromString(await self._host.transfer_batch(message))
-        results = RESULT_OK if count == 1 and not answer.failed_rows else result_bytes(answer, count)
-        response = wallet_pb2.CreateTransfersResponse(
-            results=results,  # type: ignore[arg-type]
-            positions=answer.positions,
-        )
-        return response.SerializeToString()
+        positions = [(position.shard, position.sequence_number) for position in answer.positions]
+        return create_transfers_response(result_bytes(answer, count), positions)
 
     async def SubmitTransfers(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         """Serialized SubmitTransfersRequest, answered by serialized SubmitTransfersResponse."""

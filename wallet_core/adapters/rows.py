@@ -4,20 +4,22 @@ than a message object."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ducat.wallet.v1 import wallet_pb2
 from wallet_core.service.port import ID_NONE, TransferRow
 
-__all__ = ["RESULT_OK", "batch_message", "result_bytes"]
+__all__ = ["batch_message", "create_transfers_response", "result_bytes"]
 
-RESULT_OK = bytes([wallet_pb2.TRANSFER_RESULT_OK])
-"""The results of one row that is OK."""
+_OK = bytes([wallet_pb2.TRANSFER_RESULT_OK])
 
 # field number << 3 | 2 (length-delimited), as in wallet.proto
 _IDS, _DEBITS, _CREDITS, _AMOUNTS = b"\x12", b"\x1a", b"\x22", b"\x2a"
 _FLAGS, _PENDING, _TIMEOUTS, _CODES = b"\x32", b"\x3a", b"\x42", b"\x4a"
 _SETTLE = b"\x50"  # field 10, varint
+_RESULTS, _POSITIONS = b"\x0a", b"\x12"
+_SHARD, _SEQUENCE = b"\x08", b"\x10"
+_BYTES = [bytes([number]) for number in range(0x80)]
 _Q, _H, _I = struct.Struct("<q").pack, struct.Struct("<H").pack, struct.Struct("<I").pack
 
 
@@ -56,19 +58,33 @@ def batch_message(rows: Sequence[TransferRow], settle: int = 0) -> bytes:
     return b"".join(parts)
 
 
+def create_transfers_response(codes: bytes, positions: Iterable[tuple[int, int]]) -> bytes:
+    """A serialized CreateTransfersResponse: packed results, then one ShardPosition a shard."""
+    parts = [_field(_RESULTS, codes)]  # each TransferResult is below 128, so its varint is the byte itself
+    for shard, sequence in positions:
+        inner = (_SHARD + _varint(shard) if shard else b"") + _SEQUENCE + _varint(sequence)
+        parts.append(_field(_POSITIONS, inner))
+    return b"".join(parts)
+
+
 def result_bytes(answer: wallet_pb2.TransferBatchResult, count: int) -> bytes:
     """One TransferResult byte a row."""
-    results = bytearray(RESULT_OK * count)
+    results = bytearray(_OK * count)
     for row, result in zip(answer.failed_rows, answer.failed_results, strict=True):
         results[row] = result
     return bytes(results)
 
 
 def _field(tag: bytes, value: bytes) -> bytes:
-    head = bytearray(tag)
-    length = len(value)
-    while length > 0x7F:
-        head.append(length & 0x7F | 0x80)
-        length >>= 7
-    head.append(length)
-    return bytes(head) + value
+    return tag + _varint(len(value)) + value
+
+
+def _varint(number: int) -> bytes:
+    if number < 0x80:
+        return _BYTES[number]
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)

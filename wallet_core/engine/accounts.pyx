@@ -155,6 +155,7 @@ cdef int accounts_apply(EngineState* e, const AccountColumns* c, bint update, ui
     cdef uint8_t result
     cdef bint repeated
     cdef const Account* a
+    cdef const uint8_t* at
     cdef size_t start = events.length
     if e.poisoned:
         return ENGINE_POISONED
@@ -162,9 +163,10 @@ cdef int accounts_apply(EngineState* e, const AccountColumns* c, bint update, ui
     if holds_expire(e, events) < 0 or events_reserve(events, c.count) < 0:
         return poison(e)
     for i in range(c.count):
-        row = c.rows[i] if c.rows != NULL else i
-        index_prefetch(&e.accounts_index, du_hash_id(du_load64(c.ids + 16 * row), du_load64(c.ids + 16 * row + 8)))
-    for i in range(c.count):
+        if i % BLOCK == 0:
+            for row in range(i, min(i + BLOCK, <uint64_t> c.count)):
+                at = c.ids + 16 * (c.rows[row] if c.rows != NULL else row)
+                index_prefetch(&e.accounts_index, du_hash_id(du_load64(at), du_load64(at + 8)))
         row = c.rows[i] if c.rows != NULL else i
         id0 = du_load64(c.ids + 16 * row)
         id1 = du_load64(c.ids + 16 * row + 8)

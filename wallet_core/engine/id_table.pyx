@@ -134,7 +134,7 @@ cdef void memory_free(EngineState* e, GenerationMemory* memory) noexcept nogil:
 
 cdef bint memory_wanted(const EngineState* e) noexcept nogil:
     cdef uint64_t used = e.account_count * sizeof(Account)
-    if du_load_acquire(&e.ready.slots) == 0:
+    if du_load_acquire(&e.ready.slots) == 0 or index_wants_memory(&e.accounts_index):
         return True
     return used >= 4 * PREPARE_BYTES and used + PREPARE_BYTES // 2 > e.accounts_touched and e.budget.bytes_max == 0
 
@@ -153,6 +153,8 @@ cdef int memory_prepare(EngineState* e) noexcept nogil:
             du_table_touch(g.slots, e.generation_slots * sizeof(uint32_t))
             du_table_touch(g.entries, e.generation_ids * sizeof(IdEntry))
         memory_offer(&e.ready, g.slots, g.entries)
+    if index_wants_memory(&e.accounts_index) and index_prepare(e, &e.accounts_index) < 0:
+        return -1
     used = e.account_count * sizeof(Account)
     if used >= 4 * PREPARE_BYTES and e.budget.bytes_max == 0:
         used = min(used + PREPARE_BYTES, e.accounts_max * sizeof(Account))

@@ -46,6 +46,7 @@ cdef enum:
     HEADER_WORDS = 17
     IMAGE_VERSION = 1
     OVERLAY_ENTRIES = 13000
+    OVERLAY_SPARES = 4
 
 
 cdef struct PieceHeader:
@@ -98,6 +99,7 @@ cdef struct ImageState:
     ImageQueue queues[SHARD_COUNT_MAX]
     ImageCursor cursors[SHARD_COUNT_MAX]
     uint64_t newest                 # OverlayChunk*, published by the writer
+    uint64_t spares[OVERLAY_SPARES] # OverlayChunk*, touched by the reader for the writer; 0 = none
     uint64_t failed                 # out of memory: the image is no good, the engine is
     # where the reader is
     uint32_t stage
@@ -106,12 +108,36 @@ cdef struct ImageState:
     OverlayChunk* overlay
 
 
+cdef OverlayChunk* overlay_chunk(ImageState* image) noexcept nogil:
+    # An empty chunk: one that the reader has touched, or a new one.
+    cdef uint64_t i, spare
+    for i in range(OVERLAY_SPARES):
+        spare = du_load_acquire(&image.spares[i])
+        if spare != 0:
+            du_store_release(&image.spares[i], 0)
+            return <OverlayChunk*> spare
+    return <OverlayChunk*> malloc(sizeof(OverlayChunk))
+
+
+cdef void overlay_prepare(ImageState* image) noexcept nogil:
+    # In the reader's thread. Only the reader fills a place, only the writer empties it.
+    cdef uint64_t i
+    cdef OverlayChunk* chunk
+    for i in range(OVERLAY_SPARES):
+        if du_load_acquire(&image.spares[i]) == 0:
+            chunk = <OverlayChunk*> malloc(sizeof(OverlayChunk))
+            if chunk == NULL:
+                return
+            du_table_touch(chunk, sizeof(OverlayChunk))
+            du_store_release(&image.spares[i], <uint64_t> chunk)
+
+
 cdef OverlayEntry* overlay_add(EngineState* e, uint32_t kind, uint64_t position) noexcept nogil:
     cdef ImageState* image = e.image
     cdef OverlayChunk* chunk = <OverlayChunk*> image.newest
     cdef OverlayEntry* entry
     if chunk == NULL or chunk.count == OVERLAY_ENTRIES:
-        chunk = <OverlayChunk*> malloc(sizeof(OverlayChunk))
+        chunk = overlay_chunk(image)
         if chunk == NULL:
             du_store_release(&image.failed, 1)
             return NULL
@@ -273,6 +299,8 @@ cdef void image_end(EngineState* e) noexcept nogil:
         older = chunk.older
         free(chunk)
         chunk = older
+    for i in range(OVERLAY_SPARES):
+        free(<void*> image.spares[i])
     if image.account_bits != NULL:
         du_table_free(image.account_bits, image.account_count // 8 + 1, &e.budget)
     if image.hold_bits != NULL:
@@ -316,7 +344,11 @@ cdef int64_t image_read(EngineState* e, uint8_t* buffer) noexcept nogil:
     cdef int64_t length
     if image == NULL or du_load_acquire(&image.failed):
         return ENGINE_REFUSED
+    if image.stage < PIECE_CURSOR:
+        overlay_prepare(image)
     if image.stage == PIECE_HEADER:
+        du_table_populate(image.account_bits, image.account_count // 8 + 1)
+        du_table_populate(image.hold_bits, image.hold_slots // 8 + 1)
         image.stage = PIECE_ACCOUNTS
         return piece_write(buffer, PIECE_HEADER, 0, 0, HEADER_WORDS, image.header, 8)
     if image.stage == PIECE_ACCOUNTS:

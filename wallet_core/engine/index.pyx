@@ -28,6 +28,7 @@ cdef void index_close(EngineState* e, Index* index) noexcept nogil:
         du_table_free(index.slots, sizeof(uint32_t) << index.bits, &e.budget)
     if index.old != NULL:
         du_table_free(index.old, sizeof(uint32_t) << index.old_bits, &e.budget)
+    index_drop_ready(e, index)
     memset(index, 0, sizeof(Index))
 
 
@@ -45,6 +46,8 @@ cdef inline bint slot_tag_equal(uint32_t value, uint64_t hash, uint32_t bits) no
 
 cdef inline void index_prefetch(const Index* index, uint64_t hash) noexcept nogil:
     du_prefetch(&index.slots[hash >> (64 - index.bits)])
+    if du_unlikely(index.old != NULL):
+        du_prefetch(&index.old[hash >> (64 - index.old_bits)])
 
 
 cdef inline uint32_t index_candidate(const Index* index, uint64_t hash) noexcept nogil:
@@ -144,7 +147,10 @@ cdef int index_insert(EngineState* e, Index* index, uint64_t hash, uint64_t posi
         bits = index.bits + 1
         if index.live * 10 < (<uint64_t> 3 << index.bits):
             bits = index.bits               # full of tombstones: clean up at the same size
-        bigger = <uint32_t*> du_table_new(sizeof(uint32_t) << bits, &e.budget)
+        bigger = index_take_ready(index, bits)
+        if bigger == NULL:
+            index_drop_ready(e, index)
+            bigger = <uint32_t*> du_table_new(sizeof(uint32_t) << bits, &e.budget)
         if bigger == NULL:
             return -1
         index.old = index.slots
@@ -157,6 +163,37 @@ cdef int index_insert(EngineState* e, Index* index, uint64_t hash, uint64_t posi
     table_put(index.slots, index.bits, hash, position)
     index.used += 1
     index.live += 1
+    return 0
+
+
+# The next table may be made and touched ahead of time by memory_prepare's thread. It is handed over as one word, the
+# address with the table's bits in its lowest six, since the writer may have grown the index by itself meanwhile.
+
+cdef uint32_t* index_take_ready(Index* index, uint32_t bits) noexcept nogil:
+    cdef uint64_t ready = du_load_acquire(&index.ready)
+    if ready & 63 != bits or not du_take(&index.ready, ready):
+        return NULL
+    return <uint32_t*> (ready & ~(<uint64_t> 63))
+
+
+cdef void index_drop_ready(EngineState* e, Index* index) noexcept nogil:
+    cdef uint64_t ready = du_load_acquire(&index.ready)
+    if ready != 0 and du_take(&index.ready, ready):
+        du_table_free(<void*> (ready & ~(<uint64_t> 63)), sizeof(uint32_t) << (ready & 63), &e.budget)
+
+
+cdef inline bint index_wants_memory(const Index* index) noexcept nogil:
+    return index.bits >= 16 and index.live * 2 > <uint64_t> 1 << index.bits and du_load_acquire(&index.ready) == 0
+
+
+cdef int index_prepare(EngineState* e, Index* index) noexcept nogil:
+    cdef uint32_t bits = index.bits + 1
+    cdef uint64_t bytes = <uint64_t> sizeof(uint32_t) << bits
+    cdef void* table = du_table_new(bytes, &e.budget)
+    if table == NULL:
+        return -1
+    du_table_touch(table, bytes)
+    du_store_release(&index.ready, <uint64_t> table | bits)
     return 0
 
 

@@ -152,24 +152,6 @@ static inline int du_arena_commit(du_arena *arena, uint64_t bytes, du_budget *bu
         uint64_t from = arena->committed < 2 * DU_HUGE ? 0 : arena->committed;
         madvise(arena->base + (from & ~(DU_HUGE - 1)), wanted - (from & ~(DU_HUGE - 1)), MADV_HUGEPAGE);
     }
-/* Makes the machine find the pages of a table now. */
-static inline void du_table_touch(void *p, uint64_t bytes) {
-    for (uint64_t i = 0; i < bytes; i += 4096) ((volatile uint8_t *)p)[i] = 0;
-}
-/* The same for a part of an arena, which the writer may be using; best effort. */
-static inline void du_arena_touch(const du_arena *arena, uint64_t from, uint64_t to) {
-#ifdef MADV_POPULATE_WRITE
-    from &= ~(DU_HUGE - 1);
-    to = (to + DU_HUGE - 1) & ~(DU_HUGE - 1);
-    if (to > arena->reserved) to = arena->reserved;
-    if (from >= to || mprotect(arena->base + from, to - from, PROT_READ | PROT_WRITE)) return;
-    madvise(arena->base + from, to - from, MADV_HUGEPAGE);
-    madvise(arena->base + from, to - from, MADV_POPULATE_WRITE);
-#else
-    (void)arena; (void)from; (void)to;
-#endif
-}
-
 #endif
     arena->committed = wanted;
     return 0;
@@ -190,24 +172,6 @@ static inline void *du_table_new(uint64_t bytes, du_budget *budget) {
         p += lead;
 #ifdef MADV_HUGEPAGE
         madvise(p, used, MADV_HUGEPAGE);
-/* Makes the machine find the pages of a table now. */
-static inline void du_table_touch(void *p, uint64_t bytes) {
-    for (uint64_t i = 0; i < bytes; i += 4096) ((volatile uint8_t *)p)[i] = 0;
-}
-/* The same for a part of an arena, which the writer may be using; best effort. */
-static inline void du_arena_touch(const du_arena *arena, uint64_t from, uint64_t to) {
-#ifdef MADV_POPULATE_WRITE
-    from &= ~(DU_HUGE - 1);
-    to = (to + DU_HUGE - 1) & ~(DU_HUGE - 1);
-    if (to > arena->reserved) to = arena->reserved;
-    if (from >= to || mprotect(arena->base + from, to - from, PROT_READ | PROT_WRITE)) return;
-    madvise(arena->base + from, to - from, MADV_HUGEPAGE);
-    madvise(arena->base + from, to - from, MADV_POPULATE_WRITE);
-#else
-    (void)arena; (void)from; (void)to;
-#endif
-}
-
 #endif
     }
     return p;
@@ -221,6 +185,14 @@ static inline void du_table_free(void *p, uint64_t bytes, du_budget *budget) {
 /* Makes the machine find the pages of a table now. */
 static inline void du_table_touch(void *p, uint64_t bytes) {
     for (uint64_t i = 0; i < bytes; i += 4096) ((volatile uint8_t *)p)[i] = 0;
+}
+/* The same for memory that another thread may be using; best effort. */
+static inline void du_table_populate(void *p, uint64_t bytes) {
+#ifdef MADV_POPULATE_WRITE
+    madvise(p, (bytes + 4095) & ~(uint64_t)4095, MADV_POPULATE_WRITE);
+#else
+    (void)p; (void)bytes;
+#endif
 }
 /* The same for a part of an arena, which the writer may be using; best effort. */
 static inline void du_arena_touch(const du_arena *arena, uint64_t from, uint64_t to) {

@@ -270,7 +270,7 @@ cdef const char* replay_record(EngineState* e, const uint8_t* p) noexcept nogil:
 
 cdef int replay_apply(EngineState* e, const uint8_t* records, uint32_t count, uint64_t first_sequence,
                       uint64_t timestamp_ns) noexcept nogil:
-    cdef uint64_t first = 0, i, n
+    cdef uint64_t first = 0, i, n, hash
     cdef uint32_t ordinal
     cdef const uint8_t* p
     cdef const char* reason = NULL
@@ -289,7 +289,11 @@ cdef int replay_apply(EngineState* e, const uint8_t* records, uint32_t count, ui
         n = min(<uint64_t> BLOCK, count - first)
         for i in range(n):
             p = records + (first + i) * EVENT_BYTES
-            ids_prefetch(e, du_hash_id(du_load64(p), du_load64(p + 8)))
+            hash = du_hash_id(du_load64(p), du_load64(p + 8))
+            if du_unlikely(p[46] == KIND_ACCOUNT_OPENED):
+                index_prefetch(&e.accounts_index, hash)
+                continue
+            ids_prefetch(e, hash)
             ordinal = du_load32(p + 24)
             if ordinal < e.account_count:
                 du_prefetch(&e.accounts[ordinal])

@@ -44,6 +44,7 @@ cdef extern from "wallet_core/engine/native.h" nogil:
     void du_budget_give(du_budget*, uint64_t)
     bint du_take(uint64_t*, uint64_t)
     void du_table_touch(void*, uint64_t)
+    void du_table_populate(void*, uint64_t)
     void du_arena_touch(const du_arena*, uint64_t, uint64_t)
     void* du_table_new(uint64_t, du_budget*)
     void du_table_free(void*, uint64_t, du_budget*)
@@ -53,6 +54,7 @@ cdef enum:
     NONE = 0xFFFFFFFF               # no ordinal, no hold, no slot
     ID_AHEAD_MS = 300000
     SEND_CHUNK = 1024               # sends in one chunk
+    BLOCK = 64                      # rows whose memory is fetched together
     PREPARE_BYTES = 8388608         # account records touched ahead
     CURRENCY_COUNT_MAX = 1024
     INDEX_BITS_MIN = 10
@@ -186,6 +188,7 @@ cdef struct Index:                  # id or sequence -> position; see index.pyx
     uint64_t old_cursor             # its slots below are moved
     uint64_t used                   # slots of the current table that are not empty
     uint64_t live                   # keys
+    uint64_t ready                  # a touched table, made by memory_prepare: its address | its bits; 0 = none
     uint32_t bits
     uint32_t old_bits
     uint32_t key

@@ -7,7 +7,6 @@
 # that are opened meanwhile are in-flight accounts, which no transfer may name.
 
 cdef enum:
-    BLOCK = 64
     # what came of a row
     REPEATED = 1                    # answered from the id table
     STATELESS = 2                   # refused, not remembered

@@ -89,6 +89,7 @@ cdef class FileLog:
     cdef int _prepare_errno
     cdef uint64_t _prepare_wanted           # bytes the next segment needs
     cdef volatile int _prepare_emergency
+    cdef volatile int _hurry                # the log waits for the segment: no more pauses
     cdef volatile int _closing
     cdef volatile int _sync_held            # tests: fdatasync waits while set
     cdef bint _closed
@@ -108,6 +109,7 @@ cdef class FileLog:
     cdef int _call_allocate(self, int fd, uint64_t length) noexcept nogil
     cdef void _want_next(self, uint64_t needed, int emergency) noexcept nogil
     cdef void _prepare_run(self) noexcept nogil
+    cdef bint _ahead(self, uint64_t zeroed, uint64_t size) noexcept nogil
     cdef int _prepare_one(self, uint64_t size, int emergency, int* fd_out) noexcept nogil
     cdef void _segment_path(self, char* out, uint64_t first) noexcept nogil
     cdef void _release(self) noexcept

@@ -120,6 +120,11 @@ cdef enum:
     PREPARE_FAILED = 5
 
 cdef enum:
+    PREPARE_PACED = 0             # in step with the log
+    PREPARE_EMERGENCY = 1         # at once, and from the reserve if need be
+    PREPARE_FIRST = 2             # at once
+
+cdef enum:
     DAMAGE_NONE = 0
     DAMAGE_HEADER = 1
     DAMAGE_BODY = 2

@@ -96,7 +96,7 @@ cdef class FileLog:
         with nogil:
             code = self._reserve_stage(1048576)
             if code == 0:
-                code = self._prepare_one(self.segment_bytes, 0, &fd)
+                code = self._prepare_one(self.segment_bytes, PREPARE_FIRST, &fd)
         if code == ENOSPC:
             raise DiskNearlyFull(self.folder, ducat_free_bytes(self._folder), self.reserve_bytes)
         if code != 0:
@@ -154,7 +154,7 @@ cdef class FileLog:
         if self._flush() < 0:
             return -1
         if self._tail > self._segment_size - self._segment_size // 4 * 3 and self._prepared == PREPARE_IDLE:
-            self._want_next(0, 0)
+            self._want_next(0, PREPARE_PACED)
         return 0
 
     cdef int _flush(self) noexcept nogil:
@@ -204,15 +204,18 @@ cdef class FileLog:
             if self.sync_enabled:
                 c_fsync(self._mark_fd)
         pthread_mutex_lock(&self._mutex)
+        self._hurry = 1
         while self._prepared == PREPARE_RUNNING or self._prepared == PREPARE_WANTED:
             pthread_cond_wait(&self._changed, &self._mutex)
+        self._hurry = 0
         if self._prepared != PREPARE_READY or self._prepared_size < wanted:
             # nothing ready (a burst, a huge frame, or no room above the reserve): what is applied must be written, so the
             # reserve is used for it. New work is refused by `writable` meanwhile.
             if self._prepared_fd >= 0:
                 c_close(self._prepared_fd)
                 self._prepared_fd = -1
-            self._prepare_wanted, self._prepare_emergency, self._prepared = _align_up(wanted), 1, PREPARE_WANTED
+            self._prepare_wanted, self._prepare_emergency = _align_up(wanted), PREPARE_EMERGENCY
+            self._prepared = PREPARE_WANTED
             pthread_cond_broadcast(&self._changed)
             while self._prepared == PREPARE_RUNNING or self._prepared == PREPARE_WANTED:
                 pthread_cond_wait(&self._changed, &self._mutex)
@@ -316,7 +319,8 @@ cdef class FileLog:
         """Look again whether there is room (any thread)."""
         pthread_mutex_lock(&self._mutex)
         if self._prepared == PREPARE_NO_SPACE or self._prepared == PREPARE_FAILED:
-            self._prepare_wanted, self._prepare_emergency, self._prepared = self.segment_bytes, 0, PREPARE_WANTED
+            self._prepare_wanted, self._prepare_emergency = self.segment_bytes, PREPARE_PACED
+            self._prepared = PREPARE_WANTED
             pthread_cond_broadcast(&self._changed)
         pthread_mutex_unlock(&self._mutex)
 
@@ -356,6 +360,12 @@ cdef class FileLog:
             pthread_cond_broadcast(&self._changed)
         pthread_mutex_unlock(&self._mutex)
 
+    cdef bint _ahead(self, uint64_t zeroed, uint64_t size) noexcept nogil:
+        """Is the zeroing further than the log's own progress asks for? Then it rests, so that syncs have the disk."""
+        cdef uint64_t first = self._segment_size // 4, tail = self._tail
+        cdef uint64_t used = tail - first if tail > first else 0
+        return zeroed // 1024 * 3 > size // 1024 // 4 + used // 1024 * 4 * 3 // 2
+
     cdef int _prepare_one(self, uint64_t size, int emergency, int* fd_out) noexcept nogil:
         """Allocate a segment, write zeros over all of it, sync it, name it next.ready. 0 or an errno."""
         cdef char building[4096]
@@ -364,7 +374,7 @@ cdef class FileLog:
         cdef uint64_t at = 0, part
         cdef int64_t free_bytes = ducat_free_bytes(self._folder)
         cdef int fd, code = 0
-        if not emergency and free_bytes >= 0 and <uint64_t>free_bytes < size + self.reserve_bytes:
+        if emergency != PREPARE_EMERGENCY and free_bytes >= 0 and <uint64_t>free_bytes < size + self.reserve_bytes:
             return ENOSPC
         snprintf(building, 4096, b"%s/next.building", self._folder)
         snprintf(ready, 4096, b"%s/next.ready", self._folder)
@@ -386,6 +396,11 @@ cdef class FileLog:
                     if c_pwrite(fd, zeros, part, <off_t>at) != <ssize_t>part:
                         code = errno or ENOSPC
                     at += part
+                    if emergency == PREPARE_PACED and at < size and code == 0:
+                        if self._closing:
+                            code = EIO
+                        elif not self._hurry and self._ahead(at, size):
+                            ducat_pause_ms(8)
                 free(zeros)
         if code == 0 and (c_fsync(fd) != 0 or c_rename(building, ready) != 0 or c_fsync(self._folder_fd) != 0):
             code = errno or EIO

@@ -1,15 +1,11 @@
-"""The event log as the shard sees it: append frames, make them durable, read them back. Backends implement
-this.
+"""The event log as the shard sees it: append frames, make them durable, read them back.
 
-Errors, as a tree:
-
-    EventLogError
-    ├── LogDamaged(file, offset, reason)   bytes at or below the last durable mark do not read back: never
-    opened silently ├── LogPoisoned(file, call, errno)     a write or sync failed: what the disk holds is
-    unknown until a restart re-reads it ├── DiskNearlyFull(folder, free, …)    writes refused while reads go
-    on; clears by itself when room is made ├── LogLocked(folder)                  another process (or another
-    opener in this one) owns the shard folder └── LogGap(file, wanted, found)        the wanted sequence
-    number is below what retention kept
+EventLogError
+├── LogDamaged(file, offset, reason)   bytes at or below the last durable mark do not read back
+├── LogPoisoned(file, call, errno)     a write or sync failed: what the disk holds is unknown until a restart
+├── DiskNearlyFull(folder, free, …)    writes refused while reads go on; clears when room is made
+├── LogLocked(folder)                  another opener, in this process or another, owns the shard folder
+└── LogGap(file, wanted, found)        the wanted sequence number is below what retention kept
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ __all__ = [
     "Host",
     "NamedAccount",
     "ReadModel",
+    "RowsAnswer",
     "ShardStatus",
     "SnapshotInfo",
     "TransferItem",
@@ -128,6 +129,18 @@ class EventPage:
         return self.first_sequence + self.count - 1
 
 
+class RowsAnswer(Protocol):
+    """What became of rows."""
+
+    @property
+    def codes(self) -> bytes:
+        """One TransferResult a row."""
+
+    @property
+    def positions(self) -> Sequence[tuple[int, int]]:
+        """(shard, sequence number)"""
+
+
 class Host(Protocol):
     """The shards that this process owns. Whatever it answers is durable."""
 
@@ -144,6 +157,9 @@ class Host(Protocol):
         SubmitTransfersRequest in, a SubmitTransfersResponse out. Raises InvalidArgument BATCH_INVALID naming
         the column; nothing is applied then.
         """
+
+    def transfer_rows(self, rows: Sequence[TransferRow]) -> Awaitable[RowsAnswer]:
+        """One TransferResult byte a row, settled, and the positions that include them."""
 
     def transfers(self, rows: Sequence[TransferRow]) -> Awaitable[bytes]:
         """One TransferResult byte a row."""

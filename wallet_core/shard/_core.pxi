@@ -19,6 +19,10 @@ cdef extern from *:
     #include <unistd.h>
     #include <pthread.h>
     #include <sys/eventfd.h>
+    #include <stdio.h>
+    #if defined(__linux__)
+    #include <sys/prctl.h>
+    #endif
 
     #define ducat_sub(p, n) __atomic_sub_fetch((p), (n), __ATOMIC_ACQ_REL)
     #define ducat_add(p, n) __atomic_add_fetch((p), (n), __ATOMIC_ACQ_REL)
@@ -28,6 +32,12 @@ cdef extern from *:
     }
     #define ducat_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define ducat_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    static inline void ducat_name_thread(const char *what, int number) {
+        char name[16]; snprintf(name, sizeof name, "%s-%d", what, number);
+    #if defined(__linux__)
+        prctl(PR_SET_NAME, name);
+    #endif
+    }
     static inline int64_t ducat_now_ns(void) {
         struct timespec t; clock_gettime(CLOCK_REALTIME, &t);
         return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
@@ -71,6 +81,7 @@ cdef extern from *:
     int ducat_load_int "ducat_load" (int*) noexcept nogil
     void ducat_store_int "ducat_store" (int*, int) noexcept nogil
     int64_t ducat_now_ns() noexcept nogil
+    void ducat_name_thread(const char*, int) noexcept nogil
     int64_t ducat_monotonic_ns() noexcept nogil
     void ducat_cond_wait_ns(pthread_cond_t*, pthread_mutex_t*, int64_t) noexcept nogil
     uint32_t ducat_slot(const uint8_t*) noexcept nogil
@@ -230,6 +241,7 @@ cdef struct ShardCore:
     int sync_stopped
     int applying
     int stopped                      # poisoned: nothing further is applied
+    int wants_memory                 # under the host's mutex: the engine asks for new memory to be touched
     int tick
     int apply_stopped
     uint16_t shard
@@ -247,6 +259,7 @@ cdef struct HostCore:
     pthread_cond_t finished          # waiter requests
     Request* done_head
     Request* done_tail
+    pthread_cond_t memory_wanted     # the memory thread waits here
     int event_fd
     int failed                       # a shard is poisoned
     int closing

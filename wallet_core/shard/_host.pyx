@@ -83,6 +83,7 @@ cdef class ShardHost:
     cdef StripedSet _striped
     cdef ShardClock _clock
     cdef bint _started, _closed
+    cdef object _memory_thread
     cdef readonly uint32_t shard_count
     cdef readonly int64_t rows_in_flight_max
     cdef readonly int64_t bytes_in_flight_max
@@ -93,6 +94,7 @@ cdef class ShardHost:
         self.core.event_fd = -1
         pthread_mutex_init(&self.core.mutex, NULL)
         pthread_cond_init(&self.core.finished, NULL)
+        pthread_cond_init(&self.core.memory_wanted, NULL)
 
     def __init__(self, shards, *, uint32_t shard_count, shard_map, ShardClock clock=None, config=None,
                  int64_t rows_in_flight_max=64 * ROWS_MAX, int64_t bytes_in_flight_max=64 * 1024 * 1024):
@@ -131,6 +133,8 @@ cdef class ShardHost:
             engine.digest(made.core.digest)
             made.now_ns = <int64_t>made.core.counters.now_ns
             made.snapshot_sequence = 0
+            with nogil:
+                engine.prepare()       # before anybody waits for an answer
             self._shards[shard] = made
             self._order.append(made)
             self._striped.collect(engine)
@@ -154,6 +158,7 @@ cdef class ShardHost:
             c_close(self.core.event_fd)
         pthread_mutex_destroy(&self.core.mutex)
         pthread_cond_destroy(&self.core.finished)
+        pthread_cond_destroy(&self.core.memory_wanted)
 
     # ---- life ----
 
@@ -165,6 +170,8 @@ cdef class ShardHost:
         if self._started:
             return
         self._started = True
+        self._memory_thread = threading.Thread(target=self._memory_loop, name="memory", daemon=True)
+        self._memory_thread.start()
         for shard in self._order:
             shard.apply_thread = threading.Thread(target=shard.apply_loop, name=f"apply-{shard.shard}", daemon=True)
             shard.sync_thread = threading.Thread(target=shard.sync_loop, name=f"sync-{shard.shard}", daemon=True)
@@ -195,8 +202,47 @@ cdef class ShardHost:
             for shard in self._order:
                 shard.apply_thread.join()
                 shard.sync_thread.join()
+            with nogil:
+                pthread_mutex_lock(&self.core.mutex)
+                pthread_cond_broadcast(&self.core.memory_wanted)
+                pthread_mutex_unlock(&self.core.mutex)
+            self._memory_thread.join()
         for shard in self._order:
             shard.log.close()
+
+    def _memory_loop(self):
+        """One thread beside the writers: touches memory that engines ask for (Engine.prepare)."""
+        cdef Shard shard, found
+        cdef list order = self._order
+        while True:
+            found = None
+            pthread_mutex_lock(&self.core.mutex)
+            for shard in order:
+                if shard.core.wants_memory:
+                    found = shard
+                    break
+            pthread_mutex_unlock(&self.core.mutex)
+            if found is not None:
+                with nogil:
+                    found.engine.prepare()
+                pthread_mutex_lock(&self.core.mutex)
+                found.core.wants_memory = 0
+                pthread_mutex_unlock(&self.core.mutex)
+                continue
+            with nogil:
+                pthread_mutex_lock(&self.core.mutex)
+                if not self.core.closing and not self._any_wants_memory():
+                    pthread_cond_wait(&self.core.memory_wanted, &self.core.mutex)
+                pthread_mutex_unlock(&self.core.mutex)
+            if self.core.closing:
+                return
+
+    cdef bint _any_wants_memory(self) noexcept nogil:
+        cdef uint32_t shard
+        for shard in range(self.core.shard_count):
+            if self.core.shards[shard] != NULL and self.core.shards[shard].wants_memory:
+                return True
+        return False
 
     def fileno(self):
         """An eventfd, readable when there are completions, outbound deliveries, or a failure."""

@@ -102,6 +102,7 @@ cdef class Shard:
     # ---- the apply thread ----
 
     def apply_loop(self):
+        ducat_name_thread(b"apply", self.shard)
         with nogil:
             self.apply_run()
 
@@ -150,6 +151,8 @@ cdef class Shard:
             pthread_mutex_unlock(&core.mutex)
             if self.apply_one(work) < 0:
                 self.fail()
+            if self.engine.wants_memory():
+                self.ask_memory()
             work_free(work)
             self.engine.counters(&counters)
             self.engine.digest(digest)
@@ -160,6 +163,15 @@ cdef class Shard:
         core.apply_stopped = 1
         pthread_cond_broadcast(&core.group_ready)
         pthread_mutex_unlock(&core.mutex)
+
+    cdef void ask_memory(self) noexcept nogil:
+        """Let the memory thread touch what the engine will need next: page faults cost more than transfers."""
+        if self.core.wants_memory:
+            return
+        pthread_mutex_lock(&self.host.mutex)
+        self.core.wants_memory = 1
+        pthread_cond_signal(&self.host.memory_wanted)
+        pthread_mutex_unlock(&self.host.mutex)
 
     cdef void hand_over(self) noexcept nogil:
         """Give the current group to an idle sync thread. The mutex is held."""
@@ -585,6 +597,7 @@ cdef class Shard:
     # ---- the sync thread ----
 
     def sync_loop(self):
+        ducat_name_thread(b"sync", self.shard)
         with nogil:
             self.sync_run()
 

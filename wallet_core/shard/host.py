@@ -339,7 +339,7 @@ class WalletHost:
 
     def _write_snapshot(self, shard: int) -> SnapshotInfo:
         folder = self._snapshot_folder(shard)
-        writer = SnapshotWriter(folder, shard)
+        writer = SnapshotWriter(folder, shard, reserve_bytes=self._config.reserve_bytes)
         try:
             self._native.image(shard, writer)
         except BaseException:

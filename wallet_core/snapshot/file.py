@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from wallet_core.event_log import crc32c
+from wallet_core.event_log import DiskNearlyFull, crc32c
 from wallet_core.event_log.file import make_folder, sync_folder
 from wallet_core.snapshot.format import (
     HEADER_BYTES,
@@ -51,12 +51,13 @@ def snapshot_files(folder: Path) -> list[SnapshotFile]:
 
 class SnapshotWriter:
     """Writes one snapshot: `begin`, `add` each piece, `finish`. Nothing is visible before `finish` returns;
-    `abandon` (or a crash) leaves at most a `.building` file, which the next writer removes. Past the page
+    `abandon` (or a crash) leaves at most a `.building` file, which the next writer removes. Raises DiskNearlyFull rather than eat into
+    the reserve that the event log needs. Past the page
     cache where possible, so that a gigabyte of snapshot does not push a server's memory out. Use one writer
     a folder at a time."""
 
-    def __init__(self, folder: Path, shard: int) -> None:
-        self._folder, self._shard = folder, shard
+    def __init__(self, folder: Path, shard: int, *, reserve_bytes: int = 0) -> None:
+        self._folder, self._shard, self._reserve_bytes = folder, shard, reserve_bytes
         self._descriptor = -1
         self._path = folder
         self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
@@ -142,6 +143,10 @@ class SnapshotWriter:
             padded = length + -length % _BLOCK
             self._view[length:padded] = bytes(padded - length)
             length = padded
+        space = os.statvfs(self._folder)
+        free_bytes = space.f_bavail * space.f_frsize
+        if free_bytes < self._reserve_bytes + length:
+            raise DiskNearlyFull(str(self._folder), free_bytes, self._reserve_bytes)
         done = 0
         while done < length:
             done += os.pwrite(self._descriptor, self._view[done:length], self._written + done)
@@ -170,7 +175,7 @@ def read_pieces(path: Path) -> Iterator[memoryview]:
     if size != header.file_bytes:
         raise SnapshotDamaged(name, min(size, header.file_bytes), f"{size} bytes, the header says {header.file_bytes}")
     descriptor = _open_direct(path, os.O_RDONLY)
-    buffer = mmap.mmap(-1, 2 * PIECE_BYTES_MAX)
+    buffer = mmap.mmap(-1, min(2 * PIECE_BYTES_MAX, size + -size % _BLOCK + _BLOCK))
     view = memoryview(buffer)
     base = filled = 0
 

@@ -37,6 +37,7 @@ CREATE TABLE executor.psp_health (
     psp             text        PRIMARY KEY,
     failure_count   integer     NOT NULL CHECK (failure_count >= 0),
     open_until_time timestamptz,
+    probing         boolean     NOT NULL,
     update_time     timestamptz NOT NULL
 );
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from executor.domain.command import ExecuteOrder, ExecuteRefund, PayoutInstruction
 from executor.domain.outcome import (
@@ -76,7 +77,7 @@ def intent_body(order: ExecuteOrder, config: PspConfig, capabilities: Capabiliti
             "checkout_id": order.checkout_id,
             "seller_id": order.seller_account,
         },
-        "return_url": config.return_url,
+        "return_url": f"{config.return_url}?checkout_id={quote(order.checkout_id, safe='')}",
         "statement_descriptor": config.statement_descriptor,
     }
     if order.buyer_email:
@@ -172,7 +173,9 @@ def notifications(body: bytes, capabilities: Capabilities) -> tuple[Notification
         raise InvalidArgument(f"not a webhook of the sandbox: {type(error).__name__}: {error}") from error
     texts = (event_id, event_type, object_id)
     if not all(isinstance(text, str) and text for text in texts) or not isinstance(created, int):
-        raise InvalidArgument("not a webhook of the sandbox: id, type and data.object.id must be text, created a number")
+        raise InvalidArgument(
+            "not a webhook of the sandbox: id, type and data.object.id must be text, created a number"
+        )
     return (
         Notification(
             psp_event_id=event_id,

@@ -144,13 +144,12 @@ CREATE TABLE payment.inbox (
 CREATE INDEX inbox_create_time ON payment.inbox USING brin (create_time);
 
 -- Stores a payment, its orders and their commands: one statement, one round trip, one transaction.
+-- p_orders is [{"id","seller","currency","amount","psp","message_id","payload" (base64)}, …].
 -- Returns 'created', 'replayed' (same content) or 'mismatch' (other content). Raises DU001 with the ids as detail, and stores
 -- nothing, where order ids belong to other checkouts.
 CREATE FUNCTION payment.create_payment(
     p_checkout_id text, p_content_hash bytea, p_buyer_id text, p_buyer_name text, p_buyer_email text,
-    p_now timestamptz, p_expire_time timestamptz, p_traceparent text,
-    o_id text[], o_seller text[], o_currency text[], o_amount bigint[], o_psp text[], o_history jsonb,
-    x_message_id text[], x_payload bytea[]
+    p_now timestamptz, p_expire_time timestamptz, p_traceparent text, p_history jsonb, p_orders jsonb
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     stored_hash bytea;
@@ -158,7 +157,7 @@ DECLARE
 BEGIN
     INSERT INTO payment.payment_event (checkout_id, content_hash, buyer_id, buyer_name, buyer_email, open_order_count,
                                        expire_time, create_time, update_time)
-    VALUES (p_checkout_id, p_content_hash, p_buyer_id, p_buyer_name, p_buyer_email, cardinality(o_id),
+    VALUES (p_checkout_id, p_content_hash, p_buyer_id, p_buyer_name, p_buyer_email, jsonb_array_length(p_orders),
             p_expire_time, p_now, p_now)
     ON CONFLICT (checkout_id) DO NOTHING;
     IF NOT FOUND THEN
@@ -169,21 +168,23 @@ BEGIN
     -- In the order of the ids, so that two checkouts with the same ids cannot deadlock.
     INSERT INTO payment.payment_order (payment_order_id, checkout_id, position, seller_account, currency_code, amount_minor,
                                        state, psp, traceparent, history, create_time, update_time)
-    SELECT u.id, p_checkout_id, u.position, u.seller, u.currency, u.amount, 1, u.psp, p_traceparent, o_history, p_now, p_now
-    FROM unnest(o_id, o_seller, o_currency, o_amount, o_psp) WITH ORDINALITY AS u(id, seller, currency, amount, psp, position)
+    SELECT u.id, p_checkout_id, u.position, u.seller, u.currency, u.amount, 1, u.psp, p_traceparent, p_history, p_now, p_now
+    FROM ROWS FROM (jsonb_to_recordset(p_orders) AS (id text, seller text, currency text, amount bigint, psp text))
+        WITH ORDINALITY AS u(id, seller, currency, amount, psp, position)
     ORDER BY u.id
     ON CONFLICT (payment_order_id) DO NOTHING;
     GET DIAGNOSTICS stored_count = ROW_COUNT;
-    IF stored_count <> cardinality(o_id) THEN
+    IF stored_count <> jsonb_array_length(p_orders) THEN
         RAISE EXCEPTION 'order ids belong to other checkouts' USING ERRCODE = 'DU001', DETAIL = (
-            SELECT coalesce(json_agg(payment_order_id), '[]') FROM payment.payment_order
-            WHERE payment_order_id = ANY(o_id) AND checkout_id <> p_checkout_id
+            SELECT coalesce(json_agg(o.payment_order_id), '[]')
+            FROM jsonb_to_recordset(p_orders) AS u(id text) JOIN payment.payment_order AS o ON o.payment_order_id = u.id
+            WHERE o.checkout_id <> p_checkout_id
         );
     END IF;
 
     INSERT INTO payment.outbox (topic, key, message_id, payload, traceparent)
-    SELECT 'payment.commands', u.id, u.message_id, u.payload, p_traceparent
-    FROM unnest(o_id, x_message_id, x_payload) WITH ORDINALITY AS u(id, message_id, payload, position) ORDER BY u.position;
+    SELECT 'payment.commands', u.id, u.message_id, decode(u.payload, 'base64'), p_traceparent
+    FROM jsonb_to_recordset(p_orders) AS u(id text, message_id text, payload text);
     PERFORM pg_notify('payment_outbox', '');
     RETURN 'created';
 END $$;
@@ -217,114 +218,114 @@ END $$;
 
 -- Writes back what was decided on loaded states: inbox, notifications, orders, payouts, payments and outbox, in one statement and
 -- one transaction. Where anything changed since it was loaded it raises DU002 and changes nothing: load and decide again.
--- Returns true where notifications are parked that tell of one of the PSP objects which this call made known.
-CREATE FUNCTION payment.apply(
-    p_now timestamptz, p_consumer text, p_message_ids text[],
-    n_psp text[], n_event_id text[], n_kind smallint[], n_outcome smallint[], n_reference text[], n_content jsonb[],
-    n_attempt_count integer[], n_next_attempt_time timestamptz[],
-    o_id text[], o_stored_revision bigint[], o_revision bigint[], o_state smallint[], o_psp text[], o_psp_token text[],
-    o_hosted_page_url text[], o_failure_reason text[], o_attention text[], o_cancel_requested boolean[], o_refunded bigint[],
-    o_history jsonb[],
-    q_reference text[], q_stored_revision bigint[], q_revision bigint[], q_state smallint[], q_psp_payout_id text[],
-    q_hold_id bytea[], q_failure_reason text[], q_attention text[], q_history jsonb[],
-    x_topic text[], x_key text[], x_message_id text[], x_payload bytea[], x_traceparent text[],
-    c_checkout_id text[], c_closed integer[], c_message_id text[], c_payload bytea[], c_traceparent text[],
-    w_checkout_id text[], k_object text[]
-) RETURNS boolean LANGUAGE plpgsql AS $$
+-- p is one document, because encoding forty array arguments costs the caller more than this whole function; each part is a list
+-- that is there only when it is not empty:
+--   messages       ids for the inbox of p_consumer
+--   orders         written where the revision is still "was"
+--   payouts        likewise
+--   notifications  new, or parked so far
+--   outbox         messages in their order, payload in base64
+--   closed         payments with the number of orders that ended now, and payment_completed in case none is open any more
+--   changed        checkout_ids to tell watchers of
+--   objects        PSP objects that became known
+-- Returns true where notifications are parked that tell of one of those objects.
+CREATE FUNCTION payment.apply(p_now timestamptz, p_consumer text, p jsonb) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     n integer;
 BEGIN
-    IF cardinality(p_message_ids) > 0 THEN
-        INSERT INTO payment.inbox (consumer, message_id) SELECT p_consumer, m FROM unnest(p_message_ids) AS m
+    IF p ? 'messages' THEN
+        INSERT INTO payment.inbox (consumer, message_id)
+        SELECT p_consumer, m FROM jsonb_array_elements_text(p -> 'messages') AS m ORDER BY m
         ON CONFLICT DO NOTHING;
         GET DIAGNOSTICS n = ROW_COUNT;
-        IF n <> cardinality(p_message_ids) THEN
+        IF n <> jsonb_array_length(p -> 'messages') THEN
             RAISE EXCEPTION 'messages were taken meanwhile' USING ERRCODE = 'DU002';
         END IF;
     END IF;
 
-    IF cardinality(o_id) > 0 THEN
+    IF p ? 'orders' THEN
         UPDATE payment.payment_order AS o
-        SET state = u.state, psp = u.psp, psp_token = u.psp_token, hosted_page_url = u.hosted_page_url,
-            failure_reason = u.failure_reason, attention = u.attention, cancel_requested = u.cancel_requested,
-            refunded_minor = u.refunded, revision = u.revision, history = o.history || u.history, update_time = p_now
-        FROM unnest(o_id, o_stored_revision, o_revision, o_state, o_psp, o_psp_token, o_hosted_page_url, o_failure_reason,
-                    o_attention, o_cancel_requested, o_refunded, o_history)
-            AS u(id, stored_revision, revision, state, psp, psp_token, hosted_page_url, failure_reason,
-                 attention, cancel_requested, refunded, history)
-        WHERE o.payment_order_id = u.id AND o.revision = u.stored_revision;
+        SET state = u.state, psp = u.psp, psp_token = u.token, hosted_page_url = u.url, failure_reason = u.reason,
+            attention = u.attention, cancel_requested = u.cancel, refunded_minor = u.refunded, revision = u.revision,
+            history = o.history || u.history, update_time = p_now
+        FROM jsonb_to_recordset(p -> 'orders')
+            AS u(id text, was bigint, revision bigint, state smallint, psp text, token text, url text, reason text,
+                 attention text, cancel boolean, refunded bigint, history jsonb)
+        WHERE o.payment_order_id = u.id AND o.revision = u.was;
         GET DIAGNOSTICS n = ROW_COUNT;
-        IF n <> cardinality(o_id) THEN
+        IF n <> jsonb_array_length(p -> 'orders') THEN
             RAISE EXCEPTION 'orders changed meanwhile' USING ERRCODE = 'DU002';
         END IF;
     END IF;
 
-    IF cardinality(q_reference) > 0 THEN
+    IF p ? 'payouts' THEN
         UPDATE payment.payout AS q
-        SET state = u.state, psp_payout_id = u.psp_payout_id, hold_id = u.hold_id, failure_reason = u.failure_reason,
+        SET state = u.state, psp_payout_id = u.token, hold_id = decode(u.hold, 'hex'), failure_reason = u.reason,
             attention = u.attention, revision = u.revision, history = q.history || u.history, update_time = p_now
-        FROM unnest(q_reference, q_stored_revision, q_revision, q_state, q_psp_payout_id, q_hold_id, q_failure_reason,
-                    q_attention, q_history)
-            AS u(reference, stored_revision, revision, state, psp_payout_id, hold_id, failure_reason, attention, history)
-        WHERE q.reference = u.reference AND q.revision = u.stored_revision;
+        FROM jsonb_to_recordset(p -> 'payouts')
+            AS u(id text, was bigint, revision bigint, state smallint, token text, hold text, reason text, attention text,
+                 history jsonb)
+        WHERE q.reference = u.id AND q.revision = u.was;
         GET DIAGNOSTICS n = ROW_COUNT;
-        IF n <> cardinality(q_reference) THEN
+        IF n <> jsonb_array_length(p -> 'payouts') THEN
             RAISE EXCEPTION 'payouts changed meanwhile' USING ERRCODE = 'DU002';
         END IF;
     END IF;
 
-    IF cardinality(n_event_id) > 0 THEN
+    IF p ? 'notifications' THEN
         -- Only a parked one may get another outcome. Everything else that is there already was applied by somebody else.
         INSERT INTO payment.psp_notification AS known (psp, psp_event_id, kind, outcome, reference, content, attempt_count,
                                                        next_attempt_time, create_time)
-        SELECT u.psp, u.event_id, u.kind, u.outcome, u.reference, u.content, u.attempt_count, u.next_attempt_time, p_now
-        FROM unnest(n_psp, n_event_id, n_kind, n_outcome, n_reference, n_content, n_attempt_count, n_next_attempt_time)
-            AS u(psp, event_id, kind, outcome, reference, content, attempt_count, next_attempt_time)
-        ORDER BY u.psp, u.event_id
+        SELECT u.psp, u.id, u.kind, u.outcome, u.reference, u.content, u.attempts, u.next, p_now
+        FROM jsonb_to_recordset(p -> 'notifications')
+            AS u(psp text, id text, kind smallint, outcome smallint, reference text, content jsonb, attempts integer,
+                 next timestamptz)
+        ORDER BY u.psp, u.id
         ON CONFLICT (psp, psp_event_id) DO UPDATE
         SET outcome = excluded.outcome, reference = excluded.reference, attempt_count = excluded.attempt_count,
             next_attempt_time = excluded.next_attempt_time
         WHERE known.outcome = 0;
         GET DIAGNOSTICS n = ROW_COUNT;
-        IF n <> cardinality(n_event_id) THEN
+        IF n <> jsonb_array_length(p -> 'notifications') THEN
             RAISE EXCEPTION 'notifications were applied meanwhile' USING ERRCODE = 'DU002';
         END IF;
     END IF;
 
-    IF cardinality(x_topic) > 0 THEN
+    IF p ? 'outbox' THEN
         INSERT INTO payment.outbox (topic, key, message_id, payload, traceparent)
-        SELECT u.topic, u.key, u.message_id, u.payload, u.traceparent
-        FROM unnest(x_topic, x_key, x_message_id, x_payload, x_traceparent)
-            WITH ORDINALITY AS u(topic, key, message_id, payload, traceparent, position)
-        ORDER BY u.position;
+        SELECT u.topic, u.key, u.id, decode(u.payload, 'base64'), u.trace
+        FROM jsonb_to_recordset(p -> 'outbox') AS u(topic text, key text, id text, payload text, trace text);
         PERFORM pg_notify('payment_outbox', '');
     END IF;
 
     -- The row lock on the payment makes orders that end at the same time count one after the other: exactly one sees zero.
-    IF cardinality(c_checkout_id) > 0 THEN
-        WITH locked AS (
-            SELECT e.checkout_id FROM payment.payment_event AS e WHERE e.checkout_id = ANY(c_checkout_id)
-            ORDER BY e.checkout_id FOR UPDATE
+    IF p ? 'closed' THEN
+        WITH ended AS (
+            SELECT * FROM jsonb_to_recordset(p -> 'closed')
+                AS u(checkout_id text, count integer, id text, payload text, trace text)
+        ), locked AS (
+            SELECT e.checkout_id FROM payment.payment_event AS e
+            WHERE e.checkout_id IN (SELECT checkout_id FROM ended) ORDER BY e.checkout_id FOR UPDATE
         ), counted AS (
             UPDATE payment.payment_event AS e
-            SET open_order_count = e.open_order_count - u.closed, is_payment_done = (e.open_order_count = u.closed),
+            SET open_order_count = e.open_order_count - ended.count, is_payment_done = (e.open_order_count = ended.count),
                 update_time = p_now
-            FROM unnest(c_checkout_id, c_closed) AS u(checkout_id, closed) JOIN locked USING (checkout_id)
-            WHERE e.checkout_id = u.checkout_id
+            FROM ended JOIN locked USING (checkout_id)
+            WHERE e.checkout_id = ended.checkout_id
             RETURNING e.checkout_id, e.is_payment_done
         )
         INSERT INTO payment.outbox (topic, key, message_id, payload, traceparent)
-        SELECT 'payment.events', u.checkout_id, u.message_id, u.payload, u.traceparent
-        FROM unnest(c_checkout_id, c_message_id, c_payload, c_traceparent) AS u(checkout_id, message_id, payload, traceparent)
-            JOIN counted USING (checkout_id)
-        WHERE counted.is_payment_done;
+        SELECT 'payment.events', ended.checkout_id, ended.id, decode(ended.payload, 'base64'), ended.trace
+        FROM ended JOIN counted USING (checkout_id) WHERE counted.is_payment_done;
+        PERFORM pg_notify('payment_outbox', '');
     END IF;
 
-    IF cardinality(w_checkout_id) > 0 THEN
-        PERFORM pg_notify('payment_changed', w) FROM unnest(w_checkout_id) AS w;
+    IF p ? 'changed' THEN
+        PERFORM pg_notify('payment_changed', w) FROM jsonb_array_elements_text(p -> 'changed') AS w;
     END IF;
-    RETURN cardinality(k_object) > 0 AND EXISTS (
-        SELECT FROM payment.psp_notification WHERE outcome = 0 AND content ->> 'object' = ANY(k_object)
+    RETURN p ? 'objects' AND EXISTS (
+        SELECT FROM payment.psp_notification
+        WHERE outcome = 0 AND content ->> 'object' IN (SELECT jsonb_array_elements_text(p -> 'objects'))
     );
 END $$;
 

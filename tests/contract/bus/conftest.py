@@ -15,6 +15,7 @@ import pytest
 from kernel.errors import Unavailable
 from runtime.bus import Bus, BusPolicy, Message, open_bus
 from runtime.embedded import EmbeddedValkey
+from tests.kafka_broker import KafkaBroker
 
 CONSUMER_PROCESS = Path(__file__).with_name("consumer_process.py")
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,7 +27,7 @@ _number = itertools.count(1)
 class Harness:
     """Opens buses, starts consumers that end with the test, and waits with patience."""
 
-    def __init__(self, backend: str, address: str, *, server: EmbeddedValkey | None = None) -> None:
+    def __init__(self, backend: str, address: str, *, server: EmbeddedValkey | KafkaBroker | None = None) -> None:
         self.backend = backend
         self.address = address
         self.server = server
@@ -39,7 +40,13 @@ class Harness:
         return f"test.{os.getpid()}.{next(_number)}"
 
     async def open(self, **policy: int) -> Bus:
-        limits = {"claim_idle_ms": 900, "retry_base_ms": 20, "retry_cap_ms": 100, "trim_interval_ms": 200, "delivery_count_max": 3}
+        limits = {
+            "claim_idle_ms": 900,
+            "retry_base_ms": 20,
+            "retry_cap_ms": 100,
+            "trim_interval_ms": 200,
+            "delivery_count_max": 3,
+        }
         bus = await open_bus(
             self.backend,
             redis_url=self.address,
@@ -60,10 +67,21 @@ class Harness:
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
-    async def start_process(self, topic: str, group: str, mode: str) -> asyncio.subprocess.Process:
+    async def start_process(
+        self, topic: str, group: str, mode: str, delivery_count_max: int = 3
+    ) -> asyncio.subprocess.Process:
         """A consumer in a process of its own that says `took <id>` on stdout; `mode` is hang, die or handle."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(CONSUMER_PROCESS), self.backend, self.address, topic, group, mode),
+            *(
+                sys.executable,
+                str(CONSUMER_PROCESS),
+                self.backend,
+                self.address,
+                topic,
+                group,
+                mode,
+                str(delivery_count_max),
+            ),
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=asyncio.subprocess.PIPE,
         )
@@ -121,7 +139,9 @@ class Seen:
         try:
             await self.until(lambda: wanted <= set(self.ids))
         except TimeoutError:
-            raise AssertionError(f"never seen: {sorted(wanted - set(self.ids))[:10]}; seen {len(self.messages)}") from None
+            raise AssertionError(
+                f"never seen: {sorted(wanted - set(self.ids))[:10]}; seen {len(self.messages)}"
+            ) from None
 
 
 async def publish_surely(bus: Bus, messages: Sequence[Message]) -> None:
@@ -137,12 +157,14 @@ async def publish_surely(bus: Bus, messages: Sequence[Message]) -> None:
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
     """Wait for a state of the broker that nothing announces."""
     async with asyncio.timeout(PATIENCE_S):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 
 def messages_of(topic: str, count: int, *, key_count: int = 1, start: int = 0) -> list[Message]:
-    return [Message(topic, f"key-{n % key_count}", f"id-{n}", f"payload-{n}".encode()) for n in range(start, start + count)]
+    return [
+        Message(topic, f"key-{n % key_count}", f"id-{n}", f"payload-{n}".encode()) for n in range(start, start + count)
+    ]
 
 
 @pytest.fixture(params=["valkey", pytest.param("kafka", marks=pytest.mark.kafka)])
@@ -151,6 +173,8 @@ async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
         server = request.getfixturevalue("valkey_server")
         made = Harness("valkey", request.getfixturevalue("valkey_url"), server=server)
     else:
-        made = Harness("kafka", request.getfixturevalue("kafka_bootstrap"))
+        made = Harness(
+            "kafka", request.getfixturevalue("kafka_bootstrap"), server=request.getfixturevalue("kafka_broker")
+        )
     yield made
     await made.close()

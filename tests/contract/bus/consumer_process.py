@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from runtime.bus import BusPolicy, Message, open_bus
 
 
-async def main(backend: str, address: str, topic: str, group: str, mode: str) -> None:
-    policy = BusPolicy(claim_idle_ms=900, retry_base_ms=20, retry_cap_ms=100, trim_interval_ms=200, delivery_count_max=3)
+async def main(backend: str, address: str, topic: str, group: str, mode: str, delivery_count_max: str) -> None:
+    policy = BusPolicy(
+        claim_idle_ms=900, retry_base_ms=20, retry_cap_ms=100, delivery_count_max=int(delivery_count_max)
+    )
     bus = await open_bus(backend, redis_url=address, kafka_bootstrap=address, policy=policy, name="child")
 
     async def handle(messages: Sequence[Message]) -> None:

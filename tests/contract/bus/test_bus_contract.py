@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from tests.contract.bus.conftest import Harness, Seen, eventually, messages_of, publish_surely
 
 from kernel.errors import NotFound, Unavailable
 from runtime.bus import Message, RetryLater
 from runtime.bus.dead_letter import list_dead_letters, retry, retry_all
+from tests.contract.bus.conftest import Harness, Seen, eventually, messages_of, publish_surely
 
 
 async def test_order_within_a_key_survives_batches_and_two_consumers(harness: Harness) -> None:
@@ -117,7 +117,7 @@ async def test_slow_consumer_keeps_its_message(harness: Harness) -> None:
     await bus.publish(messages_of(topic, 1))
     harness.start(bus.consume_each(topic, "g", slow))
     async with asyncio.timeout(30):
-        while not taken:
+        while not taken:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     harness.start(other.consume_each(topic, "g", slow))
     async with asyncio.timeout(30):
@@ -226,7 +226,9 @@ async def test_poison_becomes_a_dead_letter_and_others_pass(harness: Harness, mo
     assert 0 < letter.first_failed_ms <= letter.last_failed_ms
     assert topic in await bus.dead_letter_topics()
     for key in range(3):
-        wanted = [message.message_id for message in sent if message.key == f"key-{key}" and message.message_id != "id-3"]
+        wanted = [
+            message.message_id for message in sent if message.key == f"key-{key}" and message.message_id != "id-3"
+        ]
         assert seen.ids_of(f"key-{key}") == wanted
 
 
@@ -303,13 +305,15 @@ async def test_dead_letters_can_be_retried(harness: Harness) -> None:
     assert await list_dead_letters(bus, topic) == []
 
 
-async def test_message_that_kills_its_consumers_does_not_do_so_for_ever(harness: Harness) -> None:
+async def test_message_that_kills_its_consumers_ends_as_a_dead_letter(harness: Harness) -> None:
     if harness.backend == "kafka":
-        pytest.skip("Kafka counts no deliveries: a message that kills its process is an operator's case there (docs/bus.md)")
-    topic, bus, seen = harness.topic(), await harness.open(), Seen()
+        pytest.skip(
+            "Kafka counts no deliveries: a message that kills its process is an operator's case there (docs/bus.md)"
+        )
+    topic, bus, seen = harness.topic(), await harness.open(delivery_count_max=1), Seen()
     await bus.publish(messages_of(topic, 1))
-    for _ in range(12):  # CRASH_FACTOR × delivery_count_max
-        child = await harness.start_process(topic, "g", "die")
+    for _ in range(4):  # CRASH_FACTOR × delivery_count_max
+        child = await harness.start_process(topic, "g", "die", delivery_count_max=1)
         async with asyncio.timeout(30):
             await child.wait()
     harness.start(bus.consume(topic, "g", seen.batch))
@@ -321,9 +325,13 @@ async def test_message_that_kills_its_consumers_does_not_do_so_for_ever(harness:
     assert seen.messages == []
 
 
-async def test_publish_is_refused_not_lost_when_the_broker_is_away(harness: Harness) -> None:
+async def test_publish_is_refused_not_lost_when_the_broker_is_away(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was acknowledged survives SIGKILL of the broker; what cannot be is refused and never shows up later."""
+    monkeypatch.setattr("runtime.bus.kafka.MESSAGE_TIMEOUT_MS", 2_000)
     if harness.server is None:
-        pytest.skip("only the embedded Valkey is stopped by this suite")
+        pytest.skip("the broker is somebody's own: this suite does not kill it")
     topic, bus, seen = harness.topic(), await harness.open(), Seen()
     await bus.publish(messages_of(topic, 5))
     harness.server.kill()
@@ -340,15 +348,16 @@ async def test_publish_is_refused_not_lost_when_the_broker_is_away(harness: Harn
 
 async def test_consumer_survives_a_broker_restart(harness: Harness) -> None:
     if harness.server is None:
-        pytest.skip("only the embedded Valkey is stopped by this suite")
+        pytest.skip("the broker is somebody's own: this suite does not kill it")
     topic, bus, seen = harness.topic(), await harness.open(), Seen()
     harness.start(bus.consume(topic, "g", seen.batch))
-    for start in (0, 10, 20):
+    for start in (0, 10):
         await publish_surely(bus, messages_of(topic, 10, key_count=3, start=start))
         if start:
             await seen.has([f"id-{start}"])
         harness.server.kill()
         harness.server.start()
+    await publish_surely(bus, messages_of(topic, 10, key_count=3, start=20))
     await seen.has([f"id-{n}" for n in range(30)])
     for key in range(3):
         assert seen.ids_of(f"key-{key}") == [f"id-{n}" for n in range(30) if n % 3 == key]

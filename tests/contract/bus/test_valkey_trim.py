@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import redis.asyncio
-from tests.contract.bus.conftest import PATIENCE_S, Seen, eventually, messages_of
 
 from runtime.bus import BusPolicy, Message
 from runtime.bus.valkey import ValkeyBus
+from tests.contract.bus.conftest import PATIENCE_S, Seen, eventually, messages_of
 
 POLICY = BusPolicy(claim_idle_ms=300, trim_interval_ms=100, partition_count=2)
 
@@ -27,7 +27,10 @@ async def lengths(client: redis.asyncio.Redis, topic: str) -> int:
 
 async def test_what_all_groups_handled_is_trimmed(valkey_url: str, client: redis.asyncio.Redis) -> None:
     bus, first, second = await ValkeyBus.open(valkey_url, policy=POLICY), Seen(), Seen()
-    tasks = [asyncio.create_task(bus.consume("t", "a", first.batch)), asyncio.create_task(bus.consume("t", "b", second.batch))]
+    tasks = [
+        asyncio.create_task(bus.consume("t", "a", first.batch)),
+        asyncio.create_task(bus.consume("t", "b", second.batch)),
+    ]
     sent = messages_of("t", 100, key_count=10)
     await bus.publish(sent)
     ids = [message.message_id for message in sent]

@@ -37,7 +37,15 @@ class Server:
 
     async def start(self) -> None:
         config = uvicorn.Config(
-            self.app, interface="asgi3", proxy_headers=False, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False, loop="none"
+            self.app,
+            interface="asgi3",
+            proxy_headers=False,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            loop="none",
         )
         config.load()
         self._server = uvicorn.Server(config)
@@ -106,7 +114,14 @@ class RunningSandbox:
         self.sandbox = Sandbox(
             self._folder / "sandbox.sqlite",
             [
-                PspName("sandbox", self.base_url, API_KEY, PAYOUT_API_KEY, WEBHOOK_SECRET, f"{self._gateway_url}/webhooks/sandbox")
+                PspName(
+                    "sandbox",
+                    self.base_url,
+                    API_KEY,
+                    PAYOUT_API_KEY,
+                    WEBHOOK_SECRET,
+                    f"{self._gateway_url}/webhooks/sandbox",
+                )
             ],
         )
         self._deliveries = asyncio.get_running_loop().create_task(self.sandbox.deliveries.run())

@@ -43,7 +43,8 @@ class TestPayIn:
         response = await pay(http, answer.hosted_page_url, PAYS)
         assert response.status == 303
         assert response.headers["Location"] == (
-            f"http://127.0.0.1:9/payment/return?payment_order_id=ORD-1&payment_intent={answer.psp_object_id}"
+            "http://127.0.0.1:9/payment/return?checkout_id=CHCKT-1"
+            f"&payment_order_id=ORD-1&payment_intent={answer.psp_object_id}"
         )
         sink: Gateway = gateway[0]
         await sink.until(lambda gateway: len(gateway.calls) == 1)

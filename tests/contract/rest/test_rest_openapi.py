@@ -7,6 +7,7 @@ its real HTTP server; the payment service is a fake behind a real gRPC server: o
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -34,8 +35,10 @@ from gateway.adapters.routes import ROUTES
 from gateway.domain import payment_event, payout_request
 from tests.integration.gateway.fake_payment import GOOD_SIGNATURE, FakePayment, serving
 
-EXAMPLE_COUNT_MAX = 60
+EXAMPLE_COUNT_MAX = 30
 """Of each operation and mode; the whole file stays below 40 s."""
+
+NUMBERS = itertools.count(1)
 
 load_all_checks()
 SCHEMA = schemathesis.openapi.from_dict(OPENAPI)
@@ -84,8 +87,19 @@ def gateway_url() -> Iterator[str]:
     derandomize=True,
 )
 def test_every_operation_does_what_the_document_says(case: schemathesis.Case, gateway_url: str) -> None:
+    if case.meta is not None and case.meta.generation.mode is GenerationMode.POSITIVE:
+        make_answerable(case)
     headers = {"Sandbox-Signature": GOOD_SIGNATURE} if "/webhooks/" in case.operation.path else {}
-    r = case.call_and_validate(base_url=gateway_url, checks=CHECKS, headers=headers); open("/tmp/st.log","a").write(f"{case.method} {case.operation.path} {r.status_code} {r.request.headers.get('Sandbox-Signature')} {bytes(r.request.body or b'')[:60] if not isinstance(r.request.body,str) else r.request.body[:60]}\n")
+    case.call_and_validate(base_url=gateway_url, checks=CHECKS, headers=headers)
+
+
+def make_answerable(case: schemathesis.Case) -> None:
+    """Names what exists and asks for what is new, so that 200 and 201 are checked too, not only 404 and 409."""
+    if "psp" in case.path_parameters:
+        case.path_parameters["psp"] = "sandbox"
+    for name in ("checkout_id", "your_reference_id"):
+        if isinstance(case.body, dict) and name in case.body:
+            case.body[name] = f"NEW-{next(NUMBERS)}"
 
 
 def test_the_document_has_every_route_and_no_other() -> None:

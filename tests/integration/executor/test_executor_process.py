@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -20,7 +21,6 @@ from ducat.event.v1 import event_pb2
 from ducat.executor.v1 import executor_pb2, executor_pb2_grpc
 from ducat.payment.v1 import payment_service_pb2_grpc, payout_pb2
 from runtime.bus import Bus, Message, open_bus
-
 from tests.contract.psp.sandbox_server import Gateway, RunningSandbox, Server
 
 ROOT = Path(__file__).parents[3]
@@ -42,10 +42,15 @@ class Platform:
             self.events += [event_pb2.Envelope.FromString(message.payload) for message in messages]
             self._changed.notify_all()
 
-    async def until(self, count: int, timeout_s: float = 30.0) -> list[event_pb2.Envelope]:
+    async def until(self, count: int, timeout_s: float = 30.0, without: str = "") -> list[event_pb2.Envelope]:
+        """So many events, those of the kind `without` left out."""
+
+        def told() -> list[event_pb2.Envelope]:
+            return [each for each in self.events if each.WhichOneof("body") != without]
+
         async with asyncio.timeout(timeout_s), self._changed:
-            await self._changed.wait_for(lambda: len(self.events) >= count)
-        return self.events
+            await self._changed.wait_for(lambda: len(told()) >= count)
+        return told()
 
     async def order(self, *references: str, psp: str = "sandbox") -> None:
         await self.bus.publish(
@@ -65,10 +70,14 @@ class Platform:
     @asynccontextmanager
     async def executor(self, **environment: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
         """`python -m executor` on a free port: the process and its address."""
-        psp = (
-            '[{"name":"sandbox","adapter":"sandbox","base_url":"%s","api_key":"sk_contract",'
-            '"payout_api_key":"sk_contract_payout","webhook_secret":"whsec_contract"}]' % self.sandbox.base_url
-        )
+        psp = {
+            "name": "sandbox",
+            "adapter": "sandbox",
+            "base_url": self.sandbox.base_url,
+            "api_key": "sk_contract",
+            "payout_api_key": "sk_contract_payout",
+            "webhook_secret": "whsec_contract",
+        }
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -80,7 +89,7 @@ class Platform:
                 "DUCAT_DATABASE_URL": self.dsn,
                 "DUCAT_REDIS_URL": self.valkey_url,
                 "DUCAT_EXECUTOR_LISTEN": "127.0.0.1:0",
-                "DUCAT_PSPS": psp,
+                "DUCAT_PSPS": json.dumps([psp]),
                 "DUCAT_PSP_TIMEOUT_MS": "1000",
                 "DUCAT_UNKNOWN_POLL_SCHEDULE_S": "[1]",
                 "DUCAT_BUS_CLAIM_IDLE_MS": "500",
@@ -217,7 +226,9 @@ async def test_rpc(platform: Platform) -> None:
         assert queried.attempt.hosted_page_url == first.hosted_page_url
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.VerifyNotification(
-                executor_pb2.VerifyNotificationRequest(psp="sandbox", body=b"{}", headers={"sandbox-signature": "t=1,v1=00"})
+                executor_pb2.VerifyNotificationRequest(
+                    psp="sandbox", body=b"{}", headers={"sandbox-signature": "t=1,v1=00"}
+                )
             )
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
         with pytest.raises(grpc.aio.AioRpcError) as missing:
@@ -267,9 +278,13 @@ async def payment() -> AsyncIterator[tuple[Payment, str]]:
 async def test_payouts(platform: Platform, payment: tuple[Payment, str]) -> None:
     async with platform.executor(DUCAT_PAYMENT_ADDRESS=payment[1]) as (_, address):
         for reference in ("PO-1", "PO-fault-block", "PO-fault-timeout", "PO-fault-error_after"):
-            envelope = event_pb2.Envelope(event_id=reference, execute_payout=event_pb2.ExecutePayout(reference=reference))
-            await platform.bus.publish([Message("payment.commands", reference, reference, envelope.SerializeToString())])
-        events = {str(_body(each).reference): each for each in await platform.until(4)}
+            envelope = event_pb2.Envelope(
+                event_id=reference, execute_payout=event_pb2.ExecutePayout(reference=reference)
+            )
+            await platform.bus.publish(
+                [Message("payment.commands", reference, reference, envelope.SerializeToString())]
+            )
+        events = {str(_body(each).reference): each for each in await platform.until(4, without="outcome_found")}
         payment[0].state = payout_pb2.PAYOUT_STATE_CANCELED
         async with grpc.aio.insecure_channel(address) as channel:
             canceled = await executor_pb2_grpc.ExecutorServiceStub(channel).ExecutePayout(
@@ -292,7 +307,9 @@ async def test_payouts(platform: Platform, payment: tuple[Payment, str]) -> None
 async def test_a_cancel_that_meets_an_unknown_order_is_done_when_it_is_known(platform: Platform) -> None:
     async with platform.executor():
         await platform.order("ORD-fault-timeout")
-        cancel = event_pb2.Envelope(event_id="c", cancel_order=event_pb2.CancelOrder(payment_order_id="ORD-fault-timeout"))
+        cancel = event_pb2.Envelope(
+            event_id="c", cancel_order=event_pb2.CancelOrder(payment_order_id="ORD-fault-timeout")
+        )
         await platform.bus.publish([Message("payment.commands", "ORD-fault-timeout", "c", cancel.SerializeToString())])
         events = await platform.until(2)
     assert [each.WhichOneof("body") for each in events] == ["order_registered", "outcome_found"]

@@ -536,6 +536,21 @@ async def test_the_checkout_page_shows_where_to_pay_each_order(http: aiohttp.Cli
     assert "href=" not in page
 
 
+async def test_the_headline_tells_each_end_apart(http: aiohttp.ClientSession, fake: FakePayment) -> None:
+    await http.post("/v1/payments", json=EVENT)
+    payment = fake.payments[CHECKOUT_ID]
+    payment.is_payment_done = True
+    for states, headline in (
+        (("SUCCESS", "SUCCESS"), "Payment complete"),
+        (("SUCCESS", "REFUNDED"), "Payment closed"),
+        (("SUCCESS", "EXPIRED"), "1 of 2 orders paid"),
+        (("FAILED", "CANCELED"), "None of the orders was paid"),
+    ):
+        for order, state in zip(payment.payment_orders, states, strict=True):
+            order.state = f"PAYMENT_ORDER_STATE_{state}"
+        assert headline in await (await http.get(f"/checkout/{CHECKOUT_ID}")).text()
+
+
 async def test_a_page_never_links_to_anything_but_the_web(http: aiohttp.ClientSession, fake: FakePayment) -> None:
     await http.post("/v1/payments", json=EVENT)
     for url in ("javascript:alert(1)", "data:text/html,x", "//evil", "http://", "http://[", ""):
@@ -577,7 +592,13 @@ async def test_the_return_page_reads_the_state_and_changes_nothing(
     assert f'href="/checkout/{CHECKOUT_ID}"' in paid
     assert "data-live" not in paid
 
-    fake.payments[CHECKOUT_ID].payment_orders[0].state = "PAYMENT_ORDER_STATE_NOT_STARTED"
+    refused = fake.payments[CHECKOUT_ID].payment_orders[0]
+    refused.state, refused.failure_reason = "PAYMENT_ORDER_STATE_FAILED", "Your card was declined."
+    failed = await (await http.get(path)).text()
+    assert "Payment not made" in failed
+    assert "75.00 USD for order ORD-123-A: your card was declined." in failed
+
+    refused.state, refused.failure_reason = "PAYMENT_ORDER_STATE_NOT_STARTED", ""
     assert fake.payments[CHECKOUT_ID].SerializeToString() == before
 
 

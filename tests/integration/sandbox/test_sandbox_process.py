@@ -51,7 +51,9 @@ async def test_killed_in_the_middle_tells_every_payment(tmp_path: Path) -> None:
             created = await http.post(f"http://{listen}/sandbox2/v1/payment_intents", json=body, headers=headers)
             intent = await created.json()
             assert created.status == 200, intent
-            page = await http.post(intent["hosted_page_url"], data={"card_number": "4242424242424242"}, allow_redirects=False)
+            page = await http.post(
+                intent["hosted_page_url"], data={"card_number": "4242424242424242"}, allow_redirects=False
+            )
             assert page.status == 303
             paid.append(intent["id"])
         process.send_signal(signal.SIGKILL)

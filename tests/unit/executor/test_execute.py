@@ -28,7 +28,8 @@ from executor.service.notifications import Notifications
 from executor.service.poller import Poller
 from executor.service.ports import Channel, Due, Event
 from kernel.clock import FixedClock
-from kernel.errors import FailedPrecondition, NotFound as NotFoundError
+from kernel.errors import FailedPrecondition
+from kernel.errors import NotFound as NotFoundError
 from kernel.money import Money
 from kernel.state_table import TransitionRefused
 

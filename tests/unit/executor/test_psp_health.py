@@ -44,9 +44,19 @@ def test_one_probe_when_the_time_is_over() -> None:
 
 
 def test_failed_probes_wait_longer_up_to_a_limit() -> None:
-    waits = [failed(FAILURE_COUNT_OPEN + more).open_until_ns // S for more in range(60)]
+    health, now_ns, waits = failed(FAILURE_COUNT_OPEN), 0, []
+    for _ in range(60):
+        waits.append((health.open_until_ns - now_ns) // S)
+        now_ns = health.open_until_ns
+        allowed, health = take(health, now_ns)
+        assert allowed
+        health = after_failure(health, now_ns)
     assert waits == sorted(waits)
     assert (waits[0], waits[1], waits[-1]) == (OPEN_S, 2 * OPEN_S, OPEN_S_MAX)
+
+
+def test_calls_under_way_when_it_opens_do_not_keep_it_open() -> None:
+    assert failed(FAILURE_COUNT_OPEN + 100) == failed(FAILURE_COUNT_OPEN)
 
 
 def test_a_healthy_psp_changes_nothing() -> None:

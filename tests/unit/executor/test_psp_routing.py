@@ -14,7 +14,11 @@ REFUNDS = Provider("refunds", frozenset({Capability.REFUND}))
 
 def route(*providers: Provider, reference: str = "ORD-1", currency: str = "USD", **named: object) -> list[str]:
     return candidates(
-        providers, reference=reference, currency_code=currency, capability=Capability.PAY_IN, **named  # type: ignore[arg-type]
+        providers,
+        reference=reference,
+        currency_code=currency,
+        capability=Capability.PAY_IN,
+        **named,  # type: ignore[arg-type]
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,7 +101,9 @@ async def test_a_replay_is_the_first_answer_even_after_the_payment(client: Clien
 
 async def test_a_psp_name_is_a_world_of_its_own(client: Client) -> None:
     first = await client.create()
-    assert (await client.call("GET", f"/other/v1/payment_intents/{first.json()['id']}", authorization="Bearer sk_other")).status == 404
+    assert (
+        await client.call("GET", f"/other/v1/payment_intents/{first.json()['id']}", authorization="Bearer sk_other")
+    ).status == 404
     assert (await client.call("GET", f"/other/pay/{first.json()['id']}")).status == 404
 
 
@@ -125,7 +128,9 @@ async def test_paths(client: Client, method: str, path: str, status: int) -> Non
 
 
 async def test_large_bodies_are_refused(client: Client) -> None:
-    assert (await client.call("POST", "/sandbox/v1/payment_intents", b"x" * 70_000, authorization="Bearer sk")).status == 413
+    assert (
+        await client.call("POST", "/sandbox/v1/payment_intents", b"x" * 70_000, authorization="Bearer sk")
+    ).status == 413
 
 
 async def pay(client: Client, created: Answer, card: str, **headers: str) -> Answer:
@@ -179,7 +184,7 @@ class TestPage:
         created = await client.create()
         for card in ("4000000000009995", "4242424242424242"):
             await pay(client, created, card)
-        stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+        stored = await asyncio.to_thread(lambda: b"".join(path.read_bytes() for path in tmp_path.iterdir()))
         assert b"ORD-<1>" in stored
         for card in (b"4000000000009995", b"4242424242424242"):
             assert card not in stored

@@ -164,7 +164,9 @@ class TestFaults:
         assert met == [bool(faults.of(f"ORD-{number}", "", {})) for number in range(2000)]
         assert 400 < sum(met) < 600
 
-    @pytest.mark.parametrize("bad", [{"declien": 1}, {"decline": 2}, {"decline": "1"}, {"slow_ms": -1}, {"decline": True}])
+    @pytest.mark.parametrize(
+        "bad", [{"declien": 1}, {"decline": 2}, {"decline": "1"}, {"slow_ms": -1}, {"decline": True}]
+    )
     def test_a_misspelt_switch_is_refused(self, bad: dict[str, Any]) -> None:
         with pytest.raises(ApiError):
             faults_from(bad)

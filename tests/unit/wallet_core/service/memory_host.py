@@ -26,6 +26,7 @@ from wallet_core.service.port import (
     TransferRow,
     slot_of,
 )
+from wallet_core.shard.port import RowsResult, ShardPosition
 
 ZERO = bytes(16)
 
@@ -95,6 +96,11 @@ class MemoryHost:
             for place, result in zip(places, found, strict=True):
                 results[place] = result
         return bytes(results)
+
+    async def transfer_rows(self, rows: Sequence[TransferRow]) -> RowsResult:
+        codes = await self.transfers(rows)
+        positions = ((shard, engine.status().sequence) for shard, engine in self.engines.items())
+        return RowsResult(codes, tuple(ShardPosition(*position) for position in positions), 0)
 
     def _route(self, row: TransferRow) -> int:
         for account in (row.debit_id, row.credit_id):

@@ -93,7 +93,9 @@ async def test_back_pressure_lets_everyone_through_in_the_end(tmp_path: Path) ->
     codes = await asyncio.gather(*(one(n) for n in range(60)))
     assert set(codes) == {b"\x01" * 20}
     assert most <= 50
-    big = await asyncio.gather(*(host.transfer_batch(message([give(10_000 + n * 500 + i) for i in range(300)])) for n in range(5)))
+    big = await asyncio.gather(
+        *(host.transfer_batch(message([give(10_000 + n * 500 + i) for i in range(300)])) for n in range(5))
+    )
     assert len(big) == 5
     await host.close()
 

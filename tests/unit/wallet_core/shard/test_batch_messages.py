@@ -75,7 +75,15 @@ def test_every_failing_row_is_listed(driver: Driver) -> None:
 
 
 def test_unknown_fields_are_skipped_and_the_last_of_a_doubled_field_wins(driver: Driver) -> None:
-    extra = varint(99 << 3) + varint(5) + field(50, b"abc") + varint(51 << 3 | 1) + bytes(8) + varint(52 << 3 | 5) + bytes(4)
+    extra = (
+        varint(99 << 3)
+        + varint(5)
+        + field(50, b"abc")
+        + varint(51 << 3 | 1)
+        + bytes(8)
+        + varint(52 << 3 | 5)
+        + bytes(4)
+    )
     data = field(2, bytes(16)) + b"\x08" + varint(1) + extra + message(rows(2)) + extra
     from ducat.wallet.v1 import wallet_pb2
 

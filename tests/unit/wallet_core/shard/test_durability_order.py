@@ -63,7 +63,9 @@ def test_work_goes_on_while_the_disk_is_busy_and_shares_one_sync(tmp_path: Path)
     driver.close()
 
 
-@pytest.mark.parametrize(("call", "error", "short"), [("fdatasync", errno.EIO, 0), ("write", errno.EIO, 0), ("write", 0, 512)])
+@pytest.mark.parametrize(
+    ("call", "error", "short"), [("fdatasync", errno.EIO, 0), ("write", errno.EIO, 0), ("write", 0, 512)]
+)
 def test_a_failed_sync_or_write_acknowledges_nothing_more(tmp_path: Path, call: str, error: int, short: int) -> None:
     driver = opened(tmp_path)
     assert driver.transfers(rows(3)) == [1, 1, 1]

@@ -202,7 +202,7 @@ def test_the_relay_seam_carries_sagas_between_two_processes(tmp_path: Path) -> N
         own = [person for person in PEOPLE if one.host.foreign_shard([person]) < 0]
         one.fund(own, 10_000, account(2_000_000 + n))
     rng = random.Random(5)
-    rows = [row for row in random_rows(600, 6)]
+    rows = list(random_rows(600, 6))
     tickets = []
     for one in hosts:
         mine = [row for row in rows if one.host.foreign_shard([row[1]]) < 0]

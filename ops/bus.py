@@ -1,0 +1,117 @@
+"""`ducat bus dead-letter list|retry`: look at messages that no try could handle, and send them again."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from ducat.event.v1.event_pb2 import Envelope
+from runtime.bus import TOPIC_GROUPS, Bus, BusPolicy, open_bus
+from runtime.bus.dead_letter import DeadLetter, DeadLetterStore, list_dead_letters, retry, retry_all
+from runtime.settings import Settings
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command `bus`."""
+    parser = subparsers.add_parser("bus", help="look at the bus")
+    rooms = parser.add_subparsers(dest="room", required=True, metavar="ROOM")
+    dead_letter = rooms.add_parser("dead-letter", help="messages that no try could handle")
+    actions = dead_letter.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    show = actions.add_parser("list", help="show them, oldest first")
+    show.add_argument("--topic", default="", help="one topic, such as payment.events; default: all")
+    show.add_argument("--limit", type=int, default=100, help="at most this many of a topic (default 100)")
+    show.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    again = actions.add_parser("retry", help="publish them to their topic again, then remove them")
+    again.add_argument("--topic", default="", help=f"such as {', '.join(TOPIC_GROUPS)}")
+    again.add_argument(
+        "--all", action="store_true", help="every dead letter of the topic, or of all topics without --topic"
+    )
+    again.add_argument("ids", nargs="*", metavar="ID", help="as `list` shows them; needs --topic")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, settings: Settings | None = None) -> int:
+    """Runs the command; the exit code: 0 done, 2 wrong use. Raises DucatError, such as NotFound for an unknown id."""
+    if args.action == "retry" and bool(args.all) == bool(args.ids):
+        print("bus dead-letter retry: give the ids to retry, or --all", file=sys.stderr)
+        return 2
+    if args.action == "retry" and args.ids and not args.topic:
+        print("bus dead-letter retry: ids need --topic", file=sys.stderr)
+        return 2
+    return asyncio.run(_run(args, settings or Settings.load()))
+
+
+async def _run(args: argparse.Namespace, settings: Settings) -> int:
+    bus: Bus = await open_bus(
+        settings.bus,
+        redis_url=settings.redis_url,
+        kafka_bootstrap=settings.kafka_bootstrap,
+        policy=BusPolicy(),
+        name="ducat-bus",
+    )
+    store = cast("DeadLetterStore", bus)
+    try:
+        if args.action == "list":
+            _show(await list_dead_letters(store, args.topic, limit=args.limit), as_json=args.json)
+        else:
+            topics = [args.topic] if args.topic else await store.dead_letter_topics()
+            retried: list[DeadLetter] = []
+            for topic in topics:
+                retried += await (retry_all(store, topic) if args.all else retry(store, topic, args.ids))
+            print(f"retried {len(retried)}: {', '.join(letter.id for letter in retried) or 'nothing to retry'}")
+    finally:
+        await bus.close()
+    return 0
+
+
+def _show(letters: Sequence[DeadLetter], *, as_json: bool) -> None:
+    if as_json:
+        for letter in letters:
+            print(json.dumps(_row(letter), ensure_ascii=False))
+        return
+    if not letters:
+        print("no dead letters")
+    for letter in letters:
+        row = _row(letter)
+        print(
+            f"{row['id']}  {row['topic']} → {row['group']}  {row['kind']}  key {row['key']}  message {row['message_id']}"
+        )
+        print(f"    {row['deliveries']} tries, first {row['first_failed']}, last {row['last_failed']}")
+        print(f"    {row['error']}")
+
+
+def _row(letter: DeadLetter) -> dict[str, Any]:
+    return {
+        "id": letter.id,
+        "topic": letter.message.topic,
+        "group": letter.group,
+        "kind": kind_of(letter.message.payload),
+        "key": letter.message.key,
+        "message_id": letter.message.message_id,
+        "deliveries": letter.delivery_count,
+        "first_failed": _time_of(letter.first_failed_ms),
+        "last_failed": _time_of(letter.last_failed_ms),
+        "error": letter.error,
+        "traceparent": letter.message.traceparent,
+    }
+
+
+def kind_of(payload: bytes) -> str:
+    """What the envelope says, such as `payment_order_succeeded`, or why that cannot be told."""
+    try:
+        return Envelope.FromString(payload).WhichOneof("body") or "(an envelope of a newer version)"
+    except Exception:
+        return "(no envelope)"
+
+
+def _time_of(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

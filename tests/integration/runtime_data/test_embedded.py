@@ -1,0 +1,169 @@
+"""Embedded servers: data survives a kill, what a killed run left is cleaned up, nothing is opened to strangers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import stat
+from pathlib import Path
+
+import asyncpg
+import pytest
+import redis
+
+from runtime.embedded import EmbeddedPostgres, EmbeddedValkey
+
+
+async def query(dsn: str, statement: str) -> object:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return await connection.fetchval(statement)
+    finally:
+        await connection.close()
+
+
+async def test_postgres_keeps_what_was_committed_through_sigkill(tmp_path: Path) -> None:
+    server = EmbeddedPostgres(tmp_path / "pg")
+    dsn = server.start()
+    try:
+        assert [await query(dsn, f"SHOW {name}") for name in ("fsync", "synchronous_commit", "full_page_writes")] == [
+            "on"
+        ] * 3
+        await query(dsn, "CREATE TABLE kept AS SELECT 7 AS value")
+        assert await query(server.tcp_dsn, "SELECT value FROM kept") == 7
+        killed_pid = server.pid
+        server.kill()
+        assert server.pid is None
+        assert server.start() == dsn, "the address must survive a restart"
+        assert server.pid != killed_pid
+        assert await query(dsn, "SELECT value FROM kept") == 7
+        # A second object on the same folder, as after SIGKILL of the supervisor: the orphan is stopped first.
+        second = EmbeddedPostgres(tmp_path / "pg")
+        assert second.start() == dsn
+        assert server.pid is None
+        assert await query(dsn, "SELECT value FROM kept") == 7
+        second.stop()
+        assert second.pid is None
+    finally:
+        server.stop()
+
+
+async def test_postgres_takes_no_stranger(tmp_path: Path) -> None:
+    server = EmbeddedPostgres(tmp_path / "pg", is_durable=False)
+    server.start()
+    try:
+        without_password = server.tcp_dsn.replace(server.tcp_dsn.split(":")[2].split("@")[0], "wrong")
+        with pytest.raises(asyncpg.InvalidPasswordError):
+            await query(without_password, "SELECT 1")
+        for folder in (server.data, tmp_path / "pg" / "socket"):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE((tmp_path / "pg" / "password").stat().st_mode) == 0o600
+        if os.geteuid() == 0:
+            assert server.data.stat().st_uid != 0
+            assert tmp_path.stat().st_uid == 0  # noqa: ASYNC240
+    finally:
+        server.stop()
+
+
+async def test_postgres_starts_below_a_folder_that_only_root_can_enter(tmp_path: Path) -> None:
+    private = tmp_path / "home"
+    private.mkdir(mode=0o700)
+    server = EmbeddedPostgres(private / "data" / "pg", is_durable=False)
+    dsn = server.start()
+    try:
+        assert await query(dsn, "SELECT 1") == 1
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    finally:
+        server.stop()
+
+
+async def test_postgres_with_a_long_path_keeps_its_socket_short(tmp_path: Path) -> None:
+    server = EmbeddedPostgres(tmp_path / ("d" * 60) / ("e" * 60) / "pg", is_durable=False)
+    dsn = server.start()
+    try:
+        assert await query(dsn, "SELECT 1") == 1
+    finally:
+        server.stop()
+
+
+async def test_initdb_that_was_killed_half_way_starts_again(tmp_path: Path) -> None:
+    server = EmbeddedPostgres(tmp_path / "pg", is_durable=False)
+    server.data.mkdir(parents=True)
+    (server.data / "PG_VERSION").write_text("18")
+    (tmp_path / "pg" / "initializing").touch()
+    dsn = server.start()
+    try:
+        assert await query(dsn, "SELECT 1") == 1
+        assert not (tmp_path / "pg" / "initializing").exists()
+    finally:
+        server.stop()
+
+
+def test_valkey_keeps_what_was_acknowledged_through_sigkill(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path / "vk")
+    url = server.start()
+    try:
+        with redis.Redis.from_url(url) as client:
+            assert client.config_get("appendfsync")["appendfsync"] == "always"
+            assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
+            client.set("kept", "7")
+        server.kill()
+        assert server.start() == url
+        second = EmbeddedValkey(tmp_path / "vk")
+        assert second.start() == url
+        assert server.pid is None
+        with redis.Redis.from_url(second.tcp_url) as client:
+            assert client.get("kept") == b"7"
+        with (
+            pytest.raises(redis.AuthenticationError),
+            redis.Redis(port=int(second.tcp_url.rpartition(":")[2])) as client,
+        ):
+            client.ping()
+        assert stat.S_IMODE((tmp_path / "vk" / "password").stat().st_mode) == 0o600
+        second.stop()
+        assert second.pid is None
+    finally:
+        server.stop()
+
+
+def test_valkey_password_is_in_no_argument(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path / "vk")
+    server.start()
+    try:
+        password = (tmp_path / "vk" / "password").read_text()
+        assert password not in Path(f"/proc/{server.pid}/cmdline").read_text()
+    finally:
+        server.stop()
+
+
+def test_taken_port_is_said(tmp_path: Path) -> None:
+    from runtime.embedded import ServerFailed
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ServerFailed, match="is taken"):
+            EmbeddedValkey(tmp_path / "vk", port=taken.getsockname()[1]).start()
+
+
+def _start_both_as_nobody(home: Path) -> None:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    for server in (EmbeddedPostgres(home / "pg", is_durable=False), EmbeddedValkey(home / "vk")):
+        server.start()
+        assert os.stat(server.data).st_uid == 65534
+        server.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_both_start_for_an_ordinary_user(server_folder: Path) -> None:
+    """Forked, not executed: an ordinary user may not be able to run this very interpreter."""
+    home = server_folder / "ordinary"
+    home.mkdir()
+    os.chown(home, 65534, 65534)
+    child = multiprocessing.get_context("fork").Process(target=_start_both_as_nobody, args=(home,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0, (home / "pg" / "log").read_text() if (home / "pg" / "log").exists() else "no log"
