@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ducat.executor.v1 import executor_pb2_grpc
-from executor.adapters.bus import GROUP, TOPIC, CommandConsumer
+from executor.adapters.bus import GROUP, TOPIC, CommandConsumer, log_attempt
 from executor.adapters.grpc_server import SCOPES, SERVICE_NAME, ExecutorServicer
 from executor.adapters.payment_client import GrpcPayoutInstructions
 from executor.adapters.postgres import PostgresAttemptStore
@@ -59,10 +59,13 @@ async def serve(settings: Settings) -> None:
 
         async def resume(due: Due) -> None:
             with trace.bind(due.attempt.traceparent):
-                await executor.resume(due)
+                before = due.attempt.state
+                attempt = await executor.resume(due)
+                if attempt.state is not before:
+                    log_attempt("asked the PSP again", attempt)
 
         poller = Poller(store, health, clock, resume, _poll_failed)
-        notifications = Notifications(store, adapters, clock)
+        notifications = Notifications(store, adapters, clock, _notes_failed)
         process.on_close("settled notes", notifications.flush)
         await health.refresh()
         process.spawn(relay.run(), name="outbox")
@@ -113,6 +116,10 @@ def _config(psp: PspSettings, settings: Settings) -> PspConfig:
         currency_codes=frozenset(psp.currency_codes),
         weight=psp.weight,
     )
+
+
+def _notes_failed(error: BaseException) -> None:
+    _logger.warning("settled notes wait", error=f"{type(error).__name__}: {error}")
 
 
 def _poll_failed(due: Due | None, error: BaseException) -> None:

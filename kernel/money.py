@@ -69,9 +69,14 @@ def minor_from_decimal(amount: Decimal, currency_code: str) -> int:
         raise AmountInvalid("must be more than zero")
     if amount.adjusted() + exponent > 18:
         raise AmountInvalid(f"must not be more than {Money(currency_code, AMOUNT_MINOR_MAX)}")
-    minor = amount.scaleb(exponent)
-    if minor != minor.to_integral_value():
+    # By its digits, not by Decimal arithmetic, which rounds to its context's 28 digits.
+    _, digits, scale = amount.as_tuple()
+    assert isinstance(scale, int)
+    shift = scale + exponent
+    kept, rest = (digits, ()) if shift >= 0 else (digits[:shift], digits[shift:])
+    if any(rest):
         raise AmountInvalid(f"has more decimals than {currency_code} allows ({exponent})")
+    minor = int("".join(map(str, kept)) or "0") * 10 ** max(shift, 0)
     if minor > AMOUNT_MINOR_MAX:
         raise AmountInvalid(f"must not be more than {Money(currency_code, AMOUNT_MINOR_MAX)}")
-    return int(minor)
+    return minor

@@ -51,6 +51,7 @@ async def serve(settings: Settings) -> None:
         pool = await process.postgres(SCHEMA, server_settings=PLANNER)
         bus = await process.bus()
         store = PostgresStore(pool)
+        process.on_close("payment store", store.close)
         clock = SystemClock()
         providers = {psp.name: frozenset(psp.currency_codes) for psp in settings.psps}
         changes = PaymentChanges(

@@ -51,6 +51,8 @@ BACKOFF_MIN_S = 0.05
 BACKOFF_MAX_S = 2.0
 TASK_STOP_S = 5.0
 """How long spawned tasks may take to end after they were cancelled."""
+CLOSE_S = 5.0
+"""How long each thing that was opened may take to close: a pool whose server is gone must not keep a process that is to start again."""
 
 _EXIT_AT_ONCE = 130
 _logger = logs.get_logger("process")
@@ -171,7 +173,10 @@ class Process:
         while self._closers:
             what, close = self._closers.pop()
             try:
-                await close()
+                async with asyncio.timeout(CLOSE_S):
+                    await close()
+            except TimeoutError:
+                _logger.warning("does not close in time, left as it is", what=what)
             except Exception:
                 _logger.exception("cannot close", what=what)
         loop = asyncio.get_running_loop()

@@ -186,6 +186,9 @@ class Settings(BaseSettings):
     wallet_disk_reserve_bytes: int = Field(
         256 * 1024 * 1024, ge=0, description="free disk below which writes are refused"
     )
+    wallet_peers: str = Field(
+        "", description='who owns the other shards, such as "2-3=10.0.0.2:50053 4-7=10.0.0.3:50053"'
+    )
     wallet_projection: bool = Field(
         True, description="follow the logs into the read model (off: for measurements of the shards alone)"
     )

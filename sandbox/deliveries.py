@@ -13,10 +13,9 @@ import heapq
 import hmac
 import time
 from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
 
-import aiohttp
-import yarl
-
+from runtime.http_client import HttpPool, NoReply, NotSent
 from runtime.logs import get_logger
 from sandbox.store import Store, Task
 
@@ -26,6 +25,7 @@ HEADER = "Sandbox-Signature"
 CONCURRENCY_MAX = 32
 BACKOFF_S = (0.1, 0.3, 1, 3, 10, 30, 60, 300, 900, 3600)
 TIMEOUT_S = 10.0
+ORIGIN_COUNT_MAX = 64
 FORGET_COUNT = 64
 """Delivered tasks are deleted together once they are so many, or when the queue is empty."""
 
@@ -49,8 +49,7 @@ class Deliveries:
         self._running: set[asyncio.Task[None]] = set()
         self._delivered: list[int] = []
         self._changed = asyncio.Event()
-        self._urls: dict[str, yarl.URL] = {}
-        self._session: aiohttp.ClientSession | None = None
+        self._pools: dict[str, HttpPool] = {}
 
     def schedule(self, task: Task) -> None:
         """A new task; its transaction has been committed."""
@@ -65,20 +64,15 @@ class Deliveries:
         """Takes up what the store still has, then works until cancelled."""
         for task in self._store.tasks():
             self.schedule(task)
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CONCURRENCY_MAX, keepalive_timeout=25),
-            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-        ) as session:
-            self._session = session
-            try:
-                await self._work()
-            finally:
-                for running in self._running:
-                    running.cancel()
-                await asyncio.gather(*self._running, return_exceptions=True)
-                self._forget()
+        try:
+            await self._work()
+        finally:
+            for running in self._running:
+                running.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+            for pool in self._pools.values():
+                await pool.close()
+            self._forget()
 
     async def _work(self) -> None:
         while True:
@@ -132,22 +126,27 @@ class Deliveries:
 
     async def _post(self, task: Task, body: bytes) -> str:
         """An empty text for a 2xx, else what went wrong. A redirect is a failure."""
-        assert self._session is not None
         headers = {
             "Content-Type": "application/json",
             HEADER: sign(self._secrets[task.psp], body, int(time.time())),
         }
-        url = self._urls.get(task.url)
-        if url is None:
-            url = self._urls[task.url] = yarl.URL(task.url)
-            if len(self._urls) > 256:
-                self._urls.clear()
         try:
-            async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as response:
-                await response.read()
-                return "" if 200 <= response.status < 300 else f"HTTP {response.status}"
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            pool, target = self._pool_of(task.url)
+            reply = await pool.request("POST", target, headers, body)
+        except (NotSent, NoReply, ValueError) as error:
             return f"{type(error).__name__}: {error}"
+        return "" if 200 <= reply.status < 300 else f"HTTP {reply.status}"
+
+    def _pool_of(self, url: str) -> tuple[HttpPool, str]:
+        """The connections to a URL's origin, and the rest of the URL."""
+        parts = urlsplit(url)
+        origin = f"{parts.scheme}://{parts.netloc}"
+        pool = self._pools.get(origin)
+        if pool is None:
+            if len(self._pools) >= ORIGIN_COUNT_MAX:
+                raise ValueError(f"more than {ORIGIN_COUNT_MAX} webhook origins")
+            pool = self._pools[origin] = HttpPool(origin, timeout_s=TIMEOUT_S, connection_count_max=CONCURRENCY_MAX)
+        return pool, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     def _forget(self) -> None:
         delivered, self._delivered = self._delivered, []

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ducat.wallet.v1 import wallet_service_pb2_grpc
+from ducat.wallet.v1 import relay_pb2_grpc, wallet_service_pb2_grpc
 from kernel.clock import SystemClock
 from runtime import logs, metrics
 from runtime.bus import is_transient
@@ -15,10 +15,12 @@ from runtime.postgres import connect
 from runtime.process import Process
 from runtime.settings import Settings, SettingsInvalid
 from wallet_core.adapters.archive import FileArchive
-from wallet_core.adapters.bus import PaymentEvents
+from wallet_core.adapters.bus import GROUP, PaymentEvents
 from wallet_core.adapters.directory import PostgresDirectory
 from wallet_core.adapters.grpc import SCOPES, ShardServicer, WalletServicer
 from wallet_core.adapters.read_model import REBUILD_CHANNEL, PostgresStore, ReadModelReader, ValkeyStore
+from wallet_core.adapters.relay import Relay, RelayServicer, parse_peers, peer_shards
+from wallet_core.adapters.snapshot_base import SnapshotBase, newest_base
 from wallet_core.service.flows import Flows
 from wallet_core.service.history import History
 from wallet_core.service.projector import Projector, Store
@@ -47,22 +49,38 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         lag = metrics.gauge(
             "ducat_wallet_projection_lag_events", "Durable events that the read model lacks.", ["shard"]
         )
-        stores: list[Store] = [PostgresStore(pool), ValkeyStore(valkey)] if settings.wallet_projection else []
+
+        def find_base(shard: int, sequence: int | None) -> SnapshotBase | None:
+            return newest_base(config, shard, sequence=sequence)
+
+        stores: list[Store] = (
+            [PostgresStore(pool), ValkeyStore(valkey, find_base)] if settings.wallet_projection else []
+        )
         projector = Projector(
             host,
             stores,
             is_transient=is_transient,
+            is_busy=lambda: host.native.rows_in_flight > 0,
             on_progress=lambda shard, at, durable: lag.labels(str(shard)).set(durable - at),
         )
         wallet = Wallet(host, directory, ReadModelReader(pool, projector))
         history = History(host, FileArchive(config))
         if stores:
+            host.retain = projector.projected
             process.spawn(projector.run(), name="projector")
             process.spawn(_follow_rebuilds(settings, projector), name="rebuild")
-        process.spawn(PaymentEvents(Flows(host, directory), bus, SystemClock()).run(), name="payment-events")
+        process.spawn(
+            PaymentEvents(Flows(host, directory), bus, SystemClock(), group=_group(config)).run(), name="payment-events"
+        )
+        peers = _peers(settings, config)
+        if peers:
+            process.spawn(Relay(host, peers, process.channel).run(), name="relay")
 
         servicer = WalletServicer(host, wallet, history)
-        shard_servicer = ShardServicer(host, wallet, history, settings.wallet_address)
+        addresses = sorted(set(peers.values()))
+        shard_servicer = ShardServicer(
+            host, wallet, history, settings.wallet_address, lambda: peer_shards(addresses, process.channel)
+        )
         await process.serve_grpc(
             settings.wallet_listen,
             servicers=[
@@ -75,6 +93,11 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
                     shard_servicer,
                     wallet_service_pb2_grpc.add_ShardServiceServicer_to_server,
                     "ducat.wallet.v1.ShardService",
+                ),
+                (
+                    RelayServicer(host),
+                    relay_pb2_grpc.add_RelayServiceServicer_to_server,
+                    "ducat.wallet.v1.RelayService",
                 ),
             ],
             scopes=SCOPES,
@@ -107,6 +130,31 @@ def _shard_ids(text: str, count: int) -> tuple[int, ...]:
     if not found or max(found) >= count:
         raise SettingsInvalid(f"wallet_shards: {text!r} names shards beyond wallet_shard_count = {count}")
     return tuple(sorted(found))
+
+
+def _group(config: ShardHostConfig) -> str:
+    """Processes that own different shards each read every event, and apply those of their own sellers."""
+    if len(config.shard_ids) == config.shard_count:
+        return GROUP
+    return f"{GROUP}-{'-'.join(map(str, config.shard_ids))}"
+
+
+def _peers(settings: Settings, config: ShardHostConfig) -> dict[int, str]:
+    """Shard → address of those of other processes. Raises SettingsInvalid where one has no owner, or two."""
+    try:
+        peers = parse_peers(settings.wallet_peers, lambda text: _shard_ids(text, config.shard_count))
+    except ValueError as error:
+        raise SettingsInvalid(f"wallet_peers: {error}") from None
+    missing = set(range(config.shard_count)) - set(config.shard_ids) - set(peers)
+    if missing:
+        names = ", ".join(map(str, sorted(missing)))
+        raise SettingsInvalid(
+            f"wallet_shards and wallet_peers: nobody owns shard {names}; transfers to its accounts could never settle"
+        )
+    doubled = set(config.shard_ids) & set(peers)
+    if doubled:
+        raise SettingsInvalid(f"wallet_peers: shard {min(doubled)} is this process's own")
+    return peers
 
 
 async def _stop_on_failure(host: WalletHost) -> None:

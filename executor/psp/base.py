@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import aiohttp
-import yarl
-
 from executor.domain.command import ExecuteOrder, ExecuteRefund, PayoutInstruction
 from executor.domain.outcome import Answer, NoAnswer, Notification, NotSent
 from executor.domain.routing import Capability, Provider
 from executor.service.ports import Channel, PspAdapter
 from kernel.errors import InvalidArgument, PermissionDenied, Unimplemented
 from kernel.money import CURRENCY_EXPONENTS, Money
+from runtime import http_client
+from runtime.http_client import HttpPool
 
 __all__ = [
     "BODY_BYTES_MAX",
@@ -42,7 +41,6 @@ BODY_BYTES_MAX = 1_048_576
 """Largest answer that we read from a PSP."""
 CONNECTION_COUNT_MAX = 64
 """Connections to one PSP."""
-KEEPALIVE_S = 55.0
 SIGNATURE_TOLERANCE_S = 300
 """How old, or how far ahead, a signed webhook may be."""
 SIGNATURE_COUNT_MAX = 8
@@ -179,57 +177,41 @@ class HttpAnswer:
 
 
 class Http:
-    """Calls to one PSP over kept-alive connections. What goes wrong is a value: `NotSent` only where the request certainly never left,
-    `NoAnswer` for everything after that."""
+    """Calls to one PSP over kept-alive connections. What goes wrong is a value: `NotSent` only where the request certainly never
+    left, `NoAnswer` for everything after that. Every POST carries an idempotency key (see runtime/http_client.py)."""
 
     def __init__(self, base_url: str, timeout_ms: int, *, connection_count_max: int = CONNECTION_COUNT_MAX) -> None:
-        self._base_url = base_url.rstrip("/")
-        self._timeout = aiohttp.ClientTimeout(total=timeout_ms / 1000, connect=timeout_ms / 2000)
+        self._base_url = base_url
+        self._timeout_s = timeout_ms / 1000
         self._connection_count_max = connection_count_max
-        self._session: aiohttp.ClientSession | None = None
+        self._pool: HttpPool | None = None
 
     async def call(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> HttpAnswer | NoAnswer | NotSent:
         """One request. `path` is already percent-encoded."""
-        session = self._session or self._open()
+        pool = self._pool or self._open()
         try:
-            async with session.request(
-                method,
-                yarl.URL(self._base_url + path, encoded=True),
-                data=body,
-                headers=headers,
-                allow_redirects=False,
-            ) as response:
-                content = await response.content.read(BODY_BYTES_MAX + 1)
-                while not response.content.at_eof() and len(content) <= BODY_BYTES_MAX:
-                    content += await response.content.read(BODY_BYTES_MAX + 1 - len(content))
-                if len(content) > BODY_BYTES_MAX:
-                    return NoAnswer(f"the answer is larger than {BODY_BYTES_MAX} bytes")
-                return HttpAnswer(response.status, content, _seconds(response.headers.get("Retry-After", "")))
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return NotSent(f"no connection to the PSP ({type(error).__name__}: {error})")
-        except TimeoutError:
-            return NoAnswer(f"no answer from the PSP within {self._timeout.total:g} s")
-        except (aiohttp.ClientError, ConnectionError) as error:
-            return NoAnswer(f"the connection to the PSP broke ({type(error).__name__}: {error})")
+            reply = await pool.request(method, path, headers, body)
+        except http_client.NotSent as error:
+            return NotSent(str(error))
+        except http_client.NoReply as error:
+            return NoAnswer(str(error))
+        return HttpAnswer(reply.status, reply.body, _seconds(reply.headers.get("retry-after", "")))
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._pool is not None:
+            await self._pool.close()
+            self._pool = None
 
-    def _open(self) -> aiohttp.ClientSession:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=self._connection_count_max, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60
-            ),
-            timeout=self._timeout,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-            trust_env=False,
+    def _open(self) -> HttpPool:
+        self._pool = HttpPool(
+            self._base_url,
+            timeout_s=self._timeout_s,
+            connection_count_max=self._connection_count_max,
+            body_bytes_max=BODY_BYTES_MAX,
         )
-        return self._session
+        return self._pool
 
 
 def verify_timestamped_hmac(header: str, body: bytes, secret: str, now_s: int, *, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from executor.domain.attempt import AttemptKind
 from executor.domain.outcome import Notification, NotificationKind
@@ -23,10 +23,17 @@ _OBJECTS = {"order": AttemptKind.ORDER, "refund": AttemptKind.REFUND, "payout": 
 class Notifications:
     """`run()` writes the notes in groups; losing some in a crash costs one question to the PSP each."""
 
-    def __init__(self, store: AttemptStore, adapters: Mapping[str, PspAdapter], clock: Clock) -> None:
+    def __init__(
+        self,
+        store: AttemptStore,
+        adapters: Mapping[str, PspAdapter],
+        clock: Clock,
+        failed: Callable[[BaseException], None],
+    ) -> None:
         self._store = store
         self._adapters = adapters
         self._clock = clock
+        self._failed = failed
         self._settled: set[tuple[AttemptKind, str]] = set()
         self._changed = asyncio.Event()
 
@@ -46,17 +53,27 @@ class Notifications:
         return notifications
 
     async def run(self) -> None:
+        """Writes the notes until cancelled; a database that is away only makes them wait."""
         while True:
             await self._changed.wait()
             await asyncio.sleep(SETTLE_INTERVAL_S)
-            await self.flush()
+            try:
+                await self.flush()
+            except Exception as error:
+                self._failed(error)
 
     async def flush(self) -> None:
         """Writes the notes now."""
         self._changed.clear()
         settled, self._settled = self._settled, set()
-        if settled:
+        if not settled:
+            return
+        try:
             await self._store.settle(sorted(settled, key=lambda each: (each[0].value, each[1])), self._clock.now_ns())
+        except BaseException:
+            self._settled |= settled
+            self._changed.set()
+            raise
 
     def _note(self, notification: Notification) -> None:
         kind = _OBJECTS.get(_object_of(notification.kind))

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from wallet_core.engine._engine import Engine
 
+from wallet_core.engine._engine import Engine
 from wallet_core.engine.codes import AccountResult, TransferResult
 
 clock = time.thread_time if "--cpu" in sys.argv else time.perf_counter

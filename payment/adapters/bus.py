@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 from ducat.event.v1 import event_pb2
+from payment.adapters.executor_client import clean
 from payment.domain.notification import Notification, NotificationKind
 from payment.domain.reports import (
     FundsHeld,
@@ -73,7 +74,7 @@ def _order_registered(envelope: event_pb2.Envelope) -> Report:
 
 def _order_rejected(envelope: event_pb2.Envelope) -> Report:
     body = envelope.order_rejected
-    return OrderRejected(body.payment_order_id, body.psp, body.code, body.reason)
+    return OrderRejected(body.payment_order_id, body.psp, clean(body.code), clean(body.reason))
 
 
 def _payout_submitted(envelope: event_pb2.Envelope) -> Report:
@@ -83,7 +84,7 @@ def _payout_submitted(envelope: event_pb2.Envelope) -> Report:
 
 def _payout_rejected(envelope: event_pb2.Envelope) -> Report:
     body = envelope.payout_rejected
-    return PayoutRejected(body.reference, body.psp, body.code, body.reason, body.compliance)
+    return PayoutRejected(body.reference, body.psp, clean(body.code), clean(body.reason), body.compliance)
 
 
 def _outcome_found(envelope: event_pb2.Envelope) -> Report:
@@ -98,8 +99,8 @@ def _outcome_found(envelope: event_pb2.Envelope) -> Report:
             merchant_reference=body.merchant_reference,
             currency_code=body.amount.currency_code if has_amount else "",
             amount_minor=body.amount.amount_minor if has_amount else None,
-            code=body.code,
-            reason=body.reason,
+            code=clean(body.code),
+            reason=clean(body.reason),
         )
     )
 

@@ -14,7 +14,7 @@ from ducat.executor.v1.executor_pb2_grpc import ExecutorServiceStub
 from payment.domain.notification import Notification, NotificationKind
 from runtime.errors import from_rpc_error
 
-__all__ = ["ExecutorClient", "kind_of"]
+__all__ = ["ExecutorClient", "clean", "kind_of"]
 
 
 class ExecutorClient:
@@ -43,18 +43,23 @@ def kind_of(number: int) -> NotificationKind:
         return NotificationKind.UNKNOWN
 
 
+def clean(text: str) -> str:
+    """Text of a PSP without the character NUL, which PostgreSQL cannot store: it must not make a webhook fail for ever."""
+    return text.replace("\0", "") if "\0" in text else text
+
+
 def _notification_of(psp: str, message: NotificationMessage) -> Notification:
     has_amount = message.HasField("amount")
     return Notification(
         psp=psp,
-        psp_event_id=message.psp_event_id,
+        psp_event_id=clean(message.psp_event_id),
         kind=kind_of(message.kind),
-        psp_object_id=message.psp_object_id,
-        merchant_reference=message.merchant_reference,
-        currency_code=message.amount.currency_code if has_amount else "",
+        psp_object_id=clean(message.psp_object_id),
+        merchant_reference=clean(message.merchant_reference),
+        currency_code=clean(message.amount.currency_code) if has_amount else "",
         amount_minor=message.amount.amount_minor if has_amount else None,
-        code=message.code,
-        reason=message.reason,
-        psp_type=message.psp_type,
+        code=clean(message.code),
+        reason=clean(message.reason),
+        psp_type=clean(message.psp_type),
         occur_time=message.occur_time.ToDatetime(UTC) if message.HasField("occur_time") else None,
     )

@@ -117,6 +117,20 @@ def check_bank_account(account: BankAccount, path: str = "recipient") -> tuple[B
     def violation(field: str, description: str) -> None:
         wrong.append(FieldViolation(f"{path}.{field}", description))
 
+    address = account.address or PostalAddress()
+    texts = {
+        "account_holder_name": account.account_holder_name,
+        "bank_name": account.bank_name,
+        "address.line1": address.line1,
+        "address.line2": address.line2,
+        "address.city": address.city,
+        "address.region": address.region,
+        "address.postal_code": address.postal_code,
+        "address.country_code": address.country_code,
+    }
+    for field, text in texts.items():
+        if "\0" in text:
+            violation(field, "must not hold the character NUL")
     if not account.account_holder_name.strip():
         violation("account_holder_name", "must name the owner of the account")
     if _COUNTRY.fullmatch(account.country_code) is None:

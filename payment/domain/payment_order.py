@@ -287,7 +287,7 @@ class PaymentOrder:
             self._close(notification.failure)
         elif event is _E.DISPUTE_OPENED:
             self.facts.append(Fact(FactKind.DISPUTE_OPENED, revision=self.revision))
-        elif event in _WON or event is _E.DISPUTE_LOST:
+        else:
             self.facts.append(Fact(FactKind.DISPUTE_CLOSED, won=event in _WON, revision=self.revision))
         return Outcome.APPLIED
 

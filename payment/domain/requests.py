@@ -78,6 +78,10 @@ class PayoutRequest:
 def check_payment(request: PaymentRequest, providers: Providers, orders_max: int) -> list[FieldViolation]:
     """Everything that is wrong with it, not only the first."""
     wrong: list[FieldViolation] = []
+    buyer = request.buyer
+    _check_text(buyer.buyer_id, "buyer_info.buyer_id", wrong)
+    _check_text(buyer.name, "buyer_info.name", wrong)
+    _check_text(buyer.email, "buyer_info.email", wrong)
     if not request.orders:
         wrong.append(FieldViolation("payment_orders", "needs at least one order"))
     if len(request.orders) > orders_max:
@@ -109,6 +113,7 @@ def check_payout(
     _check_amount(request.currency_code, request.amount_minor, "amount", wrong)
     recipient, wrong_recipient = check_bank_account(request.recipient)
     wrong += wrong_recipient
+    _check_text(request.purpose, "purpose", wrong)
     if not request.purpose.strip():
         wrong.append(FieldViolation("purpose", "must say why the payment is made"))
     _check_provider(request.psp, request.currency_code, providers, "psp", wrong)
@@ -224,6 +229,11 @@ def payout_hash(request: PayoutRequest) -> bytes:
 
 def _hash(tag: str, content: list[object]) -> bytes:
     return hashlib.sha256(f"{tag}\n{json.dumps(content, separators=(',', ':'))}".encode()).digest()
+
+
+def _check_text(text: str, path: str, wrong: list[FieldViolation]) -> None:
+    if "\0" in text:
+        wrong.append(FieldViolation(path, "must not hold the character NUL"))
 
 
 def _check_amount(currency_code: str, amount_minor: int, path: str, wrong: list[FieldViolation]) -> None:

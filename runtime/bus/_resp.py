@@ -25,6 +25,7 @@ __all__ = ["Address", "Link", "ReplyError", "RespConnection", "parse_url"]
 
 CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 15.0
+WATCH_INTERVAL_S = 2.0
 Command = tuple[str | int | float | bytes | memoryview, ...]
 
 
@@ -78,7 +79,8 @@ class RespConnection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._reader = hiredis.Reader(protocolError=ConnectionError, replyError=ReplyError)
-        self._waiting: deque[tuple[asyncio.Future[list[Any]], int]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[list[Any]], int, float]] = deque()
+        self._watch: asyncio.TimerHandle | None = None
         self._replies: list[Any] = []
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
@@ -90,27 +92,22 @@ class RespConnection(asyncio.Protocol):
         """False from the moment the connection is lost or closed."""
         return self._lost is None and self._transport is not None
 
-    def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
-        """Write commands at once; the future has their replies. It fails with ConnectionError when the connection is lost first."""
+    def send(self, commands: Sequence[Command], timeout_s: float = CALL_TIMEOUT_S) -> asyncio.Future[list[Any]]:
+        """Write commands at once; the future has their replies. It fails with ConnectionError when the connection is lost first, or
+        closed because the replies took longer than `timeout_s`: later replies would be misread.
+        """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         if self._lost is not None or self._transport is None:
             future.set_exception(self._lost or ConnectionError("not connected"))
             return future
-        self._waiting.append((future, len(commands)))
+        self._waiting.append((future, len(commands), self._loop.time() + timeout_s))
         pack: Any = hiredis.pack_command  # its stub says a tuple of one
         self._transport.write(b"".join([pack(command) for command in commands]))
         return future
 
     async def call(self, commands: Sequence[Command], timeout_s: float = CALL_TIMEOUT_S) -> list[Any]:
-        """The replies of commands. Closes the connection when they take longer than `timeout_s`: later replies would be misread."""
-        future = self.send(commands)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except TimeoutError:
-            error = ConnectionError(f"Valkey did not answer {commands[0][0]!r} within {timeout_s:g} s")
-            self.close(error)
-            raise error from None
+        """The replies of commands; raises ConnectionError as `send` does."""
+        return await self.send(commands, timeout_s)
 
     def close(self, reason: Exception | None = None) -> None:
         """Close at once; calls that wait fail."""
@@ -120,6 +117,7 @@ class RespConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
+        self._look_for_silence()
 
     def data_received(self, data: bytes) -> None:
         reader = self._reader
@@ -128,7 +126,7 @@ class RespConnection(asyncio.Protocol):
             while (reply := reader.gets()) is not False:
                 replies = self._replies
                 replies.append(reply)
-                future, count = self._waiting[0]
+                future, count, _ = self._waiting[0]
                 if len(replies) == count:
                     self._waiting.popleft()
                     self._replies = []
@@ -140,11 +138,20 @@ class RespConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._fail(ConnectionError(f"the connection to Valkey was lost{f': {error}' if error else ''}"))
 
+    def _look_for_silence(self) -> None:
+        """One timer a connection instead of one a call."""
+        if self._waiting and self._waiting[0][2] < self._loop.time():
+            self.close(ConnectionError("Valkey did not answer in time"))
+        else:
+            self._watch = self._loop.call_later(WATCH_INTERVAL_S, self._look_for_silence)
+
     def _fail(self, error: Exception) -> None:
         if self._lost is not None:
             return
         self._lost = error
-        for future, _ in self._waiting:
+        if self._watch is not None:
+            self._watch.cancel()
+        for future, _, _ in self._waiting:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # a caller that was cancelled will not look

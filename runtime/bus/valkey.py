@@ -49,6 +49,8 @@ __all__ = ["ValkeyBus"]
 
 GONE_GRACE_S = 0.5
 """How long a member whose connection is gone may take to come back before its partitions are taken."""
+ACK_DELAY_S = 0.02
+"""Acknowledgements that come within this time share a command, and so one fsync. A crash in between only redelivers."""
 CLAIM_BATCH = 256
 LEAVE_TIMEOUT_S = 1.0
 BACKOFF_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.0)
@@ -325,9 +327,7 @@ class _Consumer:
         self._held: dict[int, set[bytes]] = {}
         """Entries of each partition from their offer to their acknowledgement at the server."""
         self._acks: dict[int, list[bytes]] = {}
-        self._is_flushing = False
-        self._is_reading = False
-        self._acks_ride_along = concurrency == 1
+        self._ack_timer: asyncio.TimerHandle | None = None
         self._others: dict[str, str] = {}
         self._gone_since: dict[str, float] = {}
         self._trim_at = 0.0
@@ -352,6 +352,8 @@ class _Consumer:
             for task in self._draining.values():
                 task.cancel()
             await asyncio.gather(dispatching, *self._draining.values(), return_exceptions=True)
+            if self._ack_timer is not None:
+                self._ack_timer.cancel()
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(LEAVE_TIMEOUT_S):
                     await self._leave()
@@ -383,7 +385,6 @@ class _Consumer:
                 )
                 await asyncio.sleep(delay)
             finally:
-                self._is_reading = False
                 if connection is not None:
                     connection.close()
 
@@ -410,26 +411,13 @@ class _Consumer:
                 continue
             # The block ends before the membership could: no message is delivered to a reader that lost the partition meanwhile.
             partitions = sorted(self._owned)
-            taken, commands = self._take_acks()
-            commands.append(
-                (
-                    *("XREADGROUP", "GROUP", self._group, self._member, "COUNT", self._read_count),
-                    *("BLOCK", max(1, int((beat_at - now) * 1000)), "STREAMS"),
-                    *(self._topic.streams[partition] for partition in partitions),
-                    *(">" for _ in partitions),
-                )
+            read: Command = (
+                *("XREADGROUP", "GROUP", self._group, self._member, "COUNT", self._read_count),
+                *("BLOCK", max(1, int((beat_at - now) * 1000)), "STREAMS"),
+                *(self._topic.streams[partition] for partition in partitions),
+                *(">" for _ in partitions),
             )
-            self._is_reading = True
-            future = connection.send(commands)
-            try:
-                async with asyncio.timeout(beat_at - now + 10.0):
-                    replies = await future
-            except BaseException:
-                self._put_back(taken)
-                raise
-            self._is_reading = False
-            self._acknowledged(taken, replies[:-1])
-            streams = replies[-1]
+            (streams,) = await connection.send((read,), beat_at - now + 10.0)
             if isinstance(streams, ReplyError):
                 raise streams
             for stream, entries in streams or ():
@@ -470,9 +458,8 @@ class _Consumer:
         fresh = leased - self._draining.keys() - (set() if is_new_connection else self._owned)
         if fresh:
             await self._take_over(connection, sorted(fresh))
-        if self._acks and self._bus.link.opened is None:
+        if self._acks and self._ack_timer is None:  # put back when the shared connection was lost
             await self._acknowledge_over(connection)
-        self._flush()
         if time.monotonic() >= self._trim_at:
             self._trim_at = time.monotonic() + self._bus.policy.trim_interval_ms / 1000
             await self._trim(connection)
@@ -558,10 +545,8 @@ class _Consumer:
 
     def _done(self, delivery: Delivery) -> None:
         self._acks.setdefault(delivery.partition, []).append(delivery.position)
-        # While no read is under way, the next read carries the acknowledgements: one round trip and one fsync for both.
-        if (self._is_reading or not self._acks_ride_along) and not self._is_flushing:
-            self._is_flushing = True
-            asyncio.get_running_loop().call_soon(self._flush)
+        if self._ack_timer is None:
+            self._ack_timer = asyncio.get_running_loop().call_later(ACK_DELAY_S, self._flush)
 
     async def _bury(self, delivery: Delivery, error: str) -> None:
         await self._bus.bury(self._topic, self._group, delivery, error)
@@ -571,7 +556,7 @@ class _Consumer:
 
     def _flush(self) -> None:
         """Acknowledge over the shared connection. Where it is lost, the acknowledgements wait for the next beat."""
-        self._is_flushing = False
+        self._ack_timer = None
         connection = self._bus.link.opened
         if not self._acks or connection is None:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kernel.errors import OutOfRange
+from wallet_core.engine._engine import Engine
 from wallet_core.event_log import EventLogError, LogGap, read_frames, segments
 from wallet_core.event_log.file import open_reader
 from wallet_core.service.history import ArchivedFrame, Replayer, VerifyProgress
@@ -80,7 +81,7 @@ def verify_folder(config: ShardHostConfig, shard: int, end: int, note: Callable[
     return VerifyProgress(at, end, done=True, ok=True)
 
 
-def _oldest_snapshot(config: ShardHostConfig, shard: int) -> tuple[Replayer, int, bytes]:
+def _oldest_snapshot(config: ShardHostConfig, shard: int) -> tuple[Engine, int, bytes]:
     """From the oldest snapshot that reads back: engine, number of its last event, hash of the frame that
     ends there."""
     problems = []

@@ -40,14 +40,18 @@ _log = structlog.get_logger("wallet.bus")
 class PaymentEvents:
     """The handler of `payment.events`."""
 
-    def __init__(self, flows: Flows, bus: Bus, clock: Clock) -> None:
+    def __init__(self, flows: Flows, bus: Bus, clock: Clock, *, group: str = GROUP) -> None:
+        """`group`: processes that own different shards read in groups of their own, so that each sees every
+        event; the one that owns the seller's wallet applies it.
+        """
         self._flows = flows
         self._bus = bus
         self._clock = clock
+        self._group = group
 
     async def run(self) -> None:
         """Consumes until cancelled."""
-        await self._bus.consume(TOPIC, GROUP, self.handle, batch_max=BATCH_MAX)
+        await self._bus.consume(TOPIC, self._group, self.handle, batch_max=BATCH_MAX)
 
     async def handle(self, messages: Sequence[Message]) -> None:
         """Applies a batch and publishes its answers. Raises for a message that cannot be applied: the bus
@@ -58,7 +62,7 @@ class PaymentEvents:
         sources: list[Message] = []
         for message in messages:
             step = step_of(message)
-            if step is not None:
+            if step is not None and self._flows.owns(step):
                 steps.append(step)
                 sources.append(message)
         if not steps:

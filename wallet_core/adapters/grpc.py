@@ -12,7 +12,7 @@ import base64
 import hashlib
 import struct
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,7 @@ SCOPES = {
     f"{_SHARD}CreateSnapshot": "wallet.admin",
     f"{_SHARD}ListSnapshots": "wallet.read",
     f"{_SHARD}VerifyShard": "wallet.admin",
+    "/ducat.wallet.v1.RelayService/Deliver": "wallet.relay",
 }
 
 _KIND_FLAGS = {
@@ -322,7 +323,16 @@ def _named(error: BaseException, number: int) -> BaseException:
 class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
     """ducat.wallet.v1.ShardService."""
 
-    def __init__(self, host: Host, wallet: Wallet, history: History, address: str) -> None:
+    def __init__(
+        self,
+        host: Host,
+        wallet: Wallet,
+        history: History,
+        address: str,
+        peers: Callable[[], Awaitable[Sequence[shard_pb2.Shard]]] | None = None,
+    ) -> None:
+        """`peers`: the shards of the other processes."""
+        self._peers = peers
         self._host = host
         self._wallet = wallet
         self._history = history
@@ -330,6 +340,9 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
 
     async def ListShards(self, request: shard_pb2.ListShardsRequest, context: Any) -> shard_pb2.ListShardsResponse:
         shards = [self._shard(status) for status in self._host.shards()]
+        if self._peers is not None and not request.local_only:
+            shards += await self._peers()
+            shards.sort(key=lambda shard: shard.shard)
         return shard_pb2.ListShardsResponse(shards=shards, slot_count=_SLOT_COUNT)
 
     def _shard(self, status: ShardStatus) -> shard_pb2.Shard:

@@ -13,13 +13,17 @@ Valkey, one script for all of it, so that a batch is there or not:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
 
+from kernel.errors import FailedPrecondition
+from runtime.bus import RetryLater
 from runtime.postgres import Connection, Pool
-from wallet_core.engine.codes import EventKind, TransferResult
+from wallet_core.adapters.snapshot_base import SnapshotBase
+from wallet_core.engine.codes import EventKind
 from wallet_core.projection import Changes
 from wallet_core.service.port import TransferItem
 from wallet_core.service.projector import Projector
@@ -29,11 +33,13 @@ __all__ = ["PostgresStore", "ReadModelReader", "ValkeyStore", "reset_postgres", 
 RECENT_COUNT_MAX = 20
 """Transfers that Valkey keeps of an account."""
 REBUILD_CHANNEL = "wallet_rebuild"
-_OK = int(TransferResult.OK)
+REBASE_TIMEOUT_S = 3600
 _SENT = int(EventKind.MONEY_SENT)
 
 _CURSOR = "SELECT sequence_number FROM wallet.projection WHERE shard = $1"
 _FIRST = "INSERT INTO wallet.projection (shard) VALUES ($1) ON CONFLICT DO NOTHING"
+_DROP = "DELETE FROM wallet.transfer WHERE shard = $1 AND sequence_number >= $2"
+_SET = "UPDATE wallet.projection SET sequence_number = $2, update_time = now() WHERE shard = $1"
 _APPLY = """
 WITH moved AS (
     UPDATE wallet.projection SET sequence_number = $3, update_time = now()
@@ -81,6 +87,14 @@ class PostgresStore:
         if found is None:
             await self._pool.execute(_FIRST, shard)
         return found or 0
+
+    async def rebase(self, shard: int, oldest: int) -> int:
+        """Keeps the rows before event `oldest`, which the log no longer has, drops the others, and goes on
+        from there."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            await connection.execute(_DROP, shard, oldest, timeout=REBASE_TIMEOUT_S)
+            await connection.execute(_SET, shard, oldest - 1)
+        return oldest - 1
 
     async def apply(self, changes: Changes) -> bool:
         """Writes rows and cursor in one statement. False where the cursor is not at `changes.after`."""
@@ -135,20 +149,70 @@ class ValkeyStore:
 
     name = "Valkey"
 
-    def __init__(self, client: Redis, *, recent_count_max: int = RECENT_COUNT_MAX) -> None:
+    def __init__(
+        self,
+        client: Redis,
+        find_base: Callable[[int, int | None], SnapshotBase | None],
+        *,
+        recent_count_max: int = RECENT_COUNT_MAX,
+    ) -> None:
+        """`find_base(shard, sequence)`: the newest snapshot, or the one of an event; blocks on the disk."""
         self._client = client
         self._script = client.register_script(_APPLY_SCRIPT)
+        self._find_base = find_base
         self._recent = recent_count_max
 
     async def cursor(self, shard: int) -> int:
-        """The number of the last event that the store has."""
-        return int(await self._client.get(f"wallet:{shard}:cursor") or 0)
+        """The number of the last event that the store has; 0 while a snapshot is being loaded into it."""
+        text = await self._cursor_text(shard)
+        return 0 if "/" in text else int(text)
+
+    async def _cursor_text(self, shard: int) -> str:
+        """A number, or ``<sequence of the snapshot>/<steps that are in>`` while one is being loaded."""
+        found = await self._client.get(f"wallet:{shard}:cursor")
+        return found.decode() if isinstance(found, bytes) else found or "0"
+
+    async def rebase(self, shard: int, oldest: int) -> int:
+        """From nothing to a state from which the log can be followed: nothing where the log is whole, else a
+        snapshot. Resumes a load that was cut off.
+        """
+        text = await self._cursor_text(shard)
+        sequence, loading, steps_done = text.partition("/")
+        if not loading:
+            if text != "0":
+                raise FailedPrecondition(
+                    f"the read model in Valkey has shard {shard} up to event {text}, the log begins at {oldest}:"
+                    " run `ducat wallet rebuild`"
+                )
+            if oldest == 1:
+                return 0
+        base = await asyncio.to_thread(self._find_base, shard, int(sequence) if loading else None)
+        if base is None or base.sequence + 1 < oldest:
+            raise FailedPrecondition(
+                f"the log of shard {shard} begins at event {oldest} and no snapshot reaches it:"
+                " restore older segments, or run `ducat wallet rebuild` after `ducat wallet snapshot`"
+            )
+        steps = base.steps()
+        number = 0
+        while (step := await asyncio.to_thread(next, steps, None)) is not None:
+            number += 1
+            if loading and number <= int(steps_done):
+                continue
+            if not await self._write(step, text, f"{base.sequence}/{number}"):
+                raise RetryLater(f"somebody else loads shard {shard} into Valkey")
+            text = f"{base.sequence}/{number}"
+        if not await self._write(Changes(shard, 0, 0), text, str(base.sequence)):
+            raise RetryLater(f"somebody else loads shard {shard} into Valkey")
+        return base.sequence
 
     async def apply(self, changes: Changes) -> bool:
         """Writes sums, holds, lists and cursor in one script. False where the cursor is not at
         `changes.after`."""
+        return await self._write(changes, str(changes.after), str(changes.upto))
+
+    async def _write(self, changes: Changes, expected: str, following: str) -> bool:
         shard = changes.shard
-        arguments: list[Any] = [changes.after, changes.upto, self._recent]
+        arguments: list[Any] = [expected, following, self._recent]
         arguments.append(len(changes.opened))
         for account, currency in changes.opened.items():
             arguments += (account.hex(), currency)
@@ -216,9 +280,10 @@ def _item(row: Any) -> TransferItem:
 
 
 async def reset_postgres(connection: Connection, shards: Sequence[int]) -> None:
-    """Empties the transfers and cursors of these shards, and tells a running wallet."""
+    """Sets the cursors of these shards back to the beginning, and tells a running wallet. The projector
+    itself drops the rows that the logs still have, and keeps older ones.
+    """
     async with connection.transaction():
-        await connection.execute("DELETE FROM wallet.transfer WHERE shard = ANY($1::smallint[])", list(shards))
         await connection.execute(
             "UPDATE wallet.projection SET sequence_number = 0 WHERE shard = ANY($1::smallint[])", list(shards)
         )

@@ -27,7 +27,7 @@
 #   7 cursor    source             applied number    16 bytes: Refusal
 #   8 overlay   0                  0                 80 bytes: kind u32, position u32, generation serial u64, 64 bytes before
 #                                                    the change. A record may be named twice: apply last to first
-#   9 end       0                  0                 none
+#   9 end       0                  pieces before it  none
 #
 # Header first, end last, overlay after everything else. Indexes, the heap and generations' time ranges are rebuilt.
 
@@ -102,6 +102,7 @@ cdef struct ImageState:
     uint64_t spares[OVERLAY_SPARES] # OverlayChunk*, touched by the reader for the writer; 0 = none
     uint64_t failed                 # out of memory: the image is no good, the engine is
     # where the reader is
+    uint64_t pieces                 # read so far
     uint32_t stage
     uint64_t index
     uint64_t first
@@ -333,6 +334,13 @@ cdef int64_t piece_write(uint8_t* buffer, uint32_t kind, uint64_t index, uint64_
 
 
 cdef int64_t image_read(EngineState* e, uint8_t* buffer) noexcept nogil:
+    cdef int64_t length = image_read_piece(e, buffer)
+    if length > 0:
+        e.image.pieces += 1
+    return length
+
+
+cdef int64_t image_read_piece(EngineState* e, uint8_t* buffer) noexcept nogil:
     # The next piece. May run beside the writer; touches nothing of the writer's but dense records and what begin kept.
     cdef ImageState* image = e.image
     cdef const Generation* g
@@ -441,7 +449,7 @@ cdef int64_t image_read(EngineState* e, uint8_t* buffer) noexcept nogil:
             return piece_write(buffer, PIECE_OVERLAY, 0, 0, du_load_acquire(&chunk.count), chunk.entries,
                                sizeof(OverlayEntry))
         image.stage = PIECE_END
-        return piece_write(buffer, PIECE_END, 0, 0, 0, NULL, 0)
+        return piece_write(buffer, PIECE_END, 0, image.pieces, 0, NULL, 0)
     return 0
 
 
@@ -467,6 +475,7 @@ cdef int image_load_header(EngineState* e, const uint64_t* words, uint64_t count
     e.load_generations = words[15]
     e.generation_serial = words[16]
     e.load_stage = PIECE_HEADER
+    e.load_pieces = 1
     return 0
 
 
@@ -561,6 +570,7 @@ cdef int image_load_piece(EngineState* e, const uint8_t* piece, uint64_t length)
     if e.load_stage == 0 or e.load_stage == PIECE_END or header.kind < e.load_stage:
         return ENGINE_REFUSED
     e.load_stage = header.kind
+    e.load_pieces += 1
     if header.kind == PIECE_ACCOUNTS:
         if header.first != e.account_count or header.count > e.load_accounts - e.account_count:
             return ENGINE_REFUSED
@@ -597,15 +607,20 @@ cdef int image_load_piece(EngineState* e, const uint8_t* piece, uint64_t length)
         if header.index >= SHARD_COUNT_MAX or header.index == e.shard:
             return ENGINE_REFUSED
         cursor = &e.cursors[header.index]
+        if cursor.applied and (cursor.applied != header.first or header.count == 0):
+            return ENGINE_REFUSED
         cursor.applied = header.first
         for i in range(header.count):
             memcpy(&refusal, units + i * sizeof(Refusal), sizeof(Refusal))
+            if refusal.number > cursor.applied or refusal.result <= OK or (
+                    cursor.last and refusal.number <= cursor.refusals[cursor.last - 1].number):
+                return ENGINE_REFUSED
             if refusal_add(cursor, refusal.number, refusal.result) < 0:
                 return poison(e)
         return 0
     if header.kind == PIECE_OVERLAY:
         return image_load_overlay(e, header.count, <const OverlayEntry*> units)
-    return 0
+    return 0 if header.first == e.load_pieces - 1 else ENGINE_REFUSED
 
 
 cdef int image_load_done(EngineState* e) noexcept nogil:
@@ -681,6 +696,9 @@ cdef int load_holds(EngineState* e) noexcept nogil:
     # Free slots are linked anew, lowest first.
     cdef uint64_t slot = e.hold_slots
     cdef Hold* hold
+    # a position must fit the bits of its index, however few of the slots are in use
+    if index_reserve(e, &e.holds_by_id, slot) < 0 or index_reserve(e, &e.holds_by_sequence, slot) < 0:
+        return -1
     while slot > 0:
         slot -= 1
         hold = &e.holds[slot]

@@ -4,6 +4,8 @@
 # accounts need 64 MiB, sixteen slots lie in a cache line, and a wrong tag spares nearly every visit to a record that is
 # not the one. 0 is an empty slot, all ones a tombstone (only holds are ever removed).
 #
+# Positions must be below 2^bits. They are: the records are as dense as the index was full at its fullest.
+#
 # Growing: a table of the next size is allocated and the old one is moved to it a few slots at every insert and every
 # apply call. Meanwhile a lookup asks the new table first, then the old one. Load is at most 0.6.
 
@@ -212,6 +214,7 @@ cdef void index_remove(EngineState* e, Index* index, uint64_t hash, uint64_t k0,
 cdef int index_reserve(EngineState* e, Index* index, uint64_t count) noexcept nogil:
     # An empty index with room for count keys at once (loading an image).
     cdef uint32_t bits = INDEX_BITS_MIN
+    cdef uint32_t key = index.key
     while (count + 1) * 5 > (<uint64_t> 3 << bits):
         bits += 1
-    return index_open(e, index, index.key, bits)
+    return index_open(e, index, key, bits)

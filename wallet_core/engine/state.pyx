@@ -317,6 +317,7 @@ cdef struct EngineState:
     ImageState* image               # NULL = no image is being taken
     # while an image is loaded: the last piece's kind, and what its header promises
     uint32_t load_stage
+    uint64_t load_pieces
     uint64_t load_header[17]
     uint64_t load_linear
     uint64_t load_accounts

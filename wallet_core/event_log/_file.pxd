@@ -134,16 +134,31 @@ cdef class FrameReader:
     cdef bint _hash_known
     cdef uint8_t _from_hash[16]              # what the frame that ends at _from_sequence - 1 must hash to
     cdef bint _from_hash_given
-    cdef uint8_t* _buffer
-    cdef uint64_t _capacity
+    cdef uint8_t* _raw                       # HEADROOM_BYTES, then the bytes read
+    cdef uint8_t* _buffer                    # where file offset _buffer_base is, inside _raw
+    cdef uint64_t _capacity                  # of _raw behind the headroom
     cdef uint64_t _buffer_base
     cdef uint64_t _buffer_length
     cdef int _damage_code
     cdef int _io_errno
     cdef bint _live                          # reads the tail piece by piece
+    # the piece behind the buffered one, read by a thread of its own while this one is being replayed
+    cdef pthread_mutex_t _mutex
+    cdef pthread_cond_t _changed
+    cdef object _ahead_thread
+    cdef uint8_t* _ahead_raw
+    cdef uint64_t _ahead_base
+    cdef int64_t _ahead_length               # what was read, < 0: errno
+    cdef uint64_t _ahead_wanted
+    cdef int _ahead_fd
+    cdef int _ahead_state                    # AHEAD_*
 
     cdef int next(self, FrameView* out, uint64_t limit_sequence) noexcept nogil
     cdef void unread(self, const FrameView* view) noexcept nogil
     cdef int _open_segment(self, uint64_t first) noexcept nogil
     cdef const uint8_t* _need(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _rest_is_zero(self) noexcept nogil
+    cdef void _ahead_run(self) noexcept nogil
+    cdef void _ahead_request(self) noexcept nogil
+    cdef void _ahead_settle(self) noexcept nogil
+    cdef bint _ahead_take(self, uint64_t base, uint64_t end) noexcept nogil

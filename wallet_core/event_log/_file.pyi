@@ -86,7 +86,9 @@ class FrameReader:
         from_sequence: int = 1,
         direct: bool = True,
         from_hash: bytes | None = None,
+        ahead: bool = False,
     ) -> None: ...
+    def read_ahead(self, on: bool) -> None: ...
     @property
     def file(self) -> str: ...
     @property

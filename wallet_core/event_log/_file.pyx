@@ -104,6 +104,7 @@ cdef enum:
     MARK_STRIDE = 512             # one slot a sector
     READ_BYTES = 4194304
     ZERO_BYTES = 1048576
+    HEADROOM_BYTES = 1048576      # in front of what is read: for the start of a frame that began in the piece before
     FRAME_BYTES_MAX = 1073741824
 
 cdef enum:
@@ -123,6 +124,12 @@ cdef enum:
     PREPARE_PACED = 0             # in step with the log
     PREPARE_EMERGENCY = 1         # at once, and from the reserve if need be
     PREPARE_FIRST = 2             # at once
+
+cdef enum:
+    AHEAD_IDLE = 0
+    AHEAD_WANTED = 1
+    AHEAD_DONE = 2
+    AHEAD_STOP = 3
 
 cdef enum:
     DAMAGE_NONE = 0

@@ -7,9 +7,11 @@ cdef class FrameReader:
 
     def __cinit__(self):
         self._fd = -1
+        pthread_mutex_init(&self._mutex, NULL)
+        pthread_cond_init(&self._changed, NULL)
 
     def __init__(self, folder, *, int shard, uint64_t first_segment, uint64_t from_sequence=1, bint direct=True,
-                 bytes from_hash=None):
+                 bytes from_hash=None, bint ahead=False):
         cdef bytes path = os.fsencode(folder)
         if len(path) > 3700:
             raise ValueError(f"the folder name is longer than 3700 bytes: {folder}")
@@ -26,16 +28,121 @@ cdef class FrameReader:
             memcpy(self._from_hash, <const uint8_t*>from_hash, 16)
             self._from_hash_given = True
         self._capacity = READ_BYTES
-        self._buffer = <uint8_t*>ducat_aligned(self._capacity)
-        if self._buffer == NULL:
+        self._raw = <uint8_t*>ducat_aligned(HEADROOM_BYTES + self._capacity)
+        if self._raw == NULL:
             raise MemoryError()
+        self._buffer = self._raw + HEADROOM_BYTES
+        if ahead:
+            self._ahead_raw = <uint8_t*>ducat_aligned(HEADROOM_BYTES + READ_BYTES)
+            if self._ahead_raw == NULL:
+                raise MemoryError()
         if self._open_segment(first_segment) != 1:
             raise OSError(self._io_errno or ENOENT, "the first segment cannot be opened", self.file)
 
     def __dealloc__(self):
         if self._fd >= 0:
             c_close(self._fd)
-        free(self._buffer)
+        free(self._raw)
+        free(self._ahead_raw)
+        pthread_mutex_destroy(&self._mutex)
+        pthread_cond_destroy(&self._changed)
+
+    def read_ahead(self, bint on):
+        """Start or stop the thread that reads the next piece meanwhile (only a reader made with ahead=True has one). It must
+        be stopped before the reader is let go of."""
+        if on and self._ahead_raw != NULL and self._ahead_thread is None:
+            self._ahead_state = AHEAD_IDLE
+            self._ahead_thread = threading.Thread(target=self._ahead_loop, name="read-ahead", daemon=True)
+            self._ahead_thread.start()
+        elif not on and self._ahead_thread is not None:
+            with nogil:
+                self._ahead_settle()
+                pthread_mutex_lock(&self._mutex)
+                self._ahead_state = AHEAD_STOP
+                pthread_cond_broadcast(&self._changed)
+                pthread_mutex_unlock(&self._mutex)
+            self._ahead_thread.join()
+            self._ahead_thread = None
+
+    def _ahead_loop(self):
+        with nogil:
+            self._ahead_run()
+
+    cdef void _ahead_run(self) noexcept nogil:
+        cdef uint64_t done
+        cdef ssize_t part
+        pthread_mutex_lock(&self._mutex)
+        while self._ahead_state != AHEAD_STOP:
+            if self._ahead_state != AHEAD_WANTED:
+                pthread_cond_wait(&self._changed, &self._mutex)
+                continue
+            pthread_mutex_unlock(&self._mutex)
+            done, part = 0, 0
+            while done < self._ahead_wanted:
+                part = c_pread(self._ahead_fd, self._ahead_raw + HEADROOM_BYTES + done, self._ahead_wanted - done,
+                               <off_t>(self._ahead_base + done))
+                if part <= 0:
+                    break
+                done += part
+                if done & (BLOCK_BYTES - 1):
+                    break
+            pthread_mutex_lock(&self._mutex)
+            self._ahead_length = <int64_t>done if part >= 0 else -1
+            if self._ahead_state == AHEAD_WANTED:
+                self._ahead_state = AHEAD_DONE
+            pthread_cond_broadcast(&self._changed)
+        pthread_mutex_unlock(&self._mutex)
+
+    cdef void _ahead_request(self) noexcept nogil:
+        """Begin to read what follows the buffer."""
+        cdef uint64_t base = self._buffer_base + self._buffer_length
+        if self._ahead_raw == NULL or self._ahead_thread is None or self._ahead_state != AHEAD_IDLE \
+                or base >= self._segment_size or base & (BLOCK_BYTES - 1):
+            return
+        pthread_mutex_lock(&self._mutex)
+        self._ahead_base, self._ahead_fd = base, self._fd
+        self._ahead_wanted = READ_BYTES if self._segment_size - base > READ_BYTES else _align_up(self._segment_size - base)
+        self._ahead_state = AHEAD_WANTED
+        pthread_cond_broadcast(&self._changed)
+        pthread_mutex_unlock(&self._mutex)
+
+    cdef void _ahead_settle(self) noexcept nogil:
+        """Wait for what is being read, and forget it."""
+        if self._ahead_raw == NULL:
+            return
+        pthread_mutex_lock(&self._mutex)
+        while self._ahead_state == AHEAD_WANTED:
+            pthread_cond_wait(&self._changed, &self._mutex)
+        if self._ahead_state == AHEAD_DONE:
+            self._ahead_state = AHEAD_IDLE
+        pthread_mutex_unlock(&self._mutex)
+
+    cdef bint _ahead_take(self, uint64_t base, uint64_t end) noexcept nogil:
+        """Make the piece read ahead the buffer, if it and the rest of the buffer hold base..end."""
+        cdef uint64_t rest
+        cdef uint8_t* raw
+        if self._ahead_raw == NULL or self._ahead_state == AHEAD_IDLE:
+            return False
+        pthread_mutex_lock(&self._mutex)
+        while self._ahead_state == AHEAD_WANTED:
+            pthread_cond_wait(&self._changed, &self._mutex)
+        pthread_mutex_unlock(&self._mutex)
+        if self._ahead_state != AHEAD_DONE:
+            return False
+        self._ahead_state = AHEAD_IDLE
+        if self._ahead_length <= 0 or self._ahead_base != self._buffer_base + self._buffer_length or base < self._buffer_base \
+                or base > self._ahead_base or self._ahead_base - base > HEADROOM_BYTES \
+                or end > self._ahead_base + <uint64_t>self._ahead_length or self._capacity != READ_BYTES:
+            return False
+        rest = self._ahead_base - base
+        memcpy(self._ahead_raw + HEADROOM_BYTES - rest, self._buffer + (base - self._buffer_base), rest)
+        raw = self._raw
+        self._raw, self._ahead_raw = self._ahead_raw, raw
+        self._buffer = self._raw + HEADROOM_BYTES - rest
+        self._buffer_base, self._buffer_length = base, rest + <uint64_t>self._ahead_length
+        self.bytes_read += <uint64_t>self._ahead_length
+        self._ahead_request()
+        return True
 
     cdef int _open_segment(self, uint64_t first) noexcept nogil:
         """1 opened, 0 there is none, -1 error."""
@@ -58,6 +165,7 @@ cdef class FrameReader:
             c_close(fd)
             return -1
         if self._fd >= 0:
+            self._ahead_settle()
             c_close(self._fd)
         self._fd = fd
         self._segment_first, self._segment_size = first, <uint64_t>size
@@ -75,13 +183,16 @@ cdef class FrameReader:
             return NULL
         base = _align_down(offset)
         wanted = _align_up(offset + length - base)
+        if self._ahead_take(base, offset + length):
+            return self._buffer + (offset - self._buffer_base)
         if wanted > self._capacity:
-            larger = <uint8_t*>ducat_aligned(wanted)
+            larger = <uint8_t*>ducat_aligned(HEADROOM_BYTES + wanted)
             if larger == NULL:
                 self._io_errno = ENOMEM
                 return NULL
-            free(self._buffer)
-            self._buffer, self._capacity = larger, wanted
+            free(self._raw)
+            self._raw, self._capacity = larger, wanted
+        self._buffer = self._raw + HEADROOM_BYTES
         self._buffer_base, self._buffer_length = base, 0
         # a small first read, so that a reader of the live tail does not fetch megabytes of zeros; then whole buffers
         wanted = wanted if wanted > 65536 else 65536
@@ -110,6 +221,8 @@ cdef class FrameReader:
         self.bytes_read += done
         if offset + length > base + done:
             return NULL
+        if wanted >= READ_BYTES:
+            self._ahead_request()
         return self._buffer + (offset - base)
 
     cdef int next(self, FrameView* out, uint64_t limit_sequence) noexcept nogil:

@@ -74,7 +74,13 @@ class LogEnd:
 
 
 def open_reader(
-    folder: Path, shard: int, from_sequence: int, *, from_hash: bytes | None = None, direct: bool = True
+    folder: Path,
+    shard: int,
+    from_sequence: int,
+    *,
+    from_hash: bytes | None = None,
+    direct: bool = True,
+    ahead: bool = False,
 ) -> FrameReader | None:
     """A reader at the segment that holds `from_sequence`; None if the folder has no segments. Raises
     LogGap."""
@@ -85,7 +91,13 @@ def open_reader(
     if not below:
         raise LogGap(str(segment_file(folder, firsts[0])), from_sequence, firsts[0])
     return FrameReader(
-        folder, shard=shard, first_segment=below[-1], from_sequence=from_sequence, from_hash=from_hash, direct=direct
+        folder,
+        shard=shard,
+        first_segment=below[-1],
+        from_sequence=from_sequence,
+        from_hash=from_hash,
+        direct=direct,
+        ahead=ahead,
     )
 
 
@@ -107,7 +119,7 @@ def settle_end(
         _sync_file(segment_file(folder, first))
     mark = read_mark(folder)
     mark_sequence, mark_epoch = (mark[0], mark[1]) if mark else (0, 0)
-    reader = open_reader(folder, shard, from_sequence, from_hash=from_hash, direct=direct)
+    reader = open_reader(folder, shard, from_sequence, from_hash=from_hash, direct=direct, ahead=visit is not None)
     if reader is None:
         if mark_sequence >= from_sequence:
             reason = f"there are no segments, but events up to {mark_sequence} were durable"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from wallet_core.engine.codes import EventKind, TransferResult, in_flight_account_id
 
-__all__ = ["AccountKey", "Changes", "EndedHold", "Item", "fold", "ordinals_of"]
+__all__ = ["RECORD_BYTES", "AccountKey", "Changes", "EndedHold", "Item", "fold", "ordinals_of"]
 
 RECORD_BYTES = 48
 _RECORD = struct.Struct(

@@ -27,7 +27,17 @@ from kernel.errors import FailedPrecondition, Unavailable
 from kernel.ids import account_id, derived_transfer_id
 from kernel.names import payout_clearing, psp_clearing, seller_wallet
 from wallet_core.engine.codes import AccountFlags, AccountResult, TransferFlags, TransferResult
-from wallet_core.service.port import ID_NONE, ROW_COUNT_MAX, AccountRow, Directory, Host, NamedAccount, TransferRow
+from wallet_core.service.port import (
+    ID_NONE,
+    ROW_COUNT_MAX,
+    SLOT_COUNT,
+    AccountRow,
+    Directory,
+    Host,
+    NamedAccount,
+    TransferRow,
+    slot_of,
+)
 
 __all__ = [
     "ATTEMPT_COUNT_MAX",
@@ -165,6 +175,12 @@ class Flows:
         self._open: dict[str, None] = {}
         self._known_max = known_account_count_max
 
+    def owns(self, step: Step) -> bool:
+        """Whether the seller's wallet lives on a shard of this process. Clearing accounts are striped: they
+        have a part here."""
+        seller = step.credit if step.opens_seller else step.debit
+        return slot_of(self._id(seller)) * self._host.shard_count // SLOT_COUNT in self._host.shard_ids
+
     async def run(self, steps: Sequence[Step]) -> list[Outcome]:
         """Every step's outcome, in order; all are durable. Steps that reach the same shard apply in this
         order.
@@ -218,9 +234,10 @@ class Flows:
 
     async def _open_accounts(self, missing: dict[str, tuple[str, int]]) -> None:
         """The name goes into the directory first: an account that is open always has its name there."""
-        names = list(missing)
-        there = await self._host.accounts([self._id(name) for name in names])
-        names = [name for name, account in zip(names, there, strict=True) if account is None]
+        plain = [name for name, (_, flags) in missing.items() if not flags & AccountFlags.STRIPED]
+        states = await self._host.accounts([self._id(name) for name in plain]) if plain else []
+        there = {name for name, state in zip(plain, states, strict=True) if state is not None}
+        names = [name for name in missing if name not in there]  # a striped one may have no part here yet: always asked
         if names:
             await self._directory.add([NamedAccount(self._id(name), name, missing[name][0]) for name in names])
             rows = [AccountRow(self._id(name), missing[name][0], missing[name][1]) for name in names]

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import structlog
 
-from kernel.errors import FailedPrecondition, OutOfRange
-from wallet_core.projection import AccountKey, Changes, fold, ordinals_of
+from kernel.errors import FailedPrecondition
+from wallet_core.projection import RECORD_BYTES, AccountKey, Changes, fold, ordinals_of
 from wallet_core.service.port import EventPage, Host
 
 __all__ = ["Projector", "Store"]
 
-EVENT_COUNT_MAX = 2_048
-"""Events in one batch."""
+EVENT_COUNT_MAX = 512
+"""Events in one batch: folding and encoding them holds the event loop for a few milliseconds."""
 GATHER_S = 0.05
 """How long the first event after a pause waits for more, unless a reader waits for it."""
 IDLE_S = 60.0
@@ -42,6 +42,12 @@ class Store(Protocol):
     async def cursor(self, shard: int) -> int:
         """The number of the last event that the store has."""
 
+    async def rebase(self, shard: int, oldest: int) -> int:
+        """Begins again: drops what events from `oldest` on (the first that the log has) gave, gets what came
+        before them where the store needs it, and returns the new cursor. Raises where there is no such
+        beginning.
+        """
+
     async def apply(self, changes: Changes) -> bool:
         """Writes changes and cursor as one. False, and nothing written, where the cursor is not at
         `changes.after`."""
@@ -58,14 +64,14 @@ class Projector:
         is_transient: Callable[[BaseException], bool],
         on_progress: Callable[[int, int, int], None] = lambda shard, projected, durable: None,
         gather_s: float = GATHER_S,
-        busy_share: float = BUSY_SHARE,
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._host = host
         self._stores = list(stores)
         self._is_transient = is_transient
         self._on_progress = on_progress
         self._gather_s = gather_s
-        self._busy_share = busy_share
+        self._is_busy = is_busy
         self._cursors: dict[int, list[int]] = {}
         self._moved: dict[int, asyncio.Event] = {shard: asyncio.Event() for shard in host.shard_ids}
         self._wanted: dict[int, asyncio.Event] = {shard: asyncio.Event() for shard in host.shard_ids}
@@ -116,21 +122,20 @@ class Projector:
                 await asyncio.sleep(delay)
 
     async def _load_cursors(self, shard: int) -> None:
-        cursors = [await store.cursor(shard) for store in self._stores]
         durable = self._host.durable_sequence(shard)
-        for store, cursor in zip(self._stores, cursors, strict=True):
+        oldest = self._host.first_sequence(shard)
+        cursors = []
+        for store in self._stores:
+            cursor = await store.cursor(shard)
             if cursor > durable:
                 raise FailedPrecondition(
                     f"the read model in {store.name} has event {cursor} of shard {shard}, the log ends at {durable}:"
                     " the log is an older copy; run `ducat wallet rebuild`"
                 )
-        oldest = self._host.first_sequence(shard)
-        behind = min(cursors)
-        if behind + 1 < oldest:
-            raise OutOfRange(
-                f"the read model needs event {behind + 1} of shard {shard}, the oldest in the log is {oldest};"
-                " restore older segments, or run `ducat wallet rebuild`"
-            )
+            if cursor == 0 or cursor + 1 < oldest:
+                _log.info("read model begins again", store=store.name, shard=shard, oldest_event=oldest)
+                cursor = await store.rebase(shard, oldest)
+            cursors.append(cursor)
         self._cursors[shard] = cursors
         self._note(shard)
 
@@ -142,15 +147,18 @@ class Projector:
             durable = await self._wait_for_events(shard, at)
             if durable <= at:
                 return
-        begin = asyncio.get_running_loop().time()
         pages = await asyncio.to_thread(self._host.read_events, shard, at + 1, EVENT_COUNT_MAX)
-        changes = self._fold(shard, at, pages)
-        for place, store in enumerate(self._stores):
-            await self._apply(shard, place, store, changes, pages)
-        self._note(shard)
-        if changes.upto + EVENT_COUNT_MAX < durable:
-            spent = asyncio.get_running_loop().time() - begin
-            await asyncio.sleep(spent * (1 - self._busy_share) / self._busy_share)
+        for batch in _batches(pages):
+            begin = asyncio.get_running_loop().time()
+            changes = self._fold(shard, self.projected(shard), batch)
+            for place, store in enumerate(self._stores):
+                await self._apply(shard, place, store, changes, batch)
+            self._note(shard)
+            if self._reload[shard]:
+                return
+            if changes.upto + EVENT_COUNT_MAX < durable and self._is_busy():
+                spent = asyncio.get_running_loop().time() - begin
+                await asyncio.sleep(spent * (1 - BUSY_SHARE) / BUSY_SHARE)
 
     async def _wait_for_events(self, shard: int, at: int) -> int:
         """Until there is an event after `at`, a little longer so that others can join it, or until a
@@ -202,6 +210,25 @@ class Projector:
         self._on_progress(shard, self.projected(shard), self._host.durable_sequence(shard))
         self._moved[shard].set()
         self._moved[shard] = asyncio.Event()
+
+
+def _batches(pages: Sequence[EventPage]) -> Iterator[list[EventPage]]:
+    """The same events in batches of at most EVENT_COUNT_MAX: a frame of a bulk load has thousands."""
+    batch: list[EventPage] = []
+    room = EVENT_COUNT_MAX
+    for page in pages:
+        at = 0
+        while at < page.count:
+            count = min(room, page.count - at)
+            body = page.body[at * RECORD_BYTES : (at + count) * RECORD_BYTES]
+            batch.append(EventPage(page.first_sequence + at, count, page.timestamp_ns, body))
+            at += count
+            room -= count
+            if room == 0:
+                yield batch
+                batch, room = [], EVENT_COUNT_MAX
+    if batch:
+        yield batch
 
 
 def _from(pages: Sequence[EventPage], after: int) -> list[EventPage]:

@@ -161,9 +161,20 @@ class Wallet:
         page = page[:limit]
         named = {entry.id: entry.name for entry in page}
         before = self._positions()
-        states = await self._host.accounts(list(named))
-        views = [self._view(state, named, before) for state in states if state is not None]
+        views = [self._view(state, named, before) for state in await self._ours(list(named)) if state is not None]
         return views, page[-1].name if more else ""
+
+    async def _ours(self, ids: Sequence[bytes]) -> list[AccountState | None]:
+        """Accounts as they stand, without those of other processes' shards."""
+        if len(self._host.shard_ids) == self._host.shard_count:
+            return await self._host.accounts(ids)
+        found: list[AccountState | None] = []
+        for account in ids:
+            try:
+                found += await self._host.accounts([account])
+            except FailedPrecondition:  # WRONG_SHARD, and not striped: its owner lists it
+                continue
+        return found
 
     async def transfers(self, ids: Sequence[bytes]) -> list[TransferItem]:
         """What the read model has under these transfer ids."""

@@ -84,6 +84,8 @@ cdef class ShardHost:
     cdef ShardClock _clock
     cdef bint _started, _closed
     cdef object _memory_thread
+    cdef int _images                 # being taken
+    cdef volatile int _images_stopped
     cdef readonly uint32_t shard_count
     cdef readonly int64_t rows_in_flight_max
     cdef readonly int64_t bytes_in_flight_max
@@ -189,6 +191,8 @@ cdef class ShardHost:
         cdef Shard shard
         if self._closed:
             return
+        if self._images:
+            raise RuntimeError("an image is being taken: stop_images first, and wait for its thread")
         self._closed = True
         self.core.closing = 1
         for shard in self._order:
@@ -1069,10 +1073,9 @@ cdef class ShardHost:
         cdef Request* request = self._new(0, SHAPE_IMAGE, 0, 0, None, 0)
         cdef Work* work
         cdef ImageInfo info
-        cdef int64_t length
-        cdef uint8_t[::1] view
-        cdef uint8_t* at
-        cdef bint ended = False
+        if self._images_stopped:
+            self._drop(request)
+            raise port.HostClosed("the shard host is closing")
         request.extra = calloc(1, sizeof(ImageInfo))
         work = work_new(WORK_IMAGE_BEGIN, request)
         if work == NULL or request.extra == NULL:
@@ -1080,13 +1083,25 @@ cdef class ShardHost:
             self._drop(request)
             raise MemoryError()
         request.waiter, request.remaining = 1, 1
-        shard_push(&one.core, work, False)
-        self._wait(request)
-        if request.status:
+        self._images += 1
+        try:
+            shard_push(&one.core, work, False)
+            self._wait(request)
+            if request.status:
+                self._drop(request)
+                raise RuntimeError(f"an image of shard {shard} is being taken already")
+            memcpy(&info, request.extra, sizeof(info))
             self._drop(request)
-            raise RuntimeError(f"an image of shard {shard} is being taken already")
-        memcpy(&info, request.extra, sizeof(info))
-        self._drop(request)
+            self._read_image(one, sink, &info)
+        finally:
+            self._images -= 1
+        one.snapshot_sequence = info.sequence
+        return info.sequence
+
+    cdef int _read_image(self, Shard one, object sink, const ImageInfo* info) except -1:
+        cdef int64_t length
+        cdef uint8_t[::1] view
+        cdef uint8_t* at
         try:
             sink.begin(info.sequence, info.timestamp_ns, info.epoch, info.digest[:16])
             buffer = bytearray(IMAGE_PIECE_BYTES_MAX)
@@ -1098,15 +1113,15 @@ cdef class ShardHost:
                     length = one.engine.read_image(at)
                 if length <= 0:
                     break
+                if self._images_stopped:
+                    raise port.HostClosed("the shard host is closing")
                 sink.add(readable[:length])
             if length < 0:
-                raise RuntimeError(f"the image of shard {shard} could not be read")
-            ended = True
+                raise RuntimeError(f"the image of shard {one.shard} could not be read")
         finally:
             self._end_image(one)
         sink.finish(info.hash[:16])
-        one.snapshot_sequence = info.sequence
-        return info.sequence
+        return 0
 
     cdef int _end_image(self, Shard shard) except -1:
         cdef Request* request = <Request*>calloc(1, sizeof(Request))
@@ -1122,6 +1137,10 @@ cdef class ShardHost:
     def note_snapshot(self, int shard, uint64_t sequence):
         """Recovery tells which snapshot it began from."""
         (<Shard>self._shards[shard]).snapshot_sequence = sequence
+
+    def stop_images(self):
+        """Let images that are being taken end with HostClosed, and begin no further ones (before `close`)."""
+        self._images_stopped = 1
 
     # ---- the relay's seam ----
 

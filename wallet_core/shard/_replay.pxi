@@ -1,6 +1,61 @@
 # Replay of a log into an engine. Included by _host.pyx.
 
-def replay_frames(Engine engine not None, FrameReader reader not None, *, uint64_t upto_sequence=UINT64_MAX,
+cdef class MemoryThread:
+    """Touches the memory that an engine asks for beside its replay (Engine.prepare). A context manager."""
+
+    cdef Engine engine
+    cdef pthread_mutex_t mutex
+    cdef pthread_cond_t changed
+    cdef int wanted, stopping
+    cdef object thread
+
+    def __cinit__(self):
+        pthread_mutex_init(&self.mutex, NULL)
+        pthread_cond_init(&self.changed, NULL)
+
+    def __init__(self, Engine engine not None):
+        self.engine = engine
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.mutex)
+        pthread_cond_destroy(&self.changed)
+
+    def __enter__(self):
+        self.wanted = 1
+        self.thread = threading.Thread(target=self.loop, name="memory", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        pthread_mutex_lock(&self.mutex)
+        self.stopping = 1
+        pthread_cond_broadcast(&self.changed)
+        pthread_mutex_unlock(&self.mutex)
+        self.thread.join()
+
+    def loop(self):
+        with nogil:
+            pthread_mutex_lock(&self.mutex)
+            while not self.stopping:
+                if not self.wanted:
+                    pthread_cond_wait(&self.changed, &self.mutex)
+                    continue
+                pthread_mutex_unlock(&self.mutex)
+                self.engine.prepare()
+                pthread_mutex_lock(&self.mutex)
+                self.wanted = 0
+            pthread_mutex_unlock(&self.mutex)
+
+    cdef void ask(self) noexcept nogil:
+        if self.wanted:
+            return
+        pthread_mutex_lock(&self.mutex)
+        self.wanted = 1
+        pthread_cond_signal(&self.changed)
+        pthread_mutex_unlock(&self.mutex)
+
+
+def replay_frames(Engine engine not None, FrameReader reader not None, *, MemoryThread memory=None, uint64_t upto_sequence=UINT64_MAX,
                   uint64_t upto_timestamp_ns=UINT64_MAX, uint64_t bytes_max=UINT64_MAX):
     """Replay what the reader has next, checking every frame's digest. Stops at the log's end (or damage, see the reader),
     before the first frame above `upto_sequence` or later than `upto_timestamp_ns`, or after about `bytes_max` bytes (for
@@ -9,6 +64,7 @@ def replay_frames(Engine engine not None, FrameReader reader not None, *, uint64
     cdef uint8_t digest[16]
     cdef uint64_t frames = 0, events = 0, done = 0
     cdef int code = 0, problem = 0
+    cdef bint helped = memory is not None
     with nogil:
         while done < bytes_max:
             code = reader.next(&view, upto_sequence)
@@ -31,6 +87,8 @@ def replay_frames(Engine engine not None, FrameReader reader not None, *, uint64
             if memcmp(digest, view.digest, 16) != 0:
                 problem = 2
                 break
+            if helped and engine.wants_memory():
+                memory.ask()
             frames += 1
             events += view.count
             done += view.body_length

@@ -128,7 +128,7 @@ cdef class Shard:
             elif core.tick:
                 core.tick = 0
                 work = work_new(WORK_TICK, NULL)
-            elif core.head != NULL and core.counters.unsettled_count < UNSETTLED_MAX:
+            elif core.head != NULL and (core.closing or core.counters.unsettled_count < UNSETTLED_MAX):
                 work = core.head
                 core.head = work.next
                 if core.head == NULL:

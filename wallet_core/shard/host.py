@@ -76,6 +76,8 @@ class WalletHost:
         self._closed = False
         self._failure: Exception | None = None
         self.on_failure: Callable[[Exception], None] | None = None
+        self.on_outbound: Callable[[list[Any]], None] | None = None  # takes what `native.outbound` gives, for the relay
+        self.retain: Callable[[int], int] | None = None  # shard → last event that readers of its log are done with
 
     @classmethod
     async def open(
@@ -111,7 +113,8 @@ class WalletHost:
                 waiter.set_exception(_unavailable("the wallet is shutting down"))
         if self._futures and not self._native.failed:
             await asyncio.wait(list(self._futures.values()), timeout=10)
-        self._threads.shutdown(wait=False)
+        self._native.stop_images()
+        await self._loop.run_in_executor(None, self._threads.shutdown)
         self._loop.remove_reader(self._native.fileno())
         await self._loop.run_in_executor(None, self._native.close)
         for future in self._futures.values():
@@ -346,6 +349,8 @@ class WalletHost:
             writer.abandon()
             raise
         oldest = delete_older(folder, self._config.snapshots_kept)
+        if oldest and self.retain is not None:
+            oldest = min(oldest, self.retain(shard))
         if oldest:
             delete_segments_below(self._log_folder(shard), oldest)
         return _info(snapshot_files(folder)[0].path)
@@ -502,6 +507,8 @@ class WalletHost:
                     waiting.set_result(now)
         if self._turn:
             self._next_turn()
+        if self.on_outbound is not None and (deliveries := self._native.outbound()):
+            self.on_outbound(deliveries)
         if self._native.failed and self._failure is None:
             self._fail(self._native.failure() or HostClosed("a shard stopped"))
 

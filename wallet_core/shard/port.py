@@ -112,6 +112,7 @@ class ShardHostConfig:
     segment_bytes: int = 256 * 1024 * 1024
     reserve_bytes: int = 256 * 1024 * 1024
     sync: bool = True  # False only for measurements: without it nothing is durable
+    direct_io: bool = True  # past the page cache where the file system can; False costs CPU
     id_window_ms: int = 7 * 24 * 3600 * 1000
     id_count_max: int = 1 << 26
     generation_ids: int = 1 << 20

@@ -21,8 +21,15 @@ from pathlib import Path
 
 from wallet_core.engine._engine import Engine
 from wallet_core.event_log import FileLog, FrameReader, LogDamaged, LogGap, lock_folder, open_log, settle_end
-from wallet_core.event_log.file import LogEnd, make_folder, sync_folder
-from wallet_core.shard._host import ShardClock, ShardHost, load_image_done, load_image_piece, replay_frames
+from wallet_core.event_log.file import LogEnd, make_folder, open_reader, sync_folder
+from wallet_core.shard._host import (
+    MemoryThread,
+    ShardClock,
+    ShardHost,
+    load_image_done,
+    load_image_piece,
+    replay_frames,
+)
 from wallet_core.shard.port import (
     RecoveryFailed,
     ShardHostConfig,
@@ -127,6 +134,36 @@ def _start_from(
     return _Start(new_engine(config, shard), None, tuple(skipped))
 
 
+def _replay(
+    engine: Engine,
+    reader: FrameReader,
+    shard: int,
+    progress: Callable[[Progress], None] | None,
+    upto_sequence: int = 2**64 - 1,
+    upto_timestamp_ns: int = 2**64 - 1,
+) -> int:
+    """Replay what the reader has, reading ahead and touching memory in threads beside. Returns the number of events."""
+    events, more = 0, True
+    reader.read_ahead(True)
+    try:
+        with MemoryThread(engine) as memory:
+            while more:
+                _, count, more = replay_frames(
+                    engine,
+                    reader,
+                    memory=memory,
+                    upto_sequence=upto_sequence,
+                    upto_timestamp_ns=upto_timestamp_ns,
+                    bytes_max=_REPLAY_STEP_BYTES,
+                )
+                events += count
+                if progress is not None:
+                    progress(Progress(shard, "replay", events, 0))
+    finally:
+        reader.read_ahead(False)
+    return events
+
+
 def recover_shard(
     config: ShardHostConfig, shard: int, *, progress: Callable[[Progress], None] | None = None
 ) -> RecoveredShard:
@@ -143,12 +180,7 @@ def recover_shard(
 
         def visit(reader: FrameReader) -> None:
             nonlocal events
-            more = True
-            while more:
-                _, count, more = replay_frames(engine, reader, bytes_max=_REPLAY_STEP_BYTES)
-                events += count
-                if progress is not None:
-                    progress(Progress(shard, "replay", events, 0))
+            events = _replay(engine, reader, shard, progress)
 
         try:
             end = settle_end(
@@ -157,6 +189,7 @@ def recover_shard(
                 from_sequence=header.sequence + 1 if header else 1,
                 from_hash=header.frame_hash if header else None,
                 visit=visit,
+                direct=config.direct_io,
             )
         except LogGap as error:
             if start.skipped:
@@ -176,6 +209,7 @@ def recover_shard(
             segment_bytes=config.segment_bytes,
             reserve_bytes=config.reserve_bytes,
             sync=config.sync,
+            direct=config.direct_io,
         )
     except BaseException:
         with contextlib.suppress(OSError):
@@ -208,34 +242,16 @@ def rebuild(
         else _start_from(config, shard, folder, progress, *bound)
     )
     engine, header = start.engine, start.header
-    events = 0
-
-    def visit(reader: FrameReader) -> None:
-        nonlocal events
-        more = True
-        while more:
-            _, count, more = replay_frames(
-                engine,
-                reader,
-                upto_sequence=upto_sequence,
-                upto_timestamp_ns=upto_timestamp_ns,
-                bytes_max=_REPLAY_STEP_BYTES,
-            )
-            events += count
-            if progress is not None:
-                progress(Progress(shard, "replay", events, 0))
-
-    from wallet_core.event_log.file import open_reader
-
     reader = open_reader(
         folder / "log",
         shard,
         header.sequence + 1 if header else 1,
         from_hash=header.frame_hash if header else None,
+        ahead=True,
     )
     if reader is None:
         return engine, LogEnd(engine.status().sequence + 1, bytes(16), 0, 0, 0, 0, None)
-    visit(reader)
+    _replay(engine, reader, shard, progress, *bound)
     if reader.damage is not None:
         raise LogDamaged(reader.file, reader.offset, reader.damage)
     end = LogEnd(

@@ -74,7 +74,7 @@ class SandboxPsp(PspBase):
         await self._http.close()
 
     async def _act(self, path: str, idempotency_key: str, body: bytes) -> Answer:
-        headers = {**self._headers, "Idempotency-Key": idempotency_key}
+        headers = {**self._headers, "Idempotency-Key": quote(idempotency_key, safe=":._-")}
         answered = await self._http.call("POST", path, headers, body)
         return translate.answer(answered, CAPABILITIES) if isinstance(answered, HttpAnswer) else answered
 

@@ -77,6 +77,7 @@ class Service:
     """One payment process without its sockets. Several may stand on the same database."""
 
     pool: asyncpg.Pool
+    dsn: str
     clock: FixedClock
     store: PostgresStore
     executor: FakeExecutor
@@ -87,6 +88,12 @@ class Service:
     reports: Reports
     timers: Timers
     reported: list[tuple[Outcome, Notification, Subject | None]] = field(default_factory=list)
+    others: list[Service] = field(default_factory=list)
+
+    def another(self) -> Service:
+        """A second process on the same database: it shares nothing with this one but the tables."""
+        self.others.append(Service.over(self.pool, self.dsn))
+        return self.others[-1]
 
     @classmethod
     def over(cls, pool: asyncpg.Pool, dsn: str) -> Service:
@@ -100,6 +107,7 @@ class Service:
         notifications = Notifications(store, executor, clock, report)
         return cls(
             pool,
+            dsn,
             clock,
             store,
             executor,
@@ -168,8 +176,10 @@ def payout_request(reference: str = "PO-1", **values: Any) -> PayoutRequest:
 
 @pytest.fixture
 async def service(postgres_dsn: str) -> AsyncIterator[Service]:
-    pool = await create_pool(postgres_dsn, "payment", max_size=10)
+    pool = await create_pool(postgres_dsn, "payment", max_size=60)
     made = Service.over(pool, postgres_dsn)
     yield made
-    await made.changes.close()
+    for each in (made, *made.others):
+        await each.changes.close()
+        await each.store.close()
     await pool.close()

@@ -7,7 +7,7 @@ import random
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -19,11 +19,8 @@ from payment.domain.reports import OrderRegistered, OrderRejected, OutcomeFound
 from payment.domain.requests import OrderSpec
 from payment.service.ports import PaymentFilter
 from runtime.outbox import OutboxRelay
-
-if TYPE_CHECKING:
-    from tests.integration.payment.conftest import Service
-
-from tests.integration.payment.conftest import FakeBus, checkout, paid
+from runtime.postgres import create_pool
+from tests.integration.payment.conftest import FakeBus, Service, checkout, paid
 
 S, K = PaymentOrderState, NotificationKind
 
@@ -166,7 +163,8 @@ async def test_checkouts_that_fight_for_the_same_order_ids_end_with_one_winner(s
 async def test_the_same_webhook_a_hundred_times_at_once_has_one_effect(service: Service) -> None:
     await service.payments.create(checkout(("A", 1)))
     await service.register("A")
-    counts = await asyncio.gather(*(service.notifications.apply([paid("A", 1)]) for _ in range(100)))
+    processes = [service, service.another(), service.another()]
+    counts = await asyncio.gather(*(processes[n % 3].notifications.apply([paid("A", 1)]) for n in range(100)))
     assert sum(each.applied for each in counts) == 1
     assert sum(each.duplicate for each in counts) == 99
     assert await service.said() == ["execute_order", "payment_order_succeeded", "payment_completed"]
@@ -175,7 +173,10 @@ async def test_the_same_webhook_a_hundred_times_at_once_has_one_effect(service: 
 async def test_a_hundred_event_objects_for_one_change_have_one_effect(service: Service) -> None:
     await service.payments.create(checkout(("A", 1)))
     await service.register("A")
-    counts = await asyncio.gather(*(service.notifications.apply([paid("A", 1, f"evt_{n}")]) for n in range(100)))
+    processes = [service, service.another(), service.another()]
+    counts = await asyncio.gather(
+        *(processes[n % 3].notifications.apply([paid("A", 1, f"evt_{n}")]) for n in range(100))
+    )
     assert sum(each.applied for each in counts) == 1
     assert sum(each.ignored for each in counts) == 99
     assert (await service.said()).count("payment_order_succeeded") == 1
@@ -185,7 +186,8 @@ async def test_forty_orders_that_end_at_once_complete_the_payment_once(service: 
     orders = [(f"O{n:02d}", 100 + n) for n in range(40)]
     await service.payments.create(checkout(*orders))
     await service.register(*(order_id for order_id, _ in orders))
-    await asyncio.gather(*(service.notifications.apply([paid(*order)]) for order in orders))
+    processes = [service.another() for _ in range(8)]
+    await asyncio.gather(*(processes[n % 8].notifications.apply([paid(*order)]) for n, order in enumerate(orders)))
     assert (await service.payments.get("CH-1")).is_done
     said = await service.said()
     assert said.count("payment_completed") == 1
@@ -207,7 +209,7 @@ async def test_batches_that_overlap_in_any_order_do_not_deadlock(service: Servic
 
     await asyncio.gather(
         *(service.reports.apply("executor.events", shuffled(reports, seed)) for seed in range(5)),
-        *(service.notifications.apply(shuffled(done, seed)) for seed in range(5)),
+        *(service.another().notifications.apply(shuffled(done, seed)) for seed in range(5)),
     )
     for number in range(6):
         payment = await service.payments.get(f"CH-{number}")
@@ -332,6 +334,7 @@ async def test_a_notification_without_an_id_is_refused(service: Service) -> None
 
 
 async def test_seeded_storms_of_duplicates_and_reorderings_end_the_same(service: Service) -> None:
+    processes = [service, service.another(), service.another()]
     for seed in range(8):
         rng = random.Random(seed)
         ids = [f"S{seed}-{n}" for n in range(4)]
@@ -344,16 +347,38 @@ async def test_seeded_storms_of_duplicates_and_reorderings_end_the_same(service:
             steps += [paid(each, 100, f"evt_{each}_f", kind=K.ORDER_FAILED)] * rng.randint(0, 2)
         rng.shuffle(steps)
 
-        async def take(step: Any) -> None:
+        async def take(process: Service, step: Any) -> None:
             if isinstance(step, tuple):
-                await service.register(step[1])
+                await process.register(step[1])
             else:
-                await service.notifications.apply([step])
+                await process.notifications.apply([step])
 
-        await asyncio.gather(*map(take, steps))
+        await asyncio.gather(*(take(processes[n % 3], step) for n, step in enumerate(steps)))
         assert await states(service, f"CH-{seed}") == [S.SUCCESS] * 4, f"seed {seed}"
     said = await service.said()
     assert (said.count("payment_order_succeeded"), said.count("payment_completed")) == (32, 8)
+
+
+async def test_calls_that_share_a_transaction_get_their_own_counts_and_their_own_failure(service: Service) -> None:
+    await service.payments.create(checkout(("A", 1), ("B", 1)))
+    poison = replace(paid("A", 1, "evt_poison"), psp_type="\0")  # PostgreSQL cannot hold it
+    calls = [[paid("A", 1)], [poison], [paid("B", 1), paid("A", 1)], [paid("NOBODY", 1)], [paid("B", 2, "evt_B2")]]
+    results = await asyncio.gather(*map(service.notifications.apply, calls), return_exceptions=True)
+    first, failed, third, unknown, wrong = results
+    assert isinstance(failed, Exception)
+    counted = [(each.applied, each.duplicate, each.ignored) for each in (first, third, unknown, wrong)]  # type: ignore[union-attr]
+    assert counted == [(1, 0, 0), (1, 1, 0), (0, 0, 1), (0, 0, 1)]
+    assert await states(service) == [S.SUCCESS, S.SUCCESS]
+
+
+async def test_a_caller_that_gave_up_does_not_spoil_the_others(service: Service) -> None:
+    await service.payments.create(checkout(("A", 1), ("B", 1)))
+    first = asyncio.ensure_future(service.notifications.apply([paid("A", 1)]))
+    second = asyncio.ensure_future(service.notifications.apply([paid("B", 1)]))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).applied == 1
+    assert await states(service) == [S.SUCCESS, S.SUCCESS]
 
 
 # --- reports of the executor ----------------------------------------------------------------------------------------
@@ -455,8 +480,8 @@ async def test_a_cancel_that_races_the_success_never_loses_the_money(service: Se
         await service.payments.create(checkout((order_id, 1), checkout_id=checkout_id))
         await asyncio.gather(
             service.payments.cancel(checkout_id, ""),
-            service.register(order_id),
-            service.notifications.apply([paid(order_id, 1)]),
+            service.another().register(order_id),
+            service.another().notifications.apply([paid(order_id, 1)]),
         )
         assert await states(service, checkout_id) == [S.SUCCESS]
     said = await service.said()
@@ -518,6 +543,7 @@ async def test_filters_of_the_list(service: Service) -> None:
     assert await ids() == ["CH-1", "CH-2"]
     assert await ids(buyer_id="BUYER-1") == ["CH-1", "CH-2"]
     assert await ids(buyer_id="BUYER-2") == []
+    assert await ids(buyer_id="\0") == []
     assert await ids(seller_account="SELL-B") == ["CH-1"]
     assert await ids(open_only=True) == ["CH-1"]
     page, token = await service.payments.list(PaymentFilter(), 1, "")
@@ -541,9 +567,10 @@ async def test_watch_shows_every_last_state_until_the_payment_is_done(service: S
             if state in steps:
                 await steps[state]()
     assert seen == [S.NOT_STARTED, S.EXECUTING, S.SUCCESS]
-    with pytest.raises(NotFound):
-        async for _ in service.payments.watch("CH-none"):
-            pass
+    for unknown in ("CH-none", "CH-\0"):
+        with pytest.raises(NotFound):
+            async for _ in service.payments.watch(unknown):
+                pass
 
 
 async def test_watch_survives_the_loss_of_its_connection(service: Service) -> None:
@@ -570,3 +597,19 @@ async def test_limits_of_one_checkout(service: Service) -> None:
     assert created.create_time + timedelta(days=1) == await service.pool.fetchval(
         "SELECT expire_time FROM payment.payment_event"
     )
+
+
+@pytest.mark.parametrize("connections", [1, 4, 6])
+async def test_a_small_pool_serves_everybody(postgres_dsn: str, connections: int) -> None:
+    """Connections that stay with the store must never leave a caller, or a timer, waiting for ever."""
+    pool = await create_pool(postgres_dsn, "payment", max_size=connections)
+    service = Service.over(pool, postgres_dsn)
+    async with asyncio.timeout(30):
+        await asyncio.gather(
+            *(service.payments.create(checkout((f"O{n}", 1), checkout_id=f"CH-{n}")) for n in range(40))
+        )
+        await asyncio.gather(*(service.notifications.apply([paid(f"O{n}", 1)]) for n in range(40)))
+        await service.timers.run_once()
+        assert await pool.fetchval("SELECT count(*) FROM payment.payment_event WHERE is_payment_done") == 40
+        await service.store.close()
+        await pool.close()

@@ -94,6 +94,29 @@ async def test_notify_wakes_the_relay_at_once(pool: Pool, monkeypatch: pytest.Mo
         await bus.has(2)
 
 
+async def test_wake_reaches_the_active_relay_here_and_elsewhere(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a NOTIFY in the transaction: the relay's own wake, or one NOTIFY by a relay that stands by."""
+    monkeypatch.setattr(outbox, "SAFETY_INTERVAL_S", 600.0)
+    monkeypatch.setattr(outbox, "TAKEOVER_INTERVAL_S", 600.0)
+    bus = FakeBus()
+    active, standby = OutboxRelay(pool, SCHEMA, bus), OutboxRelay(pool, SCHEMA, bus)
+
+    async def say_quietly(start: int) -> None:
+        await transaction(pool, lambda connection: outbox.insert(connection, messages_of(1, start=start), notify=False))
+
+    async with running(active):
+        await say(pool, messages_of(1))
+        await bus.has(1)
+        async with running(standby):
+            await say_quietly(1)
+            active.wake()
+            await bus.has(2)
+            await say_quietly(2)
+            standby.wake()
+            await bus.has(3)
+            assert not standby.is_active
+
+
 async def test_lost_notify_only_delays(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "SAFETY_INTERVAL_S", 0.1)
     bus = FakeBus()

@@ -1,6 +1,8 @@
 """A wallet under load, to be killed: says on stdout what it is about to send and what was acknowledged.
 
-python load_process.py FOLDER SHARDS ROUND — lines: "ready", "S <batch>" before a batch is submitted, "A <batch> <codes, hex>"
+python load_process.py FOLDER SHARDS ROUND [nodirect] [nosync]
+
+Lines: "ready", "S <batch>" before a batch is submitted, "A <batch> <codes, hex>"
 after it was acknowledged, "N <shard> <sequence>" after a snapshot. Each line is one write to the pipe.
 """
 
@@ -24,9 +26,15 @@ PEOPLE = [account_id(f"kill/{n}") for n in range(64)]
 SOURCE = account_id("kill/source")
 
 
-def config(folder: Path, shards: int) -> ShardHostConfig:
+def config(folder: Path, shards: int, *words: str) -> ShardHostConfig:
     return ShardHostConfig(
-        data_dir=folder, shard_count=shards, segment_bytes=1 << 18, reserve_bytes=0, generation_ids=1 << 16
+        data_dir=folder,
+        shard_count=shards,
+        segment_bytes=1 << 18,
+        reserve_bytes=0,
+        generation_ids=1 << 16,
+        direct_io="nodirect" not in words,
+        sync="nosync" not in words,
     )
 
 
@@ -47,9 +55,9 @@ def say(text: str) -> None:
     os.write(1, f"{text}\n".encode())
 
 
-async def main(folder: Path, shards: int, round_number: int) -> None:
+async def main(folder: Path, shards: int, round_number: int, *words: str) -> None:
     time_ms = time.time_ns() // 1_000_000
-    host = await WalletHost.open(config(folder, shards))
+    host = await WalletHost.open(config(folder, shards, *words))
     source = AccountRow(SOURCE, "USD", int(AccountFlags.MAY_OVERDRAW | AccountFlags.STRIPED))
     await host.create_accounts([source, *(AccountRow(one, "USD", 0, 1_000_000) for one in PEOPLE)])
     say(f"ready {time_ms}")
@@ -72,4 +80,4 @@ async def main(folder: Path, shards: int, round_number: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import redis.asyncio
 
-from kernel.ids import account_id
+from kernel.ids import account_id, derived_transfer_id
 from runtime.bus import is_transient
 from runtime.postgres import Pool, create_pool
 from tests.unit.wallet_core.service.memory_host import MemoryHost
@@ -21,9 +23,12 @@ from wallet_core.adapters.read_model import (
     reset_postgres,
     reset_valkey,
 )
+from wallet_core.adapters.snapshot_base import newest_base
+from wallet_core.engine.codes import AccountFlags, TransferFlags
 from wallet_core.projection import Changes
-from wallet_core.service.port import NamedAccount
+from wallet_core.service.port import AccountRow, NamedAccount, TransferRow
 from wallet_core.service.projector import Projector
+from wallet_core.shard import ShardHostConfig, WalletHost
 
 
 @pytest.fixture
@@ -40,8 +45,12 @@ async def valkey(valkey_url: str) -> AsyncIterator[redis.asyncio.Redis]:
     await client.aclose()
 
 
+def no_base(shard: int, sequence: int | None) -> None:
+    return None
+
+
 def follower(host: MemoryHost, pool: Pool, valkey: redis.asyncio.Redis) -> Projector:
-    return Projector(host, [PostgresStore(pool), ValkeyStore(valkey)], is_transient=is_transient, gather_s=0)
+    return Projector(host, [PostgresStore(pool), ValkeyStore(valkey, no_base)], is_transient=is_transient, gather_s=0)
 
 
 async def balances_in(valkey: redis.asyncio.Redis) -> dict[bytes, list[int]]:
@@ -66,17 +75,86 @@ async def test_both_stores_equal_the_shards_and_a_rebuild_equals_them_again(
     async with pool.acquire() as connection:
         await reset_postgres(connection, host.shard_ids)
     assert await reset_valkey(valkey) > len(NAMES)
-    assert await pool.fetchval("SELECT count(*) FROM wallet.transfer") == 0
     await until_caught_up(follower(host, pool, valkey), host)
     assert await balances_in(valkey) == live_sums(host)
     assert await pool.fetch("SELECT * FROM wallet.transfer ORDER BY shard, sequence_number") == rows
+
+
+async def test_a_trimmed_log_is_rebuilt_from_its_snapshot_and_old_statements_stay(
+    pool: Pool, valkey: redis.asyncio.Redis, tmp_path: Path
+) -> None:
+    """Two snapshots let old segments go; then Valkey is lost and the read model is rebuilt."""
+    config = ShardHostConfig(tmp_path, shard_count=1, segment_bytes=1 << 20, reserve_bytes=0)
+    host = await WalletHost.open(config)
+    try:
+        await busy_shard(host, rounds=40)
+        stores = [PostgresStore(pool), ValkeyStore(valkey, lambda shard, at: newest_base(config, shard, sequence=at))]
+        projector = Projector(host, stores, is_transient=is_transient, gather_s=0)
+        host.retain = projector.projected
+        await host.snapshot(0)
+        assert host.first_sequence(0) == 1
+        await until_caught_up(projector, host)
+        await host.snapshot(0)
+        await busy_shard(host, rounds=20, label=1)
+        await until_caught_up(projector, host)
+        await host.snapshot(0)
+        oldest = host.first_sequence(0)
+        assert oldest > 1
+        await busy_shard(host, rounds=4, label=2)
+        await until_caught_up(projector, host)
+        before = await balances_in(valkey)
+        holds = await valkey.hgetall("wallet:0:holds")
+        assert len(holds) > 10
+        rows = await pool.fetch("SELECT * FROM wallet.transfer ORDER BY sequence_number")
+
+        async with pool.acquire() as connection:
+            await reset_postgres(connection, [0])
+        await reset_valkey(valkey)
+        await until_caught_up(projector_again := Projector(host, stores, is_transient=is_transient, gather_s=0), host)
+        assert await balances_in(valkey) == before
+        assert await valkey.hgetall("wallet:0:holds") == holds
+        assert await pool.fetch("SELECT * FROM wallet.transfer ORDER BY sequence_number") == rows
+        assert rows[0]["sequence_number"] < oldest
+        assert projector_again.projected(0) == host.durable_sequence(0)
+
+        # cut off in the middle of loading: it goes on where it was
+        await reset_valkey(valkey)
+        base = newest_base(config, 0)
+        assert base is not None
+        first = next(base.steps())
+        assert await stores[1]._write(first, "0", f"{base.sequence}/1")  # type: ignore[union-attr]
+        await until_caught_up(Projector(host, stores, is_transient=is_transient, gather_s=0), host)
+        assert await balances_in(valkey) == before
+    finally:
+        await host.close()
+
+
+async def busy_shard(host: WalletHost, rounds: int, label: int = 0) -> None:
+    clearing = account_id("psp/sandbox/clearing/USD")
+    sellers = [account_id(f"{name}/{number}") for name in NAMES for number in range(250)]
+    await host.create_accounts([AccountRow(clearing, "USD", int(AccountFlags.MAY_OVERDRAW))])
+    await host.create_accounts([AccountRow(seller, "USD", int(AccountFlags.MAY_OVERDRAW)) for seller in sellers])
+    for number in range(rounds):
+        now_ms = time.time_ns() // 1_000_000
+        rows = []
+        for place in range(500):
+            transfer = derived_transfer_id(now_ms, f"{label}.{number}", str(place))
+            flags = int(TransferFlags.HOLD) if place % 10 == 0 else 0
+            rows.append(TransferRow(transfer, sellers[(number * 7 + place) % len(sellers)], clearing, place + 1, flags))
+        ended = [
+            TransferRow(derived_transfer_id(now_ms, "end", f"{label}.{number}.{place}"), row.debit_id, clearing, 0,
+                        int(TransferFlags.POST if place % 20 else TransferFlags.VOID), row.id)
+            for place, row in enumerate(rows) if place % 10 == 0 and place < 300
+        ]  # fmt: skip
+        assert set(await host.transfers(rows)) == {1}
+        assert set(await host.transfers(ended)) == {1}
 
 
 async def test_a_batch_that_was_applied_is_not_applied_again(pool: Pool, valkey: redis.asyncio.Redis) -> None:
     seller, clearing = account_id(NAMES[0]), account_id("psp/sandbox/clearing/USD")
     changes = Changes(1, 0, 5, balances={seller: [7, 2, 0], clearing: [-7, 0, 2]}, placed=[(4, 2)])
     changes.items.append((3, b"t" * 16, clearing, seller, 7, 3, 1, 0, 123))
-    for store in (PostgresStore(pool), ValkeyStore(valkey)):
+    for store in (PostgresStore(pool), ValkeyStore(valkey, no_base)):
         assert await store.cursor(1) == 0
         assert await store.apply(changes)
         assert not await store.apply(changes)
@@ -92,7 +170,7 @@ async def test_a_batch_that_was_applied_is_not_applied_again(pool: Pool, valkey:
 
 async def test_recent_transfers_are_the_newest_first_and_bounded(valkey: redis.asyncio.Redis) -> None:
     one, two = b"1" * 16, b"2" * 16
-    store = ValkeyStore(valkey, recent_count_max=3)
+    store = ValkeyStore(valkey, no_base, recent_count_max=3)
     items = [(number, bytes([number] * 16), one, two, number, 3, 1, 0, number) for number in range(1, 8)]
     await store.cursor(0)
     await store.apply(Changes(0, 0, 2, items=items[:2]))

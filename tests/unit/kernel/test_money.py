@@ -14,7 +14,8 @@ from kernel.money import AMOUNT_MINOR_MAX, CURRENCY_EXPONENTS, AmountInvalid, Mo
 @pytest.mark.parametrize(
     ("amount", "currency", "minor"),
     [("75.00", "USD", 7500), ("75", "USD", 7500), ("75", "JPY", 75), ("75.000", "KWD", 75000), ("0.0001", "CLF", 1),
-     ("7.5E1", "USD", 7500), ("12.10", "HUF", 1210), ("5", "ISK", 5), ("5", "UGX", 5)],
+     ("7.5E1", "USD", 7500), ("12.10", "HUF", 1210), ("5", "ISK", 5), ("5", "UGX", 5),
+     ("75.0000000000000000000000000000000000", "USD", 7500)],
 )  # fmt: skip
 def test_scale_is_the_currencys_own(amount: str, currency: str, minor: int) -> None:
     assert minor_from_decimal(Decimal(amount), currency) == minor
@@ -25,7 +26,8 @@ def test_scale_is_the_currencys_own(amount: str, currency: str, minor: int) -> N
     [("75.001", "USD", "more decimals"), ("1.5", "JPY", "more decimals"), ("0", "USD", "more than zero"),
      ("-1", "USD", "more than zero"), ("1e999999", "USD", "must not be more"), ("NaN", "USD", "finite"),
      ("Infinity", "USD", "finite"), ("1", "XXX", "unknown currency"), ("1", "usd", "unknown currency"),
-     ("10000000000000.01", "USD", "must not be more"), ("1e-999999", "USD", "more decimals")],
+     ("10000000000000.01", "USD", "must not be more"), ("1e-999999", "USD", "more decimals"),
+     ("75.0000000000000000000000000000000001", "USD", "more decimals")],
 )  # fmt: skip
 def test_what_is_no_money_is_refused_with_the_reason(amount: str, currency: str, why: str) -> None:
     with pytest.raises(AmountInvalid, match=why):

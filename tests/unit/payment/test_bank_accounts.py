@@ -63,7 +63,8 @@ BAD = [
     (account("DE", "iban", "FR1420041010050500013M02606"), ["recipient.iban"]),  # country
     (account("DE", "iban", "ZZ8937040044053201300000"), ["recipient.iban"]),
     (account("DE", "iban", "DE!9"), ["recipient.iban"]),
-    (account("NO", "iban", "NO16860111179A7"), ["recipient.iban"]),  # letters where digits must be
+    (account("NO", "iban", "NO43860111179AB"), ["recipient.iban"]),
+    (account("NO", "iban", "NOSTRUCTURE"), ["recipient.iban"]),  # letters where digits must be
     (account("DE", "iban", "DE89370400440532013000", "999999"), ["recipient.account_number"]),
     (account("DE", bic="DEUTDEFF", number="532013000"), ["recipient.iban"]),
     (account("JP", number="1234567"), ["recipient.bank_identifier"]),

@@ -11,6 +11,7 @@ import pytest
 from kernel.errors import InvalidArgument
 from kernel.money import AMOUNT_MINOR_MAX
 from payment.domain.bank_account import BankAccount, PostalAddress
+from payment.domain.notification import Notification, NotificationKind
 from payment.domain.payment import Buyer
 from payment.domain.payout import PayoutState
 from payment.domain.requests import (
@@ -21,6 +22,7 @@ from payment.domain.requests import (
     check_payment,
     check_payout,
     choose_provider,
+    new_payment,
     new_payout,
     payment_hash,
     payout_hash,
@@ -203,3 +205,35 @@ def test_page_token_comes_back_and_refuses_other_filters_and_damage() -> None:
         with pytest.raises(InvalidArgument) as caught:
             position_of(bad, scope)
         assert caught.value.reason == "PAGE_TOKEN_INVALID"
+
+
+def test_text_that_the_database_cannot_hold_is_refused_by_field() -> None:
+    request = replace(REQUEST, buyer=Buyer("B\0", "J\0", "e\0"))
+    assert [each.field for each in check_payment(request, PROVIDERS, 100)] == [
+        "buyer_info.buyer_id",
+        "buyer_info.name",
+        "buyer_info.email",
+    ]
+    recipient = replace(PAYOUT.recipient, bank_name="x\0", address=PostalAddress(city="\0"))
+    payout = replace(PAYOUT, purpose="a\0", recipient=recipient)
+    assert [each.field for each in check_payout(payout, PROVIDERS, NOW)[1]] == [
+        "recipient.bank_name",
+        "recipient.address.city",
+        "purpose",
+    ]
+
+
+def test_a_new_payment_has_its_orders_in_the_order_of_the_request() -> None:
+    request = replace(REQUEST, orders=(replace(ORDER, payment_order_id="ORD-9"), ORDER))
+    payment = new_payment(request, NOW, "trace")
+    assert [order.payment_order_id for order in payment.orders] == ["ORD-9", "ORD-1"]
+    assert {order.traceparent for order in payment.orders} == {"trace"}
+    assert not payment.is_done
+
+
+def test_causes_and_failures_are_words_for_people() -> None:
+    told = Notification("sandbox", "evt_1", NotificationKind.ORDER_FAILED, psp_type="payment_intent.failed")
+    assert told.cause == "notification evt_1 (payment_intent.failed)"
+    assert replace(told, psp_event_id="").cause == "found at sandbox: order_failed"
+    assert told.failure == "order failed"
+    assert replace(told, reason="no money", code="card_declined").failure == "no money (card_declined)"

@@ -133,7 +133,9 @@ def play(world: World, random: Random) -> None:
     pick = random.choice
     shard = pick([0, 1])
     specs: list[tuple[Any, ...]]
-    match pick(["transfers"] * 10 + ["accounts", "expire"] + ["credits", "outcomes"] * 3 + ["begin", "read", "read", "end"]):
+    match pick(
+        ["transfers"] * 10 + ["accounts", "expire"] + ["credits", "outcomes"] * 3 + ["begin", "read", "read", "end"]
+    ):
         case "transfers":
             specs = [
                 (

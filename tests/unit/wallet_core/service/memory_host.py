@@ -4,14 +4,14 @@ at once."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
-
-from wallet_core.engine._engine import Engine
 
 from ducat.wallet.v1 import wallet_pb2
 from kernel.clock import FixedClock
 from kernel.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from wallet_core.engine._engine import Engine
 from wallet_core.engine.codes import AccountFlags, AccountResult, TransferResult
 from wallet_core.service.history import ArchivedFrame, VerifyProgress
 from wallet_core.service.port import (
@@ -213,11 +213,10 @@ class MemoryHost:
         return int(self.engines[shard].status().sequence)
 
     async def wait_durable(self, shard: int, above: int, timeout_s: float) -> int:
-        while self.durable_sequence(shard) <= above:
-            try:
-                await asyncio.wait_for(self._moved.wait(), timeout_s)
-            except TimeoutError:
-                break
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.durable_sequence(shard) <= above:
+                    await self._moved.wait()
         return self.durable_sequence(shard)
 
     def read_events(self, shard: int, from_sequence: int, limit: int) -> list[EventPage]:

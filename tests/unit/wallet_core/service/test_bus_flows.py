@@ -115,8 +115,10 @@ async def test_known_accounts_are_opened_and_named_only_once(world: World) -> No
     assert world.host.account_call_count == 1
     world.restart()
     await world.handle(captured("ORD-50"))
-    assert world.host.account_call_count == 1  # a restarted process sees that they are open
-    assert world.directory.add_count == 1
+    assert world.host.account_call_count == 2  # a restarted process asks once more for its part of the striped account
+    before = {shard: world.host.durable_sequence(shard) for shard in (0, 1)}
+    await world.handle(captured("ORD-50"))
+    assert {shard: world.host.durable_sequence(shard) for shard in (0, 1)} == before
 
 
 async def test_the_name_is_written_before_the_account_is_opened(world: World) -> None:
@@ -300,11 +302,15 @@ async def test_events_of_others_are_left_alone(world: World) -> None:
     assert world.bus.published == []
 
 
-async def test_a_shard_of_another_process_is_tried_again_later_not_dead_lettered() -> None:
-    world = World()
-    world.host = MemoryHost(
-        world.clock, shard_count=2, owned=[1 - MemoryHost(world.clock).shard_of(account_id(SELLER))]
-    )
-    world.restart()
-    with pytest.raises((Unavailable, FailedPrecondition)):
-        await world.handle(captured())
+async def test_each_event_is_applied_by_the_process_that_owns_the_seller_and_by_no_other() -> None:
+    home = MemoryHost(FixedClock(NOW_NS)).shard_of(account_id(SELLER))
+    for owned, balance in ((home, 7_500), (1 - home, 0)):
+        world = World()
+        world.host = MemoryHost(world.clock, shard_count=2, owned=[owned])
+        world.restart()
+        await world.handle(captured(), requested(amount=100))
+        assert len(world.bus.published) == (1 if balance else 0)
+        if balance:
+            assert (world.balance(SELLER), world.held_out(SELLER)) == (balance, 100)
+        else:
+            assert world.host.transfer_row_count == 0

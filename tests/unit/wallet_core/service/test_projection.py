@@ -35,6 +35,10 @@ class MemoryStore:
     async def cursor(self, shard: int) -> int:
         return self.cursors.get(shard, 0)
 
+    async def rebase(self, shard: int, oldest: int) -> int:
+        assert oldest == 1
+        return 0
+
     async def apply(self, changes: Changes) -> bool:
         failure = self.failures.pop() if self.failures else ""
         if failure == "before":
@@ -110,7 +114,6 @@ def projector(host: MemoryHost, *stores: MemoryStore) -> Projector:
         stores,
         is_transient=lambda error: isinstance(error, Unavailable),
         gather_s=0,
-        busy_share=1,
     )
 
 
@@ -179,7 +182,7 @@ async def test_a_reset_under_a_running_projector_is_noticed() -> None:
         store.__init__()  # type: ignore[misc]
         follower.reload()
         async with asyncio.timeout(10):
-            while store.cursors != {shard: host.durable_sequence(shard) for shard in host.shard_ids}:
+            while store.cursors != {shard: host.durable_sequence(shard) for shard in host.shard_ids}:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert nonzero(store.balances) == nonzero(live_sums(host))
     finally:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from host_fixtures import NOW_NS, account, config, message, transfer_id
@@ -13,7 +14,7 @@ from host_fixtures import NOW_NS, account, config, message, transfer_id
 from kernel.errors import FailedPrecondition, InvalidArgument, OutOfRange, Unavailable
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.service.port import AccountRow, TransferRow
-from wallet_core.shard import ShardClock, WalletHost
+from wallet_core.shard import HostClosed, ShardClock, WalletHost
 
 SOURCE = account(1_000_000)
 PEOPLE = [account(n) for n in range(10)]
@@ -175,6 +176,33 @@ async def test_reading_below_retention_is_out_of_range(tmp_path: Path) -> None:
     again = await WalletHost.open(config(tmp_path, segment_bytes=65536), clock=ShardClock(NOW_NS))
     assert again.shards()[0].snapshot_sequence == host.shards()[0].sequence
     await again.close()
+
+
+async def test_closing_gives_up_a_snapshot_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wallet_core.snapshot import SnapshotWriter
+
+    host = await opened(tmp_path)
+    began, close = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    begin = SnapshotWriter.begin
+
+    def slow(self: SnapshotWriter, *arguments: Any) -> None:
+        begin(self, *arguments)
+        loop.call_soon_threadsafe(began.set)
+        asyncio.run_coroutine_threadsafe(close.wait(), loop).result(10)
+
+    monkeypatch.setattr(SnapshotWriter, "begin", slow)
+    taking = asyncio.create_task(host.snapshot(0))
+    await began.wait()
+    closing = asyncio.create_task(host.close())
+    await asyncio.sleep(0.01)
+    close.set()
+    with pytest.raises(HostClosed):
+        await taking
+    await closing
+    assert list((tmp_path / "shard-0000" / "snapshots").iterdir()) == []
 
 
 async def test_accounts_of_other_processes_are_a_failed_precondition(tmp_path: Path) -> None:

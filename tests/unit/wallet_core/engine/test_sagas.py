@@ -1,0 +1,196 @@
+"""Transfers across shards: exactly once on the credit shard, money back where it is refused, nothing lost in between."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.wallet_core.engine.harness import NOW, AccountRow, Pair, account_id, transfer_id
+from wallet_core.engine.codes import EventKind, TransferResult, in_flight_account_id
+from wallet_core.engine.events import unpack_events
+from wallet_core.engine.twin import Row
+
+R = TransferResult
+BANK, ANN = account_id(0), account_id(1)
+BOB, FROZEN, YEN = account_id(100), account_id(101), account_id(102)
+IN_FLIGHT = in_flight_account_id(b"USD\0", 0)
+
+
+@pytest.fixture
+def shards() -> tuple[Pair, Pair]:
+    a, b = Pair(0), Pair(1)
+    a.open([AccountRow(BANK, flags=4), AccountRow(ANN)])
+    b.open([AccountRow(BOB), AccountRow(FROZEN, flags=1), AccountRow(YEN, b"JPY\0")])
+    a.transfer(Row(transfer_id(1), BANK, ANN, 100))
+    return a, b
+
+
+def send(number: int, credit: bytes = BOB, amount: int = 10) -> Row:
+    return Row(transfer_id(number), ANN, credit, amount, code=7, credit_shard=1)
+
+
+def balance(pair: Pair, id_: bytes) -> int:
+    account = pair.engine.account(id_)
+    return account.balance if account else 0
+
+
+def sends_of(a: Pair, first: int = 1, limit: int = 100) -> list[tuple[bytes, bytes, int, bytes, int]]:
+    sends = a.engine.sends(1, first, limit)
+    return [(s.id, s.credit_id, s.amount, s.currency.encode() + b"\0", s.code) for s in sends]
+
+
+def in_flight(*pairs: Pair) -> int:
+    return sum(pair.engine.currency_totals()["USD"].in_flight for pair in pairs)
+
+
+def test_the_whole_way(shards: tuple[Pair, Pair]) -> None:
+    a, b = shards
+    assert a.transfers([send(2), send(3, amount=5)]) == [R.IN_FLIGHT, R.IN_FLIGHT]
+    assert (balance(a, ANN), balance(a, IN_FLIGHT), in_flight(a, b)) == (85, 15, 15)
+    assert [event.kind for event in unpack_events(a.frames[-1].body, 1)] == [
+        EventKind.ACCOUNT_OPENED,
+        EventKind.MONEY_SENT,
+        EventKind.MONEY_SENT,
+    ]
+    views = a.engine.sends(1, 1, 10)
+    assert [(v.number, v.id, v.credit_id, v.amount, v.code) for v in views] == [
+        (1, transfer_id(2), BOB, 10, 7),
+        (2, transfer_id(3), BOB, 5, 7),
+    ]
+    assert views[1].sequence == a.engine.status().sequence
+    assert b.credits(0, 1, sends_of(a)) == [R.OK, R.OK]
+    assert (balance(b, BOB), in_flight(a, b)) == (15, 0)
+    assert a.transfer(send(2)) == R.IN_FLIGHT
+    a.outcomes(1, 2, [])
+    assert a.engine.sent(1) == (2, 2)
+    assert a.engine.sends(1, 0, 10) == []
+    assert a.transfers([send(2), send(3, amount=5)]) == [R.OK, R.OK]
+    assert a.transfer(send(2, amount=11)) == R.ID_REUSED
+    for pair in shards:
+        pair.check_agreement()
+        pair.check_replay()
+        pair.check_image()
+
+
+def test_a_refused_credit_comes_back(shards: tuple[Pair, Pair]) -> None:
+    a, b = shards
+    a.transfers([send(2), send(3, FROZEN), send(4, account_id(999)), send(5, YEN)])
+    results = b.credits(0, 1, sends_of(a))
+    assert results == [R.OK, R.CREDIT_ACCOUNT_FROZEN, R.CREDIT_ACCOUNT_NOT_FOUND, R.CURRENCY_MISMATCH]
+    refused = b.engine.refusals(0, 1, 10)
+    assert refused == [(2, 23), (3, 18), (4, 19)]
+    assert in_flight(a, b) == 30
+    events = a.outcomes(1, 4, refused)
+    assert events is not None
+    kinds = [event.kind for event in unpack_events(events, 1)]
+    assert kinds == [EventKind.MONEY_RETURNED] * 3 + [EventKind.SAGA_SETTLED]
+    assert (balance(a, ANN), balance(b, BOB), in_flight(a, b)) == (90, 10, 0)
+    assert a.transfers([send(2), send(3, FROZEN), send(4, account_id(999)), send(5, YEN)]) == results
+    for pair in shards:
+        pair.check_replay()
+
+
+def test_credits_and_outcomes_again_change_nothing(shards: tuple[Pair, Pair]) -> None:
+    a, b = shards
+    a.transfers([send(2), send(3, FROZEN), send(4)])
+    rows = sends_of(a)
+    assert b.credits(0, 1, rows[:2]) == [R.OK, R.CREDIT_ACCOUNT_FROZEN]
+    sequence = b.engine.status().sequence
+    assert b.credits(0, 1, rows[:2]) == [R.OK, R.CREDIT_ACCOUNT_FROZEN]
+    assert b.engine.status().sequence == sequence
+    assert b.credits(0, 2, rows[1:]) == [R.CREDIT_ACCOUNT_FROZEN, R.OK], "half known, half new"
+    assert balance(b, BOB) == 20
+    refused = b.engine.refusals(0, 1, 10)
+    assert a.outcomes(1, 2, refused)
+    assert a.outcomes(1, 2, refused) == b""
+    assert a.outcomes(1, 1, []) == b""
+    assert a.outcomes(1, 3, refused), "a refusal that is settled already is passed over"
+    assert balance(a, ANN) == 80
+
+
+def test_gaps_and_lies_are_refused_as_a_whole(shards: tuple[Pair, Pair]) -> None:
+    a, b = shards
+    a.transfers([send(2), send(3)])
+    rows = sends_of(a)
+    assert b.credits(0, 2, rows[1:]) is None
+    assert b.credits(0, 0, rows) is None
+    assert b.credits(1, 1, rows) is None, "from itself"
+    assert b.credits(256, 1, rows) is None
+    assert a.outcomes(1, 3, []) is None, "more than was sent"
+    assert a.outcomes(1, 2, [(2, 18), (1, 18)]) is None, "not ascending"
+    assert a.outcomes(1, 1, [(2, 18)]) is None, "beyond what is settled"
+    assert a.outcomes(1, 2, [(1, 1)]) is None, "a refusal that is none"
+    assert a.outcomes(1, 2, [(0, 18)]) is None
+    assert not a.engine.status().poisoned
+    assert b.credits(0, 1, rows) == [R.OK, R.OK]
+
+
+def test_a_credit_with_a_bad_amount_is_refused(shards: tuple[Pair, Pair]) -> None:
+    _, b = shards
+    rows = [(transfer_id(2), BOB, 0, b"USD\0", 0), (transfer_id(3), BOB, -5, b"USD\0", 0)]
+    assert b.credits(0, 1, rows) == [R.AMOUNT_INVALID, R.AMOUNT_INVALID]
+    assert b.engine.cursor(0) == 2
+
+
+def test_money_comes_back_even_to_a_frozen_account(shards: tuple[Pair, Pair]) -> None:
+    a, b = shards
+    a.transfer(send(2, FROZEN, amount=100))
+    assert a.update([AccountRow(ANN, flags=3)]) == [1]
+    a.relay(b)
+    assert balance(a, ANN) == 100
+    a.check_replay()
+
+
+def test_too_much_under_way_is_an_answer_that_may_change() -> None:
+    a, b = Pair(0, {"unsettled_max": 2}), Pair(1)
+    a.open([AccountRow(ANN, flags=4)])
+    b.open([AccountRow(BOB)])
+    assert a.transfers([send(2), send(3), send(4)]) == [R.IN_FLIGHT, R.IN_FLIGHT, R.TOO_MANY_PENDING]
+    a.relay(b)
+    assert a.transfer(send(4)) == R.IN_FLIGHT
+
+
+def test_forgotten_refusals_are_gone_and_the_rest_stays(shards: tuple[Pair, Pair]) -> None:
+    a, b = shards
+    a.transfers([send(2 + i, FROZEN, 1) for i in range(100)])
+    b.credits(0, 1, sends_of(a, limit=100))
+    for engine in (b.engine, b.twin):
+        engine.forget(0, 97)
+        assert engine.refusals(0, 0, 10) == [(98, 23), (99, 23), (100, 23)]
+        assert engine.status().refusal_count == 3
+
+
+def test_thousands_of_sends_over_three_shards_settle() -> None:
+    """Chunks of the queue are made, passed and freed; an image taken meanwhile keeps what it needs."""
+    pairs = [Pair(i) for i in range(3)]
+    accounts = [account_id(100 * i) for i in range(3)]
+    for pair in pairs:
+        pair.open([AccountRow(accounts[pair.shard], flags=4)])
+    number = 0
+    for round_ in range(6):
+        for pair in pairs:
+            rows = []
+            for i in range(500):
+                other = (pair.shard + 1 + i % 2) % 3
+                to = accounts[other] if i % 10 else account_id(999)
+                rows.append(Row(transfer_id(number), accounts[pair.shard], to, 1 + i, credit_shard=other))
+                number += 1
+            assert set(pair.transfers(rows)) == {R.IN_FLIGHT}
+        for pair in pairs:
+            for other_pair in pairs:
+                if pair is not other_pair and (round_ + pair.shard) % 3:
+                    pair.relay(other_pair, limit=400)
+        pairs[0].check_image()
+    for pair in pairs:
+        for other_pair in pairs:
+            while pair is not other_pair and pair.engine.sent(other_pair.shard) != (
+                pair.engine.sent(other_pair.shard)[1],
+                pair.engine.sent(other_pair.shard)[1],
+            ):
+                pair.relay(other_pair, limit=700)
+    assert in_flight(*pairs) == 0
+    assert sum(balance(pair, accounts[pair.shard]) for pair in pairs) == 0
+    for pair in pairs:
+        assert pair.engine.status().unsettled_count == 0
+        pair.check_agreement()
+        pair.check_image()
+    assert NOW

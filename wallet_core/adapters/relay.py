@@ -1,0 +1,202 @@
+"""Carries sagas between wallet processes: what the shards here have for shards elsewhere, and the other way
+round.
+
+A shard's log is its outbox: whatever is not settled can be read from it again (`resend`). So the relay keeps
+no state: it sends in order, and after any failure it drops what it had, waits, and lets the shards send
+again everything unsettled. Receivers apply each saga number once and ignore gaps, so neither a lost nor a
+doubled delivery does harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import grpc
+import grpc.aio
+import structlog
+
+from ducat.wallet.v1 import relay_pb2, shard_pb2, wallet_service_pb2_grpc
+from ducat.wallet.v1.relay_pb2_grpc import RelayServiceServicer, RelayServiceStub
+from kernel.errors import FailedPrecondition, InvalidArgument
+from wallet_core.shard import WalletHost
+
+__all__ = ["Relay", "RelayServicer", "parse_peers", "peer_shards"]
+
+BYTES_MAX = 2 * 1024 * 1024
+"""Payload of one call."""
+DELIVERY_COUNT_MAX = 1024
+QUEUE_BYTES_MAX = 64 * 1024 * 1024
+"""What waits for one peer; above it is dropped, and read again from the logs later."""
+DELIVER_TIMEOUT_S = 5.0
+LIST_TIMEOUT_S = 1.0
+RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+_KIND_NAMES: dict[int, Literal["credits", "outcomes", "forget"]] = {
+    relay_pb2.DELIVERY_KIND_CREDITS: "credits",
+    relay_pb2.DELIVERY_KIND_OUTCOMES: "outcomes",
+    relay_pb2.DELIVERY_KIND_FORGET: "forget",
+}
+_KINDS = {name: number for number, name in _KIND_NAMES.items()}
+_log = structlog.get_logger("wallet.relay")
+Dial = Callable[[str], Awaitable[grpc.aio.Channel]]
+
+
+class Relay:
+    """The sending side. `peers`: shard → address of the process that owns it."""
+
+    def __init__(self, host: WalletHost, peers: Mapping[int, str], dial: Dial) -> None:
+        self._host = host
+        self._peers = dict(peers)
+        self._dial = dial
+        self._queues = {address: _Queue() for address in set(self._peers.values())}
+        host.on_outbound = self.take
+
+    def take(self, deliveries: Sequence[Any]) -> None:
+        """What the shards have for others, as `ShardHost.outbound` gives it."""
+        for destination, kind, source, number, position, count, payload in deliveries:
+            address = self._peers.get(destination)
+            if address is None:
+                _log.error("a shard without owner", shard=destination)
+                continue
+            self._queues[address].put(
+                relay_pb2.Delivery(
+                    destination_shard=destination,
+                    kind=_KINDS[kind],  # type: ignore[arg-type]
+                    source_shard=source,
+                    number=number,
+                    position=position,
+                    count=count,
+                    payload=payload,
+                )
+            )
+
+    async def run(self) -> None:
+        """Delivers until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for address, queue in self._queues.items():
+                group.create_task(self._deliver_to(address, queue))
+
+    async def _deliver_to(self, address: str, queue: _Queue) -> None:
+        stub = RelayServiceStub(await self._dial(address))
+        failures = 0
+        while True:
+            if queue.is_spilled:
+                self._send_again(address, queue)
+            deliveries = await queue.take()
+            try:
+                await stub.Deliver(relay_pb2.DeliverRequest(deliveries=deliveries), timeout=DELIVER_TIMEOUT_S)
+                failures = 0
+            except grpc.aio.AioRpcError as error:
+                delay = RETRY_S[min(failures, len(RETRY_S) - 1)]
+                failures += 1
+                if failures in (1, len(RETRY_S)):
+                    _log.warning("a peer does not take deliveries", address=address, code=error.code().name)
+                await asyncio.sleep(delay)
+                self._send_again(address, queue)
+
+    def _send_again(self, address: str, queue: _Queue) -> None:
+        """Forgets what waits for a peer; the shards give it out again, in order."""
+        queue.clear()
+        for shard in self._host.shard_ids:
+            for destination, owner in self._peers.items():
+                if owner == address:
+                    self._host.native.resend(shard, destination)
+
+
+class _Queue:
+    """Deliveries that wait for one peer."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[relay_pb2.Delivery] = deque()
+        self._bytes = 0
+        self._some = asyncio.Event()
+        self.is_spilled = False
+
+    def put(self, delivery: relay_pb2.Delivery) -> None:
+        if self.is_spilled or self._bytes > QUEUE_BYTES_MAX:
+            self.is_spilled = True  # from here on there would be a gap
+        else:
+            self._waiting.append(delivery)
+            self._bytes += len(delivery.payload)
+        self._some.set()
+
+    def clear(self) -> None:
+        self._waiting.clear()
+        self._bytes = 0
+        self.is_spilled = False
+
+    async def take(self) -> list[relay_pb2.Delivery]:
+        """The next ones, as many as one call may carry; waits for the first."""
+        while not self._waiting:
+            self._some.clear()
+            await self._some.wait()
+        taken: list[relay_pb2.Delivery] = []
+        size = 0
+        while self._waiting and len(taken) < DELIVERY_COUNT_MAX:
+            size += len(self._waiting[0].payload)
+            if taken and size > BYTES_MAX:
+                break
+            delivery = self._waiting.popleft()
+            self._bytes -= len(delivery.payload)
+            taken.append(delivery)
+        return taken
+
+
+class RelayServicer(RelayServiceServicer):
+    """The receiving side: ducat.wallet.v1.RelayService."""
+
+    def __init__(self, host: WalletHost) -> None:
+        self._host = host
+
+    async def Deliver(self, request: relay_pb2.DeliverRequest, context: Any) -> relay_pb2.DeliverResponse:  # noqa: N802
+        for place, one in enumerate(request.deliveries):
+            if one.destination_shard not in self._host.shard_ids:
+                raise FailedPrecondition(
+                    f"shard {one.destination_shard} is not owned by this process",
+                    reason="WRONG_SHARD",
+                    metadata={"shard": str(one.destination_shard)},
+                )
+            try:
+                self._host.native.deliver(
+                    one.destination_shard,
+                    _KIND_NAMES[one.kind],
+                    one.source_shard,
+                    one.number,
+                    one.position,
+                    one.count,
+                    one.payload,
+                )
+            except ValueError as error:
+                raise InvalidArgument(f"deliveries[{place}]: {error}") from error
+        return relay_pb2.DeliverResponse()
+
+
+async def peer_shards(addresses: Sequence[str], dial: Dial) -> list[shard_pb2.Shard]:
+    """The shards of other processes; those of a process that does not answer are left out."""
+
+    async def ask(address: str) -> list[shard_pb2.Shard]:
+        stub = wallet_service_pb2_grpc.ShardServiceStub(await dial(address))
+        try:
+            answer = await stub.ListShards(shard_pb2.ListShardsRequest(local_only=True), timeout=LIST_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return []
+        return list(answer.shards)
+
+    return [shard for shards in await asyncio.gather(*map(ask, addresses)) for shard in shards]
+
+
+def parse_peers(text: str, parse_shards: Callable[[str], Sequence[int]]) -> dict[int, str]:
+    """``"2-3=10.0.0.2:50053 4=10.0.0.3:50053"`` → shard → address. Raises ValueError."""
+    peers: dict[int, str] = {}
+    for part in text.split():
+        shards, equals, address = part.partition("=")
+        if not equals or not address:
+            raise ValueError(f'expected SHARDS=HOST:PORT, separated by spaces, got "{part}"')
+        for shard in parse_shards(shards):
+            if shard in peers:
+                raise ValueError(f"shard {shard} is named twice")
+            peers[shard] = address
+    return peers
