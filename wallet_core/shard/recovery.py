@@ -21,6 +21,7 @@ from pathlib import Path
 
 from wallet_core.engine._engine import Engine
 from wallet_core.event_log import FileLog, FrameReader, LogDamaged, LogGap, lock_folder, open_log, settle_end
+from wallet_core.event_log._file import read_mark
 from wallet_core.event_log.file import LogEnd, make_folder, open_reader, sync_folder
 from wallet_core.shard._host import (
     MemoryThread,
@@ -251,6 +252,9 @@ def rebuild(
     )
     if reader is None:
         return engine, LogEnd(engine.status().sequence + 1, bytes(16), 0, 0, 0, 0, None)
+    mark = read_mark(folder / "log")
+    if mark is not None:  # beside a live server: what is not durable yet may be half written
+        bound = (min(upto_sequence, mark[0]), upto_timestamp_ns)
     _replay(engine, reader, shard, progress, *bound)
     if reader.damage is not None:
         raise LogDamaged(reader.file, reader.offset, reader.damage)

@@ -81,7 +81,7 @@ class Clients:
     def __init__(self, world: World, network: Network, shards: list[SimulatedShard]) -> None:
         self.world, self.network, self.shards = world, network, shards
         self.book = Book()
-        self.heavy = world.chance() < 0.06  # large batches, so that segments fill
+        self.heavy = world.chance() < 0.08  # large batches, so that segments fill
         self.open = 0  # requests that have no answer yet
         self.requests: list[Request] = []  # answered transfers, to repeat
         self.striped = {currency: self._account_id(0) for currency in CURRENCIES}
@@ -238,15 +238,25 @@ class Clients:
         world = self.world
         random, chance = world.random, world.chance
         shard = random.randrange(len(self.shards))
+        if self.heavy and chance() < 0.5:
+            return self._bulk(shard)
         count = 1 + int(chance() * chance() * 8)
-        if self.heavy and chance() < 0.25:
-            count = random.randrange(200, 500)
         rows: list[Row] = []
         while len(rows) < count:
             if chance() < 0.05:
                 rows.extend(self._chain(shard))
             else:
                 rows.append(self._row(shard))
+        return self._request(shard, rows)
+
+    def _bulk(self, shard: int) -> Request:
+        """Many plain transfers into one account: long writes, full segments."""
+        row = self._local(shard)
+        first = int.from_bytes(self._transfer_id(), "big") & ~0xFFFF
+        count = self.world.random.randrange(300, 700)
+        own = self.plain[CURRENCIES[0]][shard]
+        accounts = (self.striped[CURRENCIES[0]], own[self.world.random.randrange(len(own))])
+        rows = [((first + i).to_bytes(16, "big"), *accounts, 1, 0, ZERO_ID, 0, row[7], SHARD_LOCAL) for i in range(count)]
         return self._request(shard, rows)
 
     def _request(self, shard: int, rows: list[Row]) -> Request:

@@ -50,7 +50,7 @@ RESTART_NS = (300_000, 8_000_000)
 PIECE_NS = (20_000, 300_000)
 RELAY_NS = (4_000_000, 12_000_000)
 TICK_NS = (8_000_000, 30_000_000)
-SNAPSHOT_NS = (5_000_000, 60_000_000)
+SNAPSHOT_NS = (3_000_000, 25_000_000)
 SLOW_FACTOR = 30
 #: What a client hears while the disk is nearly full: nothing was applied.
 DISK_FULL = b"full"

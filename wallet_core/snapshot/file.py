@@ -26,7 +26,8 @@ from wallet_core.snapshot.format import (
 )
 
 _BLOCK = 4096
-_BUFFER_BYTES = 8 * 1024 * 1024
+_BUFFER_BYTES = 1024 * 1024  # one write; short enough for a log's sync to pass between two of them
+_PAUSE_S = 0.001  # after each write: a snapshot is in no hurry, commits are
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -152,6 +153,8 @@ class SnapshotWriter:
             done += os.pwrite(self._descriptor, self._view[done:length], self._written + done)
         self._written += length
         self._filled = 0
+        if not last:
+            time.sleep(_PAUSE_S)
 
     def _close(self) -> None:
         os.close(self._descriptor)
