@@ -41,35 +41,39 @@ class build_stubs(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        from grpc_tools import protoc
+        generate_stubs()
 
-        ours = sorted(PROTO.glob("ducat/**/*.proto"))
-        vendored = sorted((PROTO / "vendor").glob("**/*.proto"))
-        well_known = Path(protoc.__file__).parent / "_proto"
-        include = [
-            f"-I{PROTO / 'vendor'}",
-            f"-I{PROTO}",
-            f"-I{well_known}",
-        ]  # the inner root first, or protoc sees validate.proto twice
-        plugin = shutil.which("protoc-gen-mypy_grpc", path=sysconfig.get_path("scripts")) or shutil.which(
-            "protoc-gen-mypy_grpc"
-        )
-        if plugin is None:
-            raise SystemExit("build_stubs: protoc-gen-mypy_grpc is missing; fix: pip install mypy-protobuf")
-        messages = ["protoc", *include, f"--python_out={ROOT}", f"--pyi_out={ROOT}"]
-        if protoc.main([*messages, *map(str, ours), *map(str, vendored)]) != 0:
-            raise SystemExit("build_stubs: protoc refused proto/; its message is above")
-        services = [path for path in ours if "\nservice " in path.read_text()]
-        grpc = ["protoc", *include, f"--grpc_python_out={ROOT}", f"--plugin=protoc-gen-mypy_grpc={plugin}"]
-        if protoc.main([*grpc, f"--mypy_grpc_out={ROOT}", *map(str, services)]) != 0:
-            raise SystemExit("build_stubs: the gRPC plugin refused proto/; its message is above")
-        for package in {path.parent for path in (ROOT / "ducat").glob("*/v1/*_pb2.py")}:
-            for folder in (package, package.parent):
-                init = folder / "__init__.py"
-                if not init.exists():
-                    init.write_text("")
-        for folder in (ROOT / "buf", ROOT / "buf" / "validate"):
-            (folder / "__init__.py").write_text("")
+
+def generate_stubs() -> None:
+    from grpc_tools import protoc
+
+    ours = sorted(PROTO.glob("ducat/**/*.proto"))
+    vendored = sorted((PROTO / "vendor").glob("**/*.proto"))
+    well_known = Path(protoc.__file__).parent / "_proto"
+    include = [
+        f"-I{PROTO / 'vendor'}",
+        f"-I{PROTO}",
+        f"-I{well_known}",
+    ]  # the inner root first, or protoc sees validate.proto twice
+    plugin = shutil.which("protoc-gen-mypy_grpc", path=sysconfig.get_path("scripts")) or shutil.which(
+        "protoc-gen-mypy_grpc"
+    )
+    if plugin is None:
+        raise SystemExit("build_stubs: protoc-gen-mypy_grpc is missing; fix: pip install mypy-protobuf")
+    messages = ["protoc", *include, f"--python_out={ROOT}", f"--pyi_out={ROOT}"]
+    if protoc.main([*messages, *map(str, ours), *map(str, vendored)]) != 0:
+        raise SystemExit("build_stubs: protoc refused proto/; its message is above")
+    services = [path for path in ours if "\nservice " in path.read_text()]
+    grpc = ["protoc", *include, f"--grpc_python_out={ROOT}", f"--plugin=protoc-gen-mypy_grpc={plugin}"]
+    if protoc.main([*grpc, f"--mypy_grpc_out={ROOT}", *map(str, services)]) != 0:
+        raise SystemExit("build_stubs: the gRPC plugin refused proto/; its message is above")
+    for package in {path.parent for path in (ROOT / "ducat").glob("*/v1/*_pb2.py")}:
+        for folder in (package, package.parent):
+            init = folder / "__init__.py"
+            if not init.exists():
+                init.write_text("")
+    for folder in (ROOT / "buf", ROOT / "buf" / "validate"):
+        (folder / "__init__.py").write_text("")
 
 
 class build_extensions(build_ext):
@@ -138,6 +142,8 @@ def extension(source: str) -> Extension:
     )
 
 
+if not (ROOT / "buf" / "validate" / "validate_pb2.py").exists():
+    generate_stubs()  # before setup() looks for packages, or an editable install would not know those that are generated
 setup(
     ext_modules=[extension(source) for source in EXTENSION_SOURCES if (ROOT / source).exists()],
     cmdclass={"build_ext": build_extensions, "build_py": build_package, "build_stubs": build_stubs},

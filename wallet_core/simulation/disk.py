@@ -60,18 +60,21 @@ class SimulatedDisk:
         self._writes: list[_Write] = []
         self._writing = False
         self._length = 0
+        self._file = ""  # the segment being written, and where in it the durable frames end
+        self._tail = 0
         self._mark_before = b""
         self._mark_durable = b""
 
     # The life of a write.
 
-    def opened(self) -> None:
+    def opened(self, log: FileLog) -> None:
         """The log has been opened: what it holds is durable, so is the mark."""
+        _, self._file, self._tail, _ = log.position
         self._mark_durable = self._read(self._mark, 0, MARK_BYTES)
 
-    def begin(self, log: FileLog, length: int) -> None:
+    def begin(self, length: int) -> None:
         """A group of at most `length` bytes of frames is about to be written."""
-        _, file, offset, _ = log.position
+        file, offset = self._file, self._tail
         start = offset - offset % BLOCK_BYTES
         length = offset - start + length
         length += -length % BLOCK_BYTES
@@ -80,12 +83,14 @@ class SimulatedDisk:
         self._mark_before = self._read(self._mark, 0, MARK_BYTES)
         self._writing = True
 
-    def written(self, log: FileLog) -> None:
-        """It was written (or failed); the sync has not returned as far as anybody knows."""
+    def written(self, position: tuple[int, str, int, bytes]) -> None:
+        """It was written (or failed), the log is at `position`; the sync has not returned as far as anybody
+        knows."""
         first = self._writes[0]
         first.new = self._read(first.file, first.offset, len(first.old))
-        _, file, _, _ = log.position
+        _, file, self._tail, _ = position
         if file != first.file:  # the log went on in a new segment
+            self._file = file
             new = self._read(file, 0, self._length)
             self._writes.append(_Write(file, 0, bytes(len(new)), new))
 

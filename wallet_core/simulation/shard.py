@@ -222,7 +222,7 @@ class SimulatedShard:
             return
         if self.world.faulty and self.life and self.world.chance() < 0.15:
             self._start_damaged()
-        rotten = self.world.faulty and self.world.chance() < 0.1 and self.disk.flip_snapshot_bit()
+        rotten = self.world.chance() < self.world.rot and self.disk.flip_snapshot_bit()
         engine, log, snapshot_sequence, skipped = self.recover()
         if rotten:
             self.world.fault("snapshot bit flipped")
@@ -236,7 +236,7 @@ class SimulatedShard:
         self.now_ns: int = engine.status().now_ns
         self.durable_sequence = self.sequence
         self.known_sequence = self.sequence
-        self.disk.opened()
+        self.disk.opened(log)
         self.up = True
         self.world.note(f"shard {self.shard}: up at", self.sequence, "snapshot", snapshot_sequence)
         for destination in range(self.config.shard_count):
@@ -459,19 +459,19 @@ class SimulatedShard:
             self._synced(life)
             return
         length = sum([FRAME_BYTES + len(frame.body) for frame in group.frames])
-        self.disk.begin(self.log, length)
+        self.disk.begin(length)
         if self.world.faulty and self.world.chance() < self.fault_rate:
             self.disk.fail_write(self.log, length)
         try:
             for frame in group.frames:
                 self.log.append(frame.first_sequence, frame.count, frame.timestamp_ns, frame.digest, frame.body)
-            self.log.sync()
+            position = self.log.sync()
         except LogPoisoned as error:
-            self.disk.written(self.log)
+            self.disk.written(self.log.position)
             self._write_failed(group, error)
             return
         self.log.wait_prepared()
-        self.disk.written(self.log)
+        self.disk.written(position)
         self.world.after(self._delay(SYNC_NS), self._synced, life)
         if self.world.faulty and self.world.chance() < self.fault_rate:
             self.world.fault("crash between write and sync")

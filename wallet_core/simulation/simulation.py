@@ -120,7 +120,12 @@ class Simulation:
             return
         dice = world.chance()
         shard = self.shards[world.random.randrange(len(self.shards))]
-        if dice < 0.35:
+        if self.clients.heavy and dice < 0.3:
+            if shard.up:
+                world.fault("disk full")
+                shard.fill_disk(True)
+                world.after(world.between(5_000_000, 60_000_000), shard.fill_disk, False)
+        elif dice < 0.35:
             self.network.cut()
         elif dice < 0.6:
             world.fault("slow shard")
@@ -130,17 +135,13 @@ class Simulation:
             world.fault("clock jumped")
             world.note("clock: jumps by", jump // 1_000_000, "ms")
             world.now_ns += jump
-        elif self.clients.heavy and shard.up:
-            world.fault("disk full")
-            shard.fill_disk(True)
-            world.after(world.between(5_000_000, 60_000_000), shard.fill_disk, False)
         world.after(world.between(*FAULT_NS), self._fault)
 
     # ---- after the faults ----
 
     def _heal(self) -> None:
         world = self.world
-        world.faulty = False
+        world.faulty, world.rot = False, 0.0
         world.note("faults stop, the network heals")
         for shard in self.shards:
             shard.slow_until_ns = 0
@@ -180,6 +181,7 @@ class Simulation:
         )
 
     def _restart_all(self) -> None:
+        self.world.rot = 0.3
         for shard in self.shards:
             shard.crash(power=True)
         bound = self.world.steps + self.world.options.drain_steps

@@ -49,6 +49,7 @@ class World:
         self.now_ns = START_NS
         self.steps = 0
         self.faulty = True  # False: faults have stopped for good
+        self.rot = 0.1  # how likely a shard that starts finds its newest snapshot damaged
         self.counts: Counter[str] = Counter()
         self.trace: deque[tuple[int, int, str, tuple[Any, ...]]] = deque(maxlen=TRACE_LENGTH)
         self._queue: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []

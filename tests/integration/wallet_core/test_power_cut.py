@@ -40,7 +40,7 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], capture_output=True, check=False)
+        subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)  # lazily: files may be open yet
 
 
 @pytest.fixture

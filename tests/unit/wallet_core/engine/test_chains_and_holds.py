@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from tests.unit.wallet_core.engine.harness import MS, NOW, AccountRow, Pair, account_id, transfer_id
@@ -201,3 +203,26 @@ def test_many_holds_come_and_go() -> None:
     pair.expire(NOW + 100 * SECOND)
     assert pair.engine.status().hold_count == 0
     pair.check_agreement()
+
+
+def test_holds_end_while_their_index_grows() -> None:
+    """Two holds come for each that ends, so that slots move to the next table while others are removed from both."""
+    pair = Pair()
+    pair.open([AccountRow(BANK, flags=4), AccountRow(ANN)])
+    random, held, number = Random(5), [], 0
+    for _ in range(30):
+        rows = []
+        for i in range(120):
+            number += 1
+            if i % 3 == 2:
+                ended = held.pop(random.randrange(len(held)))
+                rows.append(Row(transfer_id(number), Z, Z, 0, F.VOID, ended))
+            else:
+                rows.append(Row(transfer_id(number), BANK, ANN, 1, F.HOLD))
+                held.append(rows[-1].id)
+        assert set(pair.transfers(rows)) == {R.OK}
+    number += 1
+    posts = [Row(transfer_id(number + i), Z, Z, 0, F.POST, id_) for i, id_ in enumerate(held)]
+    assert set(pair.transfers(posts)) == {R.OK}
+    assert pair.engine.status().hold_count == 0
+    pair.check_replay()
