@@ -64,13 +64,14 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
             on_progress=lambda shard, at, durable: lag.labels(str(shard)).set(durable - at),
         )
         wallet = Wallet(host, directory, ReadModelReader(pool, projector))
-        history = History(host, FileArchive(config))
+        clock = SystemClock()
+        history = History(host, FileArchive(config), clock)
         if stores:
             host.retain = projector.projected
             process.spawn(projector.run(), name="projector")
             process.spawn(_follow_rebuilds(settings, projector), name="rebuild")
         process.spawn(
-            PaymentEvents(Flows(host, directory), bus, SystemClock(), group=_group(config)).run(), name="payment-events"
+            PaymentEvents(Flows(host, directory), bus, clock, group=_group(config)).run(), name="payment-events"
         )
         peers = _peers(settings, config)
         if peers:

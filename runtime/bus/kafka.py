@@ -27,7 +27,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -42,7 +42,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from kernel.errors import Unavailable
-from runtime.bus import DEAD_LETTER_SUFFIX, BusPolicy, Message, dead_letter_topic
+from runtime.bus import DEAD_LETTER_SUFFIX, TOPIC_GROUPS, BusPolicy, Message, dead_letter_topic
 from runtime.bus._dispatch import Delivery, Dispatcher
 from runtime.bus.dead_letter import LIST_MAX, DeadLetter
 
@@ -114,7 +114,7 @@ class KafkaBus:
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                await bus.metadata()
+                await bus.ensure_topics(TOPIC_GROUPS)
                 return bus
             except Unavailable:
                 if time.monotonic() > deadline:
@@ -125,8 +125,9 @@ class KafkaBus:
         """All messages in the producer's queue at once; returns when the last is acknowledged by all in-sync replicas."""
         if not messages:
             return
-        for topic in {message.topic for message in messages} - self._topics:
-            await self.ensure_topic(topic)
+        topics = {message.topic for message in messages}
+        if not topics <= self._topics:
+            await self.ensure_topics(topics)
         await self._producer.send([_record_of(message) for message in messages])
 
     async def consume(
@@ -138,7 +139,7 @@ class KafkaBus:
         batch_max: int = 64,
     ) -> None:
         """See Bus."""
-        await self.ensure_topic(topic)
+        await self.ensure_topics([topic])
         await _Consumer(self, topic, group, handler, batch_max=batch_max, concurrency=1).run()
 
     async def consume_each(
@@ -154,7 +155,7 @@ class KafkaBus:
         async def handle(messages: Sequence[Message]) -> None:
             await handler(messages[0])
 
-        await self.ensure_topic(topic)
+        await self.ensure_topics([topic])
         await _Consumer(self, topic, group, handle, batch_max=1, concurrency=concurrency).run()
 
     async def close(self) -> None:
@@ -172,34 +173,41 @@ class KafkaBus:
                 f"Kafka does not answer at {self.settings['bootstrap.servers']}: {error.args[0].str()}"
             ) from error
 
-    async def ensure_topic(self, topic: str) -> None:
-        """Make the topic where it does not exist; the number of partitions of one that exists is left alone."""
+    async def ensure_topics(self, topics: Collection[str]) -> None:
+        """Make the topics that do not exist; the number of partitions of one that exists is left alone."""
         async with self._creating:
-            if topic in self._topics:
+            missing = [topic for topic in topics if topic not in self._topics]
+            if not missing:
                 return
-            config = {"retention.ms": str(RETENTION_MS), "message.timestamp.type": "LogAppendTime"}
-            partition_count = self.policy.partition_count
-            if topic.endswith(DEAD_LETTER_SUFFIX):
-                config, partition_count = {"cleanup.policy": "compact"}, 1
             admin = self._admin()  # must live until the answer is there
-            made = NewTopic(topic, num_partitions=partition_count, replication_factor=-1, config=config)
-            try:
-                made_by_topic = admin.create_topics(
-                    [made], operation_timeout=ADMIN_TIMEOUT_S, request_timeout=ADMIN_TIMEOUT_S
-                )
-                await asyncio.wrap_future(made_by_topic[topic])
-            except KafkaException as error:
-                code = error.args[0].code()
-                if code == KafkaError.TOPIC_ALREADY_EXISTS:
-                    pass
-                elif code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED):
-                    if topic not in (await self.metadata()).topics:  # made by an operator, or not at all
-                        raise Unavailable(
-                            f"topic {topic} does not exist and may not be made: {error.args[0].str()}"
-                        ) from error
-                else:
-                    raise Unavailable(f"topic {topic} cannot be made now: {error.args[0].str()}") from error
-            self._topics.add(topic)
+            futures = admin.create_topics(
+                [self._new_topic(topic) for topic in missing],
+                operation_timeout=ADMIN_TIMEOUT_S,
+                request_timeout=ADMIN_TIMEOUT_S,
+            )
+            for topic, future in futures.items():
+                try:
+                    await asyncio.wrap_future(future)
+                except KafkaException as error:
+                    await self._check_refusal(topic, error)
+                self._topics.add(topic)
+
+    def _new_topic(self, topic: str) -> Any:
+        if topic.endswith(DEAD_LETTER_SUFFIX):
+            return NewTopic(topic, num_partitions=1, replication_factor=-1, config={"cleanup.policy": "compact"})
+        config = {"retention.ms": str(RETENTION_MS), "message.timestamp.type": "LogAppendTime"}
+        return NewTopic(topic, num_partitions=self.policy.partition_count, replication_factor=-1, config=config)
+
+    async def _check_refusal(self, topic: str, error: KafkaException) -> None:
+        """Return when the topic exists all the same; else raise Unavailable."""
+        code, text = error.args[0].code(), error.args[0].str()
+        if code == KafkaError.TOPIC_ALREADY_EXISTS:
+            return
+        if code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED):
+            if topic in (await self.metadata()).topics:  # made by an operator
+                return
+            raise Unavailable(f"topic {topic} does not exist and may not be made: {text}") from error
+        raise Unavailable(f"topic {topic} cannot be made now: {text}") from error
 
     def _admin(self) -> Any:
         return AdminClient(dict(self.settings))
@@ -227,7 +235,7 @@ class KafkaBus:
         """Write a dead letter; the offset of its message is committed after that."""
         message = delivery.message
         topic = dead_letter_topic(message.topic)
-        await self.ensure_topic(topic)
+        await self.ensure_topics([topic])
         now_ms = _now_ms()
         headers = [
             ("key", message.key.encode()),

@@ -41,6 +41,8 @@ class AcknowledgesBeforeSync(SimulatedShard):
 class ReadsWhatIsNotDurable(SimulatedShard):
     """Transfers wait for the sync, reads do not."""
 
+    fault_rate_min = 0.1
+
     def _answer_when_durable(self, request: Any, result: Any) -> None:
         if request.call == "account":
             self._answer(request, result, self.sequence)
@@ -81,6 +83,8 @@ class NeverDeliversAgain(SimulatedShard):
 
 class GoesOnAfterAFailedSync(SimulatedShard):
     """The error is swallowed: the group is treated as durable."""
+
+    fault_rate_min = 0.05
 
     def _write_failed(self, group: Group, error: LogPoisoned) -> None:
         if error.call == "fdatasync":

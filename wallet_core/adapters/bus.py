@@ -126,6 +126,8 @@ def step_of(message: Message) -> Step | None:
             f"event {envelope.event_id} ({body}): expected a positive amount in an ISO 4217 currency,"
             f" got {money.amount_minor} {money.currency_code!r}"
         )
+    if not event.seller_account or not event.psp:
+        raise InvalidArgument(f"event {envelope.event_id} ({body}): seller_account and psp must not be empty")
     return build(event, money, time_ms)
 
 

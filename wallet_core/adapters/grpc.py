@@ -217,8 +217,8 @@ class WalletServicer(wallet_service_pb2_grpc.WalletServiceServicer):
             position, events = await asyncio.to_thread(self._read_page, shard, position, account)
             while end and events and events[-1].sequence_number > end:
                 events.pop()
-            if events:
-                yield wallet_pb2.WatchEventsResponse(events=events)
+            for start in range(0, len(events), WATCH_EVENT_COUNT_MAX):
+                yield wallet_pb2.WatchEventsResponse(events=events[start : start + WATCH_EVENT_COUNT_MAX])
 
     def _read_page(self, shard: int, position: int, account: bytes) -> tuple[int, list[wallet_pb2.WalletEvent]]:
         """Some events from `position` on, and where to go on. Runs in a thread."""

@@ -1,12 +1,15 @@
 # Transfers: the guards in their documented order, then the line after which nothing may fail, then the effects.
 # Included by _engine.pyx.
 #
-# A batch goes through in blocks of BLOCK rows, each in three passes, so that the memory that a row will need is on its way
-# while others are worked on: (1) read the columns, hash, prefetch the index slots; (2) look at the slots, prefetch the
-# account records; (3) apply in order. Nothing that passes 1 and 2 find out can become wrong before pass 3: accounts
-# that are opened meanwhile are in-flight accounts, which no transfer may name.
+# Every row passes three stations, a few rows apart, so that the memory it will need is on its way while others are worked
+# on: (1) read the columns, hash, prefetch the index slots; (2) look at the slots, prefetch the account records; (3) apply,
+# in order. Nothing that stations 1 and 2 find out can become wrong before station 3: accounts that are opened meanwhile
+# are in-flight accounts, which no transfer may name.
 
 cdef enum:
+    RING_MASK = 31                  # rows between station 1 and 3, a power of two - 1
+    HASH_AHEAD = 24
+    FETCH_AHEAD = 12
     # what came of a row
     REPEATED = 1                    # answered from the id table
     STATELESS = 2                   # refused, not remembered
@@ -440,11 +443,34 @@ cdef uint64_t open_chain_start(const TransferColumns* c) noexcept nogil:
     return i
 
 
+cdef inline void transfer_hash(const EngineState* e, const TransferColumns* c, uint64_t i, Transfer* t) noexcept nogil:
+    transfer_read(c, i, t)
+    t.debit_hash = du_hash_id(t.debit0, t.debit1)
+    t.credit_hash = du_hash_id(t.credit0, t.credit1)
+    t.id_hash = du_hash_id(t.id0, t.id1)
+    index_prefetch(&e.accounts_index, t.debit_hash)
+    index_prefetch(&e.accounts_index, t.credit_hash)
+    ids_prefetch(e, t.id_hash)
+    t.fingerprint = du_fingerprint(t.debit0, t.debit1, t.credit0, t.credit1, <uint64_t> t.amount,
+                                   t.flags | <uint64_t> t.code << 16 | <uint64_t> t.timeout_s << 32,
+                                   t.pending0, t.pending1)
+
+
+cdef inline void transfer_fetch(const EngineState* e, Transfer* t) noexcept nogil:
+    t.debit = index_candidate(&e.accounts_index, t.debit_hash)
+    t.credit = index_candidate(&e.accounts_index, t.credit_hash)
+    if du_likely(t.debit != NONE):
+        du_prefetch(&e.accounts[t.debit])
+    if du_likely(t.credit != NONE):
+        du_prefetch(&e.accounts[t.credit])
+
+
 cdef int transfers_apply(EngineState* e, const TransferColumns* c, uint64_t timestamp_ns, uint8_t* results,
                          EventBuffer* events) noexcept nogil:
-    cdef Transfer block[BLOCK]
+    cdef Transfer ring[RING_MASK + 1]
     cdef Transfer* t
-    cdef uint64_t first, i, n
+    cdef uint64_t i
+    cdef uint64_t hashed = 0, fetched = 0
     cdef uint64_t open_from = open_chain_start(c)
     cdef uint8_t result = 0
     cdef bint chained = False, broken = False
@@ -460,59 +486,41 @@ cdef int transfers_apply(EngineState* e, const TransferColumns* c, uint64_t time
     # a row makes one record, a sent one perhaps an in-flight account's before it
     if holds_expire(e, events) < 0 or events_reserve(events, <uint64_t> 2 * c.count) < 0:
         return poison(e)
-    first = 0
-    while first < c.count:
-        n = min(<uint64_t> BLOCK, c.count - first)
-        for i in range(n):
-            t = &block[i]
-            transfer_read(c, first + i, t)
-            t.debit_hash = du_hash_id(t.debit0, t.debit1)
-            t.credit_hash = du_hash_id(t.credit0, t.credit1)
-            t.id_hash = du_hash_id(t.id0, t.id1)
-            index_prefetch(&e.accounts_index, t.debit_hash)
-            index_prefetch(&e.accounts_index, t.credit_hash)
-            ids_prefetch(e, t.id_hash)
-        for i in range(n):
-            t = &block[i]
-            t.debit = index_candidate(&e.accounts_index, t.debit_hash)
-            t.credit = index_candidate(&e.accounts_index, t.credit_hash)
-            if du_likely(t.debit != NONE):
-                du_prefetch(&e.accounts[t.debit])
-            if du_likely(t.credit != NONE):
-                du_prefetch(&e.accounts[t.credit])
-            t.fingerprint = du_fingerprint(t.debit0, t.debit1, t.credit0, t.credit1, <uint64_t> t.amount,
-                                           t.flags | <uint64_t> t.code << 16 | <uint64_t> t.timeout_s << 32,
-                                           t.pending0, t.pending1)
-        for i in range(n):
-            t = &block[i]
-            if du_unlikely(first + i >= open_from):
-                results[t.row] = CHAIN_OPEN
-                continue
-            if du_unlikely(t.flags & LINKED and not chained):
-                chained = True
-                broken = False
-                chain_start = events.length
-                chain_count = events.count
-                chain_sequence = e.sequence
-                e.undo_count = 0
-            if transfer_apply(e, t, chained, broken, &result, events) < 0:
+    for i in range(c.count):
+        while hashed < c.count and hashed <= i + HASH_AHEAD:
+            transfer_hash(e, c, hashed, &ring[hashed & RING_MASK])
+            hashed += 1
+        while fetched < c.count and fetched <= i + FETCH_AHEAD:
+            transfer_fetch(e, &ring[fetched & RING_MASK])
+            fetched += 1
+        t = &ring[i & RING_MASK]
+        if du_unlikely(i >= open_from):
+            results[t.row] = CHAIN_OPEN
+            continue
+        if du_unlikely(t.flags & LINKED and not chained):
+            chained = True
+            broken = False
+            chain_start = events.length
+            chain_count = events.count
+            chain_sequence = e.sequence
+            e.undo_count = 0
+        if transfer_apply(e, t, chained, broken, &result, events) < 0:
+            return poison(e)
+        results[t.row] = result
+        if du_unlikely(chained and not broken and result != OK):
+            broken = True
+            if chain_rollback(e, results, events, chain_start, chain_count, chain_sequence) < 0:
                 return poison(e)
-            results[t.row] = result
-            if du_unlikely(chained and not broken and result != OK):
-                broken = True
-                if chain_rollback(e, results, events, chain_start, chain_count, chain_sequence) < 0:
-                    return poison(e)
-            if du_unlikely(t.outcome == REFUSED):
-                # the id's place in the open generation is still free: nothing was inserted since it was looked up
-                if ids_insert(e, t.id0, t.id1, t.id_hash, t.free_slot, t.fingerprint, STATE_PLAIN, result) < 0:
-                    return poison(e)
-                transfer_refuse(e, t.id0, t.id1, <uint64_t> t.amount, t.fingerprint, t.flags, t.code, result, events)
-            if du_unlikely(chained):
-                if not broken and t.outcome == REPEATED and undo_push(e, t, UNDO_NOTHING) == NULL:
-                    return poison(e)
-                if not t.flags & LINKED:
-                    chained = False
-                    broken = False
-        first += n
+        if du_unlikely(t.outcome == REFUSED):
+            # the id's place in the open generation is still free: nothing was inserted since it was looked up
+            if ids_insert(e, t.id0, t.id1, t.id_hash, t.free_slot, t.fingerprint, STATE_PLAIN, result) < 0:
+                return poison(e)
+            transfer_refuse(e, t.id0, t.id1, <uint64_t> t.amount, t.fingerprint, t.flags, t.code, result, events)
+        if du_unlikely(chained):
+            if not broken and t.outcome == REPEATED and undo_push(e, t, UNDO_NOTHING) == NULL:
+                return poison(e)
+            if not t.flags & LINKED:
+                chained = False
+                broken = False
     chain_digest(e, events, start)
     return 0

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from kernel.clock import Clock
 from kernel.errors import FailedPrecondition, InvalidArgument, OutOfRange
 from wallet_core.engine.codes import AccountFlags
 from wallet_core.engine.views import AccountView
@@ -87,16 +88,18 @@ class VerifyProgress:
 class History:
     """Reads the past of the shards of this process."""
 
-    def __init__(self, host: Host, archive: Archive) -> None:
+    def __init__(self, host: Host, archive: Archive, clock: Clock) -> None:
         self._host = host
+        self._clock = clock
         self._archive = archive
         self._one = asyncio.Semaphore(1)
 
     async def at_time(self, account: bytes, time_ns: int) -> Past | None:
-        """The account after the last event at or before a time; None where it did not exist yet. A striped
-        account is the sum of its parts at that time. Raises OutOfRange for a time that is no longer in the
-        log.
+        """The account after the last event at or before a time; None where it did not exist yet. A striped account is
+        the sum of its parts at that time. Raises OutOfRange for a time that is no longer, or not yet, in the log.
         """
+        if time_ns > self._clock.now_ns():
+            raise OutOfRange("the time is in the future: what will have happened by then is not known yet")
         live = await self._host.accounts([account])
         striped = live[0] is not None and live[0].has(AccountFlags.STRIPED)
         shards = list(self._host.shard_ids) if striped else [self._shard_of(account)]

@@ -24,8 +24,8 @@ __all__ = ["Projector", "Store"]
 EVENT_COUNT_MAX = 512
 """Events in one batch: folding and encoding them holds the event loop for a few milliseconds."""
 GATHER_S = 0.5
-"""How long the first event after a pause waits for more, unless a reader waits for it: a batch costs about a millisecond,
-whether it has one event or a hundred."""
+"""How long the first event after a pause waits for more, unless a reader waits for it: a batch costs about a
+millisecond, whether it has one event or a hundred."""
 IDLE_S = 60.0
 RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 BUSY_SHARE = 0.5

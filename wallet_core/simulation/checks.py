@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from struct import Struct
+from typing import Any
 
 from wallet_core.engine._engine import Engine
 from wallet_core.engine.codes import EventKind, TransferResult
 from wallet_core.engine.twin import Twin
-from wallet_core.simulation.clients import IN_FLIGHT, OK, Book, Clients
+from wallet_core.simulation.clients import IN_FLIGHT, LINKED, OK, Book, Clients
 from wallet_core.simulation.shard import EVENT_BYTES, AppliedFrame, SimulatedShard
 from wallet_core.simulation.world import Violation
 
-__all__ = ["check_answers", "check_books", "check_repeats", "check_replay", "check_twin"]
+__all__ = ["check_answers", "check_books", "check_chains", "check_repeats", "check_replay", "check_twin"]
 
 K = EventKind
 _MONEY = Struct("<16sqIIIHHIHBB")
@@ -149,6 +150,7 @@ def check_books(shards: list[SimulatedShard]) -> list[_Model]:
         engine = shard.engine
         for ordinal, (id_, currency) in enumerate(model.accounts):
             view = engine.account_by_ordinal(ordinal)
+            assert view is not None
             expected = (id_, model.balances[ordinal], model.held_out[ordinal], model.held_in[ordinal])
             found = (view.id, view.balance, view.held_out, view.held_in)
             if found != expected:
@@ -187,7 +189,8 @@ def _check_sagas(models: list[_Model]) -> None:
                     raise Violation("a saga changed on its way", f"{link}, number {number}")
                 if send.returned != refused:
                     raise Violation(
-                        "compensation", f"{link}, number {number}: refused with {refused}, returned with {send.returned}"
+                        "compensation",
+                        f"{link}, number {number}: refused with {refused}, returned with {send.returned}",
                     )
     for destination_model in models:
         for source_shard, received in destination_model.received.items():
@@ -214,6 +217,18 @@ def check_answers(book: Book, models: list[_Model]) -> None:
                 f"transfer {row[0].hex()} on shard {shard} was answered {TransferResult(answer).name}, "
                 f"the log has {K(kind).name if kind else 'nothing'} {fact}",
             )
+
+
+def check_chains(clients: Clients) -> None:
+    """Linked transfers: all or none."""
+    for request in clients.requests:
+        chain: list[int] = []
+        for (_, row), result in zip(request.keys, request.final, strict=True):
+            chain.append(result)
+            if not row[4] & LINKED:
+                if OK in chain and set(chain) != {OK}:
+                    raise Violation("half a chain", f"shard {request.shard}, {row[0].hex()}: {chain}")
+                chain = []
 
 
 def check_replay(shards: list[SimulatedShard]) -> None:
@@ -270,8 +285,8 @@ def check_repeats(clients: Clients, shards: list[SimulatedShard]) -> int:
     that has its answer. Returns the number of rows."""
     count = 0
     for request in clients.requests:
-        engine = shards[request.shard].engine
-        results, _ = engine.transfers(*request.columns, shards[request.shard].now_ns, **request.options)
+        transfers: Any = shards[request.shard].engine.transfers
+        results, _ = transfers(*request.columns, shards[request.shard].now_ns, **request.options)
         count += len(results)
         for key, result in zip(request.keys, results, strict=True):
             clients.book.take(key, result, direct=True)

@@ -61,7 +61,8 @@ class Book:
                 owner = self.owner.setdefault((key[0], key[1][0]), key)
                 if owner != key:
                     raise Violation(
-                        "one id, two contents", f"{key[1][0].hex()} is {owner[1][1:]} and {key[1][1:]} on shard {key[0]}"
+                        "one id, two contents",
+                        f"{key[1][0].hex()} is {owner[1][1:]} and {key[1][1:]} on shard {key[0]}",
                     )
                 self.answers[key] = result
                 return
@@ -81,7 +82,7 @@ class Clients:
     def __init__(self, world: World, network: Network, shards: list[SimulatedShard]) -> None:
         self.world, self.network, self.shards = world, network, shards
         self.book = Book()
-        self.heavy = world.chance() < 0.08  # large batches, so that segments fill
+        self.heavy = world.chance() < world.options.heavy_share  # large batches, so that segments fill
         self.open = 0  # requests that have no answer yet
         self.requests: list[Request] = []  # answered transfers, to repeat
         self.striped = {currency: self._account_id(0) for currency in CURRENCIES}
@@ -256,12 +257,14 @@ class Clients:
         count = self.world.random.randrange(300, 700)
         own = self.plain[CURRENCIES[0]][shard]
         accounts = (self.striped[CURRENCIES[0]], own[self.world.random.randrange(len(own))])
-        rows = [((first + i).to_bytes(16, "big"), *accounts, 1, 0, ZERO_ID, 0, row[7], SHARD_LOCAL) for i in range(count)]
+        rows = [
+            ((first + i).to_bytes(16, "big"), *accounts, 1, 0, ZERO_ID, 0, row[7], SHARD_LOCAL) for i in range(count)
+        ]
         return self._request(shard, rows)
 
     def _request(self, shard: int, rows: list[Row]) -> Request:
         columns, options = row_columns(rows)
-        crosses = any([row[8] != SHARD_LOCAL for row in rows])
+        crosses = any(row[8] != SHARD_LOCAL for row in rows)
         return Request(shard, "transfers", columns, options, [(shard, row) for row in rows], crosses=crosses)
 
     def _chain(self, shard: int) -> list[Row]:
@@ -310,7 +313,17 @@ class Clients:
         flags = 0
         if chance() < 0.06:
             flags = random.choice((int(F.BALANCING_DEBIT), int(F.BALANCING_CREDIT), 48))
-        return (self._transfer_id(), debit, credit, self._amount(), flags, ZERO_ID, 0, random.getrandbits(4), SHARD_LOCAL)
+        return (
+            self._transfer_id(),
+            debit,
+            credit,
+            self._amount(),
+            flags,
+            ZERO_ID,
+            0,
+            random.getrandbits(4),
+            SHARD_LOCAL,
+        )
 
     def _cross(self, shard: int) -> Row:
         random, chance = self.world.random, self.world.chance
@@ -368,4 +381,4 @@ class Clients:
         return (*row[:4], HOLD | POST, *row[5:])
 
 
-assert REUSED not in REMEMBERED and TOO_OLD not in REMEMBERED
+assert not {REUSED, TOO_OLD} & REMEMBERED

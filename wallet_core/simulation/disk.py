@@ -17,6 +17,7 @@ import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from wallet_core.event_log import FileLog
 from wallet_core.event_log._file import read_mark
@@ -29,7 +30,7 @@ __all__ = ["SECTOR_BYTES", "SimulatedDisk"]
 SECTOR_BYTES = 512
 BLOCK_BYTES = 4096
 MARK_BYTES = 1024  # two slots, a sector each
-WRITE_FAULTS = (
+WRITE_FAULTS: tuple[tuple[Literal["write", "fdatasync"], int, str], ...] = (
     ("fdatasync", errno.EIO, "sync failed"),
     ("write", errno.EIO, "write failed"),
     ("write", errno.ENOSPC, "write met a full disk"),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from wallet_core.engine._engine import Engine
-from wallet_core.engine.codes import TransferResult
 from wallet_core.engine.views import EngineRefused
 from wallet_core.event_log import (
     FileLog,
@@ -50,7 +49,7 @@ RESTART_NS = (300_000, 8_000_000)
 PIECE_NS = (20_000, 300_000)
 RELAY_NS = (4_000_000, 12_000_000)
 TICK_NS = (8_000_000, 30_000_000)
-SNAPSHOT_NS = (3_000_000, 25_000_000)
+SNAPSHOT_NS = (4_000_000, 36_000_000)
 SLOW_FACTOR = 30
 #: What a client hears while the disk is nearly full: nothing was applied.
 DISK_FULL = b"full"
@@ -113,6 +112,8 @@ class SimulatedShard:
     """A shard that is up or down, and everything that has to survive it for the checks: what it applied,
     what it ever told anybody."""
 
+    fault_rate_min = 0.004  # of a write that fails, and of a crash between a write and its sync
+
     def __init__(
         self, world: World, network: Network, config: ShardHostConfig, shard: int, shards: list[SimulatedShard]
     ) -> None:
@@ -123,7 +124,7 @@ class SimulatedShard:
         # for the checks, over all lives
         self.frames: list[AppliedFrame] = []  # applied, in order; what a crash took is cut off
         self.known_sequence = 0  # the highest sequence number that anybody outside may rely on
-        self.fault_rate = 0.004 + 0.02 * world.chance() * world.chance()
+        self.fault_rate = self.fault_rate_min + 0.02 * world.chance() * world.chance()
         # this life
         self.life = 0
         self.up = False
@@ -573,6 +574,3 @@ class SimulatedShard:
         """Sequence number of the newest snapshot, 0 if there is none."""
         found = snapshot_files(self.folder / "snapshots")
         return found[0].sequence if found else 0
-
-
-assert TransferResult.OK == 1

@@ -34,6 +34,7 @@ class Options:
     steps: int = 400
     drain_steps: int = 12_000
     clients: int = 5
+    heavy_share: float = 0.06  # of seeds with batches so large that segments fill
     twin_every: int = 16  # every n-th seed replays its logs into the Python twin as well
     rebuild_every: int = 4  # every n-th seed rebuilds its shards from disk beside the ones that run
 
@@ -44,7 +45,7 @@ class World:
 
     def __init__(self, seed: int, options: Options) -> None:
         self.seed, self.options = seed, options
-        self.random = Random(seed)
+        self.random = Random(seed)  # noqa: S311 - reproducible on purpose
         self.chance = self.random.random
         self.now_ns = START_NS
         self.steps = 0

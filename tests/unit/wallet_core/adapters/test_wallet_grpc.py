@@ -60,7 +60,7 @@ class Served:
 async def serve(host: MemoryHost, clock: FixedClock) -> AsyncIterator[Served]:
     directory = MemoryDirectory()
     wallet = Wallet(host, directory, NoReadModel(), read_wait_s=0.05)
-    history = History(host, host)
+    history = History(host, host, clock)
     servicer = WalletServicer(host, wallet, history)
     shard_servicer = ShardServicer(host, wallet, history, "127.0.0.1:1")
     server = GrpcServer(
@@ -394,6 +394,9 @@ async def test_balances_of_the_past_are_those_that_were_answered_then(served: Se
         assert clearing.account.balance_minor == -balance
     early = wallet_pb2.GetBalanceRequest(name=name, time=Timestamp(seconds=before_ns // 10**9 - 10))
     assert isinstance(await error_of(served.wallet.GetBalance(early)), NotFound)
+    later = Timestamp(seconds=served.clock.now_ns() // 10**9 + 1)
+    error = await error_of(served.wallet.GetBalance(wallet_pb2.GetBalanceRequest(name=name, time=later)))
+    assert (type(error), error.reason) == (OutOfRange, "SEQUENCE_OUT_OF_RANGE")
     beyond = wallet_pb2.ShardPosition(shard=0, sequence_number=10**6)
     error = await error_of(served.wallet.GetBalance(wallet_pb2.GetBalanceRequest(name=name, position=beyond)))
     assert isinstance(error, OutOfRange)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.wallet_core.engine.harness import NOW, AccountRow, Pair, account_id, transfer_id
+from tests.unit.wallet_core.engine.harness import AccountRow, Pair, account_id, load_pieces, read_pieces, transfer_id
 from wallet_core.engine.codes import EventKind, TransferResult, in_flight_account_id
 from wallet_core.engine.events import unpack_events
 from wallet_core.engine.twin import Row
@@ -180,6 +180,12 @@ def test_thousands_of_sends_over_three_shards_settle() -> None:
                 if pair is not other_pair and (round_ + pair.shard) % 3:
                     pair.relay(other_pair, limit=400)
         pairs[0].check_image()
+    more = [Row(transfer_id(number + i), accounts[2], accounts[0], 1, credit_shard=0) for i in range(5000)]
+    pairs[2].transfers(more[:2500])
+    engine = pairs[2].engine
+    digest, pending = engine.state_digest(), engine.sends(0, 0, 100_000)
+    assert len(pending) > 1024, "more than a chunk will be settled while the image waits"
+    engine.image_begin()
     for pair in pairs:
         for other_pair in pairs:
             while pair is not other_pair and pair.engine.sent(other_pair.shard) != (
@@ -187,10 +193,15 @@ def test_thousands_of_sends_over_three_shards_settle() -> None:
                 pair.engine.sent(other_pair.shard)[1],
             ):
                 pair.relay(other_pair, limit=700)
+    pairs[2].transfers(more[2500:])
+    loaded = load_pieces(read_pieces(engine), 2)
+    engine.image_end()
+    assert loaded.state_digest() == digest
+    assert loaded.sends(0, 0, 100_000) == pending
+    pairs[2].relay(pairs[0], limit=5000)
     assert in_flight(*pairs) == 0
     assert sum(balance(pair, accounts[pair.shard]) for pair in pairs) == 0
     for pair in pairs:
         assert pair.engine.status().unsettled_count == 0
         pair.check_agreement()
         pair.check_image()
-    assert NOW

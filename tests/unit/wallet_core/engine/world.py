@@ -62,7 +62,7 @@ class World:
         self.ids = 0
         self.holds = [transfer_id(1, NOW // MS)]
         self.used: list[Row] = [Row(transfer_id(0), account_id(0), account_id(1), 1)]
-        self.images: dict[int, tuple[bytes, int, list[bytes]]] = {}
+        self.images: dict[int, tuple[bytes, int, list[bytes], dict[bytes, int]]] = {}
         for pair in self.pairs:
             rows = [AccountRow(self.account(pair.shard, 0), flags=4)]
             rows += [AccountRow(self.account(pair.shard, i)) for i in range(1, ACCOUNTS - 1)]
@@ -168,7 +168,8 @@ class World:
         if shard not in self.images:
             pair = self.pairs[shard]
             pair.engine.image_begin()
-            self.images[shard] = (pair.engine.state_digest(), len(pair.frames), [])
+            results = {row.id: pair.engine.result(row.id) for row in self.used}
+            self.images[shard] = (pair.engine.state_digest(), len(pair.frames), [], results)
 
     def read_image(self, shard: int, pieces: int) -> None:
         if shard in self.images:
@@ -182,12 +183,13 @@ class World:
     def finish_image(self, shard: int) -> None:
         """What was read beside the writer is the state at the image's beginning, and the log leads on from it."""
         pair = self.pairs[shard]
-        digest, frame_count, pieces = self.images.pop(shard)
+        digest, frame_count, pieces, results = self.images.pop(shard)
         while piece := pair.engine.image_piece():
             pieces.append(piece)
         pair.engine.image_end()
         loaded = load_pieces(pieces, shard)
         assert loaded.state_digest() == digest
+        assert {id_: loaded.result(id_) for id_ in results} == results
         follow(loaded, pair.frames[frame_count:])
         assert loaded.state_digest() == pair.engine.state_digest()
         assert_same_state(loaded, pair.engine)

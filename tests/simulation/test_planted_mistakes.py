@@ -1,0 +1,47 @@
+"""The simulator finds mistakes: each planted one within a bounded number of seeds."""
+
+from __future__ import annotations
+
+import pytest
+
+from wallet_core.simulation import Options, SimulatedShard, run_seed
+
+from tests.simulation import planted
+
+SEEDS_MAX = 120
+#: What the mistake shows itself by: the rule that is broken.
+RULES: dict[type[SimulatedShard], set[str]] = {
+    planted.AcknowledgesBeforeSync: {"lost acknowledgement"},
+    planted.ReadsWhatIsNotDurable: {"lost acknowledgement"},
+    planted.RelaysBeforeDurable: {"an outcome of an unknown send", "a saga did not end", "a saga changed on its way"},
+    planted.ForgetsTheCompensation: {"conservation"},
+    planted.NamesOnlyItsOwnRefusals: {"conservation"},
+    planted.NeverDeliversAgain: {"a saga did not end"},
+    planted.GoesOnAfterAFailedSync: {"lost acknowledgement", "conservation"},
+    planted.IgnoresTheDurableMark: {"damage accepted", "lost acknowledgement"},
+    planted.SnapshotsWhatIsNotDurable: {"unexpected error", "recovered more than was sent"},
+    planted.KeepsTooLittleLog: {"unexpected error"},
+    planted.AppliesADoubledCredit: {"double effect"},
+    planted.AdvancesTheCursorLater: {"double effect", "replay differs", "a saga did not end"},
+    planted.ForgetsIdsTooEarly: {"double effect", "one id, two contents", "a repeated id is answered differently"},
+    planted.LeavesHalfAHold: {"balance"},
+    planted.ForgetsRefusedIds: {"lost acknowledgement", "a repeated id is answered differently"},
+    planted.SettlesWithoutReturning: {"conservation"},
+}
+OPTIONS = {planted.KeepsTooLittleLog: Options(heavy_share=0.5, steps=300)}
+
+
+def test_every_planted_mistake_is_tried() -> None:
+    assert set(RULES) == set(planted.PLANTED)
+
+
+@pytest.mark.parametrize("mistake", planted.PLANTED, ids=lambda mistake: mistake.__name__)
+def test_is_found(mistake: type[SimulatedShard]) -> None:
+    for seed in range(SEEDS_MAX):
+        outcome = run_seed(seed, OPTIONS.get(mistake, Options()), mistake)
+        if outcome.violation is not None:
+            assert outcome.violation.rule in RULES[mistake], str(outcome.violation)
+            assert outcome.trace
+            assert f"--seed {seed} " in outcome.command
+            return
+    pytest.fail(f"{mistake.__name__} was not found in {SEEDS_MAX} seeds")
