@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin
 
 import aiohttp
-import ducat.aio
 
+import ducat.aio
 from ducat.common.v1 import common_pb2
 from ducat.ledger.v1 import ledger_pb2
 from ducat.payment.v1 import payment_pb2, payout_pb2

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ducat.aio
-
 from ops.demo import read_books
 from ops.platform import Platform, ProcessFailed
 

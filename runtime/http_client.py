@@ -12,7 +12,6 @@ request is sent once more. So callers send only what is safe to send twice: a GE
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit

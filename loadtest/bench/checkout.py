@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import ducat.aio
 
+import ducat.aio
 from ops.demo import Books, read_books
 from ops.platform import Platform
 

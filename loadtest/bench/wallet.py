@@ -23,6 +23,9 @@ import numpy as np
 
 from loadtest.bench.client import BATCH_ROWS, Plan
 from loadtest.bench.limits import disk_limits
+from wallet_core.event_log.file import read_frames
+from wallet_core.event_log.format import HEADER_BYTES
+from wallet_core.event_log.port import Frame
 
 __all__ = ["SCENARIOS", "Scenario", "print_report", "run"]
 
@@ -63,8 +66,7 @@ class Server:
             **os.environ,
             "DUCAT_WALLET_LISTEN": "127.0.0.1:0",
             "DUCAT_WALLET_SHARD_COUNT": str(shards),
-            "DUCAT_WALLET_READ_MODEL": "false",
-            "DUCAT_WALLET_BUS": "false",
+            "DUCAT_WALLET_ALONE": "true",
             "DUCAT_DATA_DIR": str(folder),
             "DUCAT_LOG_LEVEL": "warning",
         }
@@ -365,26 +367,26 @@ def run(
 
 def transfers_in_log(folder: Path, count: int) -> bool:
     """Whether the event logs under that folder have exactly the transfers 0 … count - 1, each once."""
-    from wallet_core.event_log.file import read_bodies
-
     seen = np.zeros(count, dtype=np.uint8)
-    for log in sorted(folder.glob("**/log")):
-        for body in read_bodies(log):
-            records = np.frombuffer(body, dtype=RECORD)
-            moved = records[(records["kind"] == KIND_MOVED) | (records["kind"] == KIND_SENT)]
-            words = np.ascontiguousarray(moved["id"]).view(">u8").reshape(-1, 2)
-            numbers = words[:, 1].astype(np.uint64) & np.uint64(0x00FF_FFFF_FFFF_FFFF)
-            if len(numbers) and int(numbers.max()) >= count:
-                return False
-            np.add.at(seen, numbers.astype(np.int64), 1)
+    for frame in _frames(folder):
+        records = np.frombuffer(frame.body, dtype=RECORD)
+        moved = records[(records["kind"] == KIND_MOVED) | (records["kind"] == KIND_SENT)]
+        words = np.ascontiguousarray(moved["id"]).view(">u8").reshape(-1, 2)
+        numbers = words[:, 1].astype(np.uint64) & np.uint64(0x00FF_FFFF_FFFF_FFFF)
+        if len(numbers) and int(numbers.max()) >= count:
+            return False
+        np.add.at(seen, numbers.astype(np.int64), 1)
     return bool((seen == 1).all())
 
 
 def _log_payload_bytes(folder: Path) -> int:
     """Bytes of frames in the event logs, headers included, without the preallocated rest of the last segment."""
-    from wallet_core.event_log.file import used_bytes
+    return sum(HEADER_BYTES + len(frame.body) for frame in _frames(folder))
 
-    return sum(used_bytes(log) for log in folder.glob("**/log"))
+
+def _frames(folder: Path) -> Iterator[Frame]:
+    for log in sorted(folder.glob("**/log")):
+        yield from read_frames(log, int(log.parent.name.removeprefix("shard-")))
 
 
 def _tigerbeetle_ratio(per_second: float, counts: Counts) -> dict[str, float]:

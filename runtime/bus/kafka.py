@@ -88,7 +88,7 @@ class KafkaBus:
             "reconnect.backoff.ms": 50,
             "reconnect.backoff.max.ms": 2_000,
             "allow.auto.create.topics": False,
-            "log_level": 3,
+            "log_level": 2,
             "logger": _library_log,
             **(options or {}),
         }

@@ -95,8 +95,9 @@ class History:
         self._one = asyncio.Semaphore(1)
 
     async def at_time(self, account: bytes, time_ns: int) -> Past | None:
-        """The account after the last event at or before a time; None where it did not exist yet. A striped account is
-        the sum of its parts at that time. Raises OutOfRange for a time that is no longer, or not yet, in the log.
+        """The account after the last event at or before a time; None where it did not exist yet. A striped
+        account is the sum of its parts at that time. Raises OutOfRange for a time that is no longer, or not
+        yet, in the log.
         """
         if time_ns > self._clock.now_ns():
             raise OutOfRange("the time is in the future: what will have happened by then is not known yet")

@@ -47,6 +47,6 @@ def test_negative_amounts_read_well() -> None:
 
 
 def test_exponents_that_are_easy_to_get_wrong() -> None:
-    assert [CURRENCY_EXPONENTS[code] for code in "HUF TWD COP IDR".split()] == [2, 2, 2, 2]
-    assert [CURRENCY_EXPONENTS[code] for code in "JPY KRW VND CLP ISK UGX".split()] == [0] * 6
-    assert [CURRENCY_EXPONENTS[code] for code in "BHD JOD KWD OMR TND IQD LYD".split()] == [3] * 7
+    assert [CURRENCY_EXPONENTS[code] for code in ["HUF", "TWD", "COP", "IDR"]] == [2, 2, 2, 2]
+    assert [CURRENCY_EXPONENTS[code] for code in ["JPY", "KRW", "VND", "CLP", "ISK", "UGX"]] == [0] * 6
+    assert [CURRENCY_EXPONENTS[code] for code in ["BHD", "JOD", "KWD", "OMR", "TND", "IQD", "LYD"]] == [3] * 7

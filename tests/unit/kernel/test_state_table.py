@@ -37,20 +37,18 @@ TABLE = StateTable(
 
 
 def test_every_pair_moves_is_ignored_or_is_refused() -> None:
-    seen = {}
-    for state in Light:
-        for event in Happening:
-            try:
-                seen[state, event] = TABLE.next(state, event)
-            except TransitionRefused as refused:
-                assert (refused.state, refused.event) == (state, event)
-                seen[state, event] = "refused"
-    assert seen == {
+    def outcome(state: Light, event: Happening) -> Light | str | None:
+        try:
+            return TABLE.next(state, event)
+        except TransitionRefused as refused:
+            return f"refused {refused.event.name} in {refused.state.name}"
+
+    assert {(state, event): outcome(state, event) for state in Light for event in Happening} == {
         (Light.RED, Happening.TURN): Light.GREEN,
         (Light.RED, Happening.HIT): Light.BROKEN,
         (Light.GREEN, Happening.TURN): Light.RED,
-        (Light.GREEN, Happening.HIT): "refused",
-        (Light.BROKEN, Happening.TURN): "refused",
+        (Light.GREEN, Happening.HIT): "refused HIT in GREEN",
+        (Light.BROKEN, Happening.TURN): "refused TURN in BROKEN",
         (Light.BROKEN, Happening.HIT): None,
     }
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wallet_core.engine._engine import Engine
-
 from wallet_core.engine.events import EVENT_BYTES, unpack_events
 from wallet_core.engine.twin import Row, Twin
 from wallet_core.engine.views import EngineRefused
