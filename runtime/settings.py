@@ -189,6 +189,9 @@ class Settings(BaseSettings):
     wallet_peers: str = Field(
         "", description='who owns the other shards, such as "2-3=10.0.0.2:50053 4-7=10.0.0.3:50053"'
     )
+    wallet_alone: bool = Field(
+        False, description="shards and gRPC alone: no database, no read model, no bus (benchmarks, embedding)"
+    )
     wallet_projection: bool = Field(
         True, description="follow the logs into the read model (off: for measurements of the shards alone)"
     )

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ducat.wallet.v1 import relay_pb2_grpc, wallet_service_pb2_grpc
-from kernel.clock import SystemClock
+from kernel.clock import Clock, SystemClock
 from runtime import logs, metrics
 from runtime.bus import is_transient
 from runtime.postgres import connect
 from runtime.process import Process
 from runtime.settings import Settings, SettingsInvalid
+from wallet_core.adapters.alone import NoDirectory, NoReadModel
 from wallet_core.adapters.archive import FileArchive
 from wallet_core.adapters.bus import GROUP, PaymentEvents
 from wallet_core.adapters.directory import PostgresDirectory
@@ -37,42 +38,14 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
     settings = Settings.load(overrides)
     async with Process.start("wallet", settings) as process:
         config = host_config(settings)
-        pool = await process.postgres("wallet")
-        valkey = await process.valkey()
-        bus = await process.bus()
-
         host = await WalletHost.open(config, progress=_log_progress)
         process.on_close("shards", host.close)
         process.spawn(_stop_on_failure(host), name="shards")
-
-        directory = PostgresDirectory(pool)
-        lag = metrics.gauge(
-            "ducat_wallet_projection_lag_events", "Durable events that the read model lacks.", ["shard"]
-        )
-
-        def find_base(shard: int, sequence: int | None) -> SnapshotBase | None:
-            return newest_base(config, shard, sequence=sequence)
-
-        stores: list[Store] = (
-            [PostgresStore(pool), ValkeyStore(valkey, find_base)] if settings.wallet_projection else []
-        )
-        projector = Projector(
-            host,
-            stores,
-            is_transient=is_transient,
-            is_busy=lambda: host.native.rows_in_flight > 0,
-            on_progress=lambda shard, at, durable: lag.labels(str(shard)).set(durable - at),
-        )
-        wallet = Wallet(host, directory, ReadModelReader(pool, projector))
         clock = SystemClock()
         history = History(host, FileArchive(config), clock)
-        if stores:
-            host.retain = projector.projected
-            process.spawn(projector.run(), name="projector")
-            process.spawn(_follow_rebuilds(settings, projector), name="rebuild")
-        process.spawn(
-            PaymentEvents(Flows(host, directory), bus, clock, group=_group(config)).run(), name="payment-events"
-        )
+        wallet = Wallet(host, NoDirectory(), NoReadModel())
+        if not settings.wallet_alone:
+            wallet = await _join(process, host, config, clock)
         peers = _peers(settings, config)
         if peers:
             process.spawn(Relay(host, peers, process.channel).run(), name="relay")
@@ -104,6 +77,35 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
             scopes=SCOPES,
             raw_handlers=servicer.raw_handlers(),
         )
+
+
+async def _join(process: Process, host: WalletHost, config: ShardHostConfig, clock: Clock) -> Wallet:
+    """Names, read model and bus: the wallet as a part of the platform."""
+    settings = process.settings
+    pool = await process.postgres("wallet")
+    valkey = await process.valkey()
+    bus = await process.bus()
+    directory = PostgresDirectory(pool)
+    lag = metrics.gauge("ducat_wallet_projection_lag_events", "Durable events that the read model lacks.", ["shard"])
+
+    def find_base(shard: int, sequence: int | None) -> SnapshotBase | None:
+        return newest_base(config, shard, sequence=sequence)
+
+    stores: list[Store] = [PostgresStore(pool), ValkeyStore(valkey, find_base)] if settings.wallet_projection else []
+    projector = Projector(
+        host,
+        stores,
+        is_transient=is_transient,
+        is_busy=lambda: host.native.rows_in_flight > 0,
+        on_progress=lambda shard, at, durable: lag.labels(str(shard)).set(durable - at),
+    )
+    if stores:
+        host.retain = projector.projected
+        process.spawn(projector.run(), name="projector")
+        process.spawn(_follow_rebuilds(settings, projector), name="rebuild")
+    flows = Flows(host, directory)
+    process.spawn(PaymentEvents(flows, bus, clock, group=_group(config)).run(), name="payment-events")
+    return Wallet(host, directory, ReadModelReader(pool, projector))
 
 
 def host_config(settings: Settings) -> ShardHostConfig:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from wallet_core.simulation import Options, SimulatedShard, run_seed
-
 from tests.simulation import planted
+from wallet_core.simulation import Options, SimulatedShard, run_seed
 
 SEEDS_MAX = 120
 #: What the mistake shows itself by: the rule that is broken.

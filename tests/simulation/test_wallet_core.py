@@ -15,9 +15,8 @@ import pytest
 
 import ops.simulate
 from ops.__main__ import main
-from wallet_core.simulation import Options, run_seed
-
 from tests.simulation.planted import AcknowledgesBeforeSync, TwinShard
+from wallet_core.simulation import Options, run_seed
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 120

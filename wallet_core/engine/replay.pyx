@@ -268,28 +268,10 @@ cdef const char* replay_record(EngineState* e, const uint8_t* p) noexcept nogil:
     return b"unknown kind"
 
 
-cdef enum:
-    REPLAY_AHEAD = 24
-
-
-cdef inline void replay_fetch(const EngineState* e, const uint8_t* p) noexcept nogil:
-    cdef uint64_t hash = du_hash_id(du_load64(p), du_load64(p + 8))
-    cdef uint32_t ordinal
-    if du_unlikely(p[46] == KIND_ACCOUNT_OPENED):
-        index_prefetch(&e.accounts_index, hash)
-        return
-    ids_prefetch(e, hash)
-    ordinal = du_load32(p + 24)
-    if ordinal < e.account_count:
-        du_prefetch(&e.accounts[ordinal])
-    ordinal = du_load32(p + 28)
-    if ordinal < e.account_count:
-        du_prefetch(&e.accounts[ordinal])
-
-
 cdef int replay_apply(EngineState* e, const uint8_t* records, uint32_t count, uint64_t first_sequence,
                       uint64_t timestamp_ns) noexcept nogil:
-    cdef uint64_t i, fetched = 0
+    cdef uint64_t first = 0, i, n, hash
+    cdef uint32_t ordinal
     cdef const uint8_t* p
     cdef const char* reason = NULL
     cdef Record r
@@ -303,21 +285,34 @@ cdef int replay_apply(EngineState* e, const uint8_t* records, uint32_t count, ui
     clock_advance(e, timestamp_ns)
     if du_unlikely(e.accounts_index.old != NULL):
         index_move(e, &e.accounts_index, 4096)
-    for i in range(count):
-        while fetched < count and fetched <= i + REPLAY_AHEAD:
-            replay_fetch(e, records + fetched * EVENT_BYTES)
-            fetched += 1
-        p = records + i * EVENT_BYTES
-        e.sequence += 1
-        if du_likely(p[46] == KIND_MONEY_MOVED):
-            record_read(p, &r)
-            reason = replay_moved(e, &r)
-        else:
-            reason = replay_record(e, p)
-        if du_unlikely(reason != NULL):
-            e.replay_error = e.sequence
-            e.replay_reason = reason
-            poison(e)
-            return ENGINE_REFUSED
+    while first < count:
+        n = min(<uint64_t> BLOCK, count - first)
+        for i in range(n):
+            p = records + (first + i) * EVENT_BYTES
+            hash = du_hash_id(du_load64(p), du_load64(p + 8))
+            if du_unlikely(p[46] == KIND_ACCOUNT_OPENED):
+                index_prefetch(&e.accounts_index, hash)
+                continue
+            ids_prefetch(e, hash)
+            ordinal = du_load32(p + 24)
+            if ordinal < e.account_count:
+                du_prefetch(&e.accounts[ordinal])
+            ordinal = du_load32(p + 28)
+            if ordinal < e.account_count:
+                du_prefetch(&e.accounts[ordinal])
+        for i in range(n):
+            p = records + (first + i) * EVENT_BYTES
+            e.sequence += 1
+            if du_likely(p[46] == KIND_MONEY_MOVED):
+                record_read(p, &r)
+                reason = replay_moved(e, &r)
+            else:
+                reason = replay_record(e, p)
+            if du_unlikely(reason != NULL):
+                e.replay_error = e.sequence
+                e.replay_reason = reason
+                poison(e)
+                return ENGINE_REFUSED
+        first += n
     e.chain = du_chain_records(e.chain, records, count)
     return 0

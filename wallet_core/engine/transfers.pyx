@@ -7,9 +7,9 @@
 # are in-flight accounts, which no transfer may name.
 
 cdef enum:
-    RING_MASK = 31                  # rows between station 1 and 3, a power of two - 1
-    HASH_AHEAD = 24
-    FETCH_AHEAD = 12
+    RING_MASK = 15                  # rows between station 1 and 3, a power of two - 1
+    HASH_AHEAD = 12
+    FETCH_AHEAD = 6
     # what came of a row
     REPEATED = 1                    # answered from the id table
     STATELESS = 2                   # refused, not remembered

@@ -193,9 +193,10 @@ class SimulatedDisk:
         return self._flip(file, offset)
 
     def flip_snapshot_bit(self) -> tuple[str, int, int] | None:
-        """Flip one bit of the newest snapshot."""
+        """Flip one bit of the newest snapshot, unless nothing is left to fall back to: neither an older one
+        nor the whole log."""
         found = snapshot_files(self.snapshot_folder)
-        if not found:
+        if not found or (len(found) == 1 and segments(self.log_folder)[0] > 1):
             return None
         return self._flip(str(found[0].path), self._world.random.randrange(found[0].size_bytes))
 

@@ -108,6 +108,10 @@ def delivery_columns(sends: Sequence[Any]) -> tuple[Any, ...]:
     )
 
 
+def _codes(results: bytes) -> str:
+    return results.hex() if len(results) <= 16 else f"({len(results)} rows)"
+
+
 class SimulatedShard:
     """A shard that is up or down, and everything that has to survive it for the checks: what it applied,
     what it ever told anybody."""
@@ -357,7 +361,7 @@ class SimulatedShard:
             return
         results, events = getattr(engine, request.call)(*request.columns, self.now_ns, **request.options)
         self.close_frame(events)
-        self.world.note(f"shard {self.shard}:", request.call, results.hex(), "events up to", self.sequence)
+        self.world.note(f"shard {self.shard}:", request.call, _codes(results), "events up to", self.sequence)
         if request.crosses:
             for destination in range(self.config.shard_count):
                 if destination != self.shard:

@@ -88,6 +88,8 @@ class Simulation:
                 self._crash()
         self._heal()
         self._settle()
+        world.now_ns += HOLD_NS_MAX
+        self._settle(holds=True)
         models = check_books(self.shards)
         check_answers(self.clients.book, models)
         check_chains(self.clients)
@@ -154,15 +156,14 @@ class Simulation:
         world = self.world
         world.faulty, world.rot = False, 0.0
         world.note("faults stop, the network heals")
-        world.now_ns += HOLD_NS_MAX
         for shard in self.shards:
             shard.slow_until_ns = 0
             shard.fill_disk(False)
 
-    def _settle(self) -> None:
+    def _settle(self, *, holds: bool = False) -> None:
         world = self.world
         bound = world.steps + world.options.drain_steps
-        while not self._settled():
+        while not (self._settled() and (not holds or self._holds_ended())):
             for _ in range(8):
                 world.step()
             if world.steps > bound:
@@ -189,9 +190,11 @@ class Simulation:
             and shard.group.empty()
             and not shard.imaging
             and shard.engine.status().unsettled_count == 0
-            and shard.engine.next_deadline() == 0
             for shard in self.shards
         )
+
+    def _holds_ended(self) -> bool:
+        return all(shard.engine.next_deadline() == 0 for shard in self.shards)
 
     def _restart_all(self) -> None:
         self.world.rot = 0.3

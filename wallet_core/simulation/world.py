@@ -21,8 +21,11 @@ class Violation(Exception):
     """A rule of the wallet core does not hold. `rule` is its short name."""
 
     def __init__(self, rule: str, detail: str) -> None:
-        super().__init__(f"{rule}: {detail}")
+        super().__init__(rule, detail)
         self.rule, self.detail = rule, detail
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True)

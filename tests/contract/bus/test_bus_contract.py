@@ -361,3 +361,30 @@ async def test_consumer_survives_a_broker_restart(harness: Harness) -> None:
     await seen.has([f"id-{n}" for n in range(30)])
     for key in range(3):
         assert seen.ids_of(f"key-{key}") == [f"id-{n}" for n in range(30) if n % 3 == key]
+
+
+async def test_partitions_that_left_during_a_long_handler_come_back_to_life(harness: Harness) -> None:
+    """A handler runs for seconds, a second consumer joins and leaves meanwhile: afterwards the first one gets everything again."""
+    topic, bus, other = harness.topic(), await harness.open(), await harness.open()
+    seen, other_seen, started, go = Seen(), Seen(), asyncio.Event(), asyncio.Event()
+
+    async def handle(message: Message) -> None:
+        seen.add(message)
+        if message.message_id == "id-0":
+            started.set()
+            await go.wait()
+
+    await bus.publish(messages_of(topic, 1))
+    harness.start(bus.consume_each(topic, "g", handle, concurrency=1))
+    async with asyncio.timeout(30):
+        await started.wait()
+    joined = harness.start(other.consume_each(topic, "g", other_seen.each))
+    keys = 40
+    await bus.publish(messages_of(topic, keys, key_count=keys, start=1))
+    await asyncio.sleep(2.5)
+    go.set()
+    await other_seen.until(lambda: len(other_seen.messages) > 0)
+    await harness.stop(joined)
+    second = messages_of(topic, keys, key_count=keys, start=100)
+    await bus.publish(second)
+    await seen.has([message.message_id for message in second])
