@@ -135,7 +135,7 @@ def extension(source: str) -> Extension:
     return Extension(
         source.removesuffix(".pyx").replace("/", "."),
         [source],
-        depends=[str(path) for path in Path(source).parent.glob("*.p*")],
+        depends=[str(path) for path in sorted(Path("wallet_core").glob("*/*.p[xy]*")) if path.suffix != ".py"] + ["wallet_core/engine/native.h"],
         include_dirs=["."],
         extra_compile_args=[*flags, "-Wno-unused-function", "-pthread"],
         extra_link_args=["-pthread"],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
-__all__ = ["add_parser", "run_checkout", "run_wallet"]
+__all__ = ["add_parser", "run_checkout", "run_compare", "run_wallet"]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,6 +25,14 @@ def add_parser(subparsers: Any) -> None:
     wallet.add_argument("--smoke", action="store_true", help="small counts: shows that it works, not how fast")
     wallet.add_argument("--data-dir", help="folder for the log (default: a temporary one)")
     wallet.set_defaults(run=run_wallet)
+    compare = kinds.add_parser(
+        "compare", help="sharded Valkey, Try-Confirm-Cancel and the wallet core, each killed in mid-run"
+    )
+    compare.add_argument(
+        "--transfers", type=int, default=200_000, help="how many each (default 200,000; PostgreSQL fewer)"
+    )
+    compare.add_argument("--json", action="store_true", help="print one JSON object")
+    compare.set_defaults(run=run_compare)
     checkout = kinds.add_parser("checkout", help="CPU of a two-order checkout over all processes")
     checkout.add_argument("--checkouts", type=int, default=500, help="how many (default 500)")
     checkout.add_argument("--at-once", type=int, default=16, help="how many at a time (default 16)")
@@ -58,3 +68,20 @@ def run_checkout(args: argparse.Namespace) -> int:
     else:
         checkout.print_report(report)
     return 0 if all(report["checks"].values()) else 1
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from loadtest.baselines import ducat_wallet, postgres_tcc, valkey_lua
+
+    contenders = {"valkey_lua": valkey_lua, "postgres_tcc": postgres_tcc, "ducat": ducat_wallet}
+    report = {}
+    for name, contender in contenders.items():
+        with tempfile.TemporaryDirectory(prefix="ducat-bench-") as folder:
+            report[name] = contender.compare(Path(folder), args.transfers)
+    if args.json:
+        print(json.dumps(report), flush=True)
+    else:
+        for name, seen in report.items():
+            lost = ", ".join(f"{what} {value}" for what, value in seen["after_kill"].items() if value is not None)
+            print(f"{name:<14} {seen['transfers_per_second']:>12,.0f} transfers/s   after a kill: {lost}")
+    return 0 if report["ducat"]["after_kill"]["money_missing_minor"] == 0 else 1

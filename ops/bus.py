@@ -8,11 +8,14 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, cast
 
 from ducat.event.v1.event_pb2 import Envelope
+from kernel.errors import Unavailable
 from runtime.bus import TOPIC_GROUPS, Bus, BusPolicy, open_bus
 from runtime.bus.dead_letter import DeadLetter, DeadLetterStore, list_dead_letters, retry, retry_all
+from runtime.embedded import EmbeddedValkey
 from runtime.settings import Settings
 
 __all__ = ["add_parser", "run"]
@@ -39,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, settings: Settings | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Runs the command; the exit code: 0 done, 2 wrong use. Raises DucatError, such as NotFound for an unknown id."""
     if args.action == "retry" and bool(args.all) == bool(args.ids):
         print("bus dead-letter retry: give the ids to retry, or --all", file=sys.stderr)
@@ -47,13 +50,13 @@ def run(args: argparse.Namespace, settings: Settings | None = None) -> int:
     if args.action == "retry" and args.ids and not args.topic:
         print("bus dead-letter retry: ids need --topic", file=sys.stderr)
         return 2
-    return asyncio.run(_run(args, settings or Settings.load()))
+    return asyncio.run(_run(args, Settings.load()))
 
 
 async def _run(args: argparse.Namespace, settings: Settings) -> int:
     bus: Bus = await open_bus(
         settings.bus,
-        redis_url=settings.redis_url,
+        redis_url=_redis_url(settings) if settings.bus == "valkey" else "",
         kafka_bootstrap=settings.kafka_bootstrap,
         policy=BusPolicy(),
         name="ducat-bus",
@@ -71,6 +74,17 @@ async def _run(args: argparse.Namespace, settings: Settings) -> int:
     finally:
         await bus.close()
     return 0
+
+
+def _redis_url(settings: Settings) -> str:
+    """The settings' server, or the embedded one of a `ducat up` that runs on the settings' data folder."""
+    url = settings.redis_url or EmbeddedValkey(Path(settings.data_dir) / "valkey").running_url()
+    if not url:
+        raise Unavailable(
+            f"no bus: no Valkey answers on the data folder {settings.data_dir}; "
+            "start `ducat up`, or set DUCAT_DATA_DIR or DUCAT_REDIS_URL to where it runs"
+        )
+    return url
 
 
 def _show(letters: Sequence[DeadLetter], *, as_json: bool) -> None:

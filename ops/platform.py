@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from runtime.embedded.postgres import EmbeddedPostgres
-from runtime.embedded.valkey import EmbeddedValkey
+from runtime.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed
+from runtime.settings import Settings, split_address
 
 __all__ = ["PROCESSES", "DataFolderBusy", "Platform", "ProcessFailed", "free_port"]
 
@@ -36,14 +36,6 @@ PROCESSES: dict[str, str] = {
 }
 """Name of each process → the package that `python -m` runs."""
 
-DEFAULT_PORTS = {
-    "gateway": 8080,
-    "payment": 50051,
-    "executor": 50052,
-    "wallet": 50053,
-    "ledger": 50054,
-    "sandbox": 8070,
-}
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 RESTART_DELAY_S_MIN = 0.2
@@ -60,7 +52,7 @@ class DataFolderBusy(Exception):
 
 
 class ProcessFailed(Exception):
-    """A process did not become ready; the message has the end of its log."""
+    """A process or an embedded server did not become ready; the message has the end of its log."""
 
 
 def free_port() -> int:
@@ -95,7 +87,8 @@ class Platform:
 
     ``data_dir`` holds all data. ``free_ports`` picks free loopback ports instead of the well-known ones, so that
     several platforms run side by side. ``env`` is passed on to every process (DUCAT_… settings). ``executor_count``
-    executors run side by side. ``log`` gets one line for each thing that happens.
+    executors run side by side. ``log`` gets one line for each thing that happens. What the settings say (``env``,
+    secrets files, ducat.toml) about servers and addresses holds here too. Raises SettingsInvalid.
     """
 
     def __init__(
@@ -110,7 +103,10 @@ class Platform:
         self.data_dir = data_dir.absolute()
         self.env = dict(env or {})
         self.log = log
-        self.ports = {name: free_port() if free_ports else port for name, port in DEFAULT_PORTS.items()}
+        self.settings = Settings.load(environ=self.env)
+        listens = {name: split_address(self.settings.listen_of(name)) for name in PROCESSES}
+        self.hosts = {name: "127.0.0.1" if free_ports else host for name, (host, _) in listens.items()}
+        self.ports = {name: free_port() if free_ports else port or free_port() for name, (_, port) in listens.items()}
         self.executor_count = executor_count
         self.processes: dict[str, ManagedProcess] = {}
         self.postgres: EmbeddedPostgres | None = None
@@ -126,14 +122,31 @@ class Platform:
 
     @property
     def gateway_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports['gateway']}"
+        return self._url("gateway")
 
     @property
     def sandbox_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports['sandbox']}"
+        return self._url("sandbox")
 
     def grpc_address(self, name: str) -> str:
-        return f"127.0.0.1:{self.ports[name]}"
+        if self._is_given(f"{name}_address"):
+            return str(getattr(self.settings, f"{name}_address"))
+        return self._dialed(name)
+
+    def _url(self, name: str) -> str:
+        if self._is_given(f"{name}_url"):
+            return str(getattr(self.settings, f"{name}_url"))
+        return f"{'https' if self.settings.tls_cert_file else 'http'}://{self._dialed(name)}"
+
+    def _is_given(self, setting: str) -> bool:
+        """Whether somebody chose this address. On free ports nobody can have."""
+        return not self._free_ports and setting in self.settings.model_fields_set
+
+    def _dialed(self, name: str) -> str:
+        host = self.hosts[name]
+        if host in ("0.0.0.0", "::", "*"):  # noqa: S104 - compared, not bound
+            host = "localhost"
+        return _joined(host, self.ports[name])
 
     # Life
 
@@ -219,16 +232,19 @@ class Platform:
         self._lock = lock
 
     async def _start_servers(self) -> None:
-        self.database_url = self.env.get("DUCAT_DATABASE_URL", "")
-        self.redis_url = self.env.get("DUCAT_REDIS_URL", "")
-        if not self.database_url:
-            self.postgres = EmbeddedPostgres(self.data_dir / "postgres")
-            self.database_url = await asyncio.to_thread(self.postgres.start)
-            self.log("started embedded PostgreSQL")
-        if not self.redis_url:
-            self.valkey = EmbeddedValkey(self.data_dir / "valkey")
-            self.redis_url = await asyncio.to_thread(self.valkey.start)
-            self.log("started embedded Valkey")
+        self.database_url = self.settings.database_url
+        self.redis_url = self.settings.redis_url
+        try:
+            if not self.database_url:
+                self.postgres = EmbeddedPostgres(self.data_dir / "postgres")
+                self.database_url = await asyncio.to_thread(self.postgres.start)
+                self.log("started embedded PostgreSQL")
+            if not self.redis_url:
+                self.valkey = EmbeddedValkey(self.data_dir / "valkey")
+                self.redis_url = await asyncio.to_thread(self.valkey.start)
+                self.log("started embedded Valkey")
+        except ServerFailed as error:
+            raise ProcessFailed(str(error)) from error
 
     async def _migrate(self) -> None:
         from runtime.migrations import migrate_all
@@ -243,7 +259,11 @@ class Platform:
             for name, server in (("PostgreSQL", self.postgres), ("Valkey", self.valkey)):
                 if server is not None and server.pid is None:
                     self.log(f"embedded {name} ended; starting it again")
-                    await asyncio.to_thread(server.start)
+                    try:
+                        await asyncio.to_thread(server.start)
+                    except (ServerFailed, OSError) as error:  # the next round tries again
+                        self.log(f"embedded {name} does not start: {error}")
+                        await asyncio.sleep(RESTART_DELAY_S_MAX)
 
     async def _start_group(self, name: str) -> None:
         count = self.executor_count if name == "executor" else 1
@@ -260,11 +280,12 @@ class Platform:
             self._watchers.append(asyncio.create_task(self._watch(process), name=f"watch {member}"))
 
     def _environment(self, name: str, member: str) -> dict[str, str]:
-        listen = {f"DUCAT_{key.upper()}_LISTEN": f"127.0.0.1:{port}" for key, port in self.ports.items()}
+        listen = {f"DUCAT_{key.upper()}_LISTEN": _joined(self.hosts[key], port) for key, port in self.ports.items()}
         if member != name:
-            listen[f"DUCAT_{name.upper()}_LISTEN"] = "127.0.0.1:0"
+            listen[f"DUCAT_{name.upper()}_LISTEN"] = _joined(self.hosts[name], 0)
         return {
             **os.environ,
+            **self.env,
             **listen,
             **{
                 f"DUCAT_{key.upper()}_ADDRESS": self.grpc_address(key)
@@ -273,7 +294,6 @@ class Platform:
             "DUCAT_GATEWAY_URL": self.gateway_url,
             "DUCAT_SANDBOX_URL": self.sandbox_url,
             "DUCAT_DATA_DIR": str(self.data_dir),
-            **self.env,
             "DUCAT_DATABASE_URL": self.database_url,
             "DUCAT_REDIS_URL": self.redis_url,
             "PYTHONUNBUFFERED": "1",
@@ -343,6 +363,10 @@ class Platform:
             self.log(f"{process.name} did not stop in {STOP_TIMEOUT_S:.0f} s; killing it")
             child.kill()
             await child.wait()
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _die_with_parent() -> None:

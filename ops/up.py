@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ops.platform import DataFolderBusy, Platform, ProcessFailed
+from runtime.settings import Settings
 
 __all__ = ["add_parser", "run"]
 
@@ -22,8 +23,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--data-dir",
-        default=os.environ.get("DUCAT_DATA_DIR", ".ducat"),
-        help="where all data lives (default .ducat)",
+        default="",
+        help="where all data lives (default: data_dir of the settings, which is .ducat)",
     )
     parser.add_argument("--free-ports", action="store_true", help="free ports instead of the well-known ones")
     parser.add_argument("--executors", type=int, default=1, help="executor processes side by side")
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 async def _up(args: argparse.Namespace) -> int:
     environment = {name: value for name, value in os.environ.items() if name.startswith("DUCAT_")}
     platform = Platform(
-        Path(args.data_dir),
+        Path(args.data_dir or Settings.load().data_dir),
         free_ports=args.free_ports,
         env=environment,
         executor_count=args.executors,

@@ -6,9 +6,9 @@
     events                      the log of a shard, also live
     snapshot | snapshots        write one now | list them
     verify                      replay the log beside the live state and compare digests
-    restore                     a shard's folder from a snapshot and log segments elsewhere (the wallet is
-    stopped) rebuild                     fill the read model again from the logs serve
-    run a wallet process here
+    restore                     a shard's folder from a snapshot and log segments elsewhere (the wallet is stopped)
+    rebuild                     fill the read model again from the logs
+    serve                       run a wallet process here
 
 ACCOUNT is a name such as seller/SELL-XYZ-1/USD, or an id of 32 hexadecimal digits.
 """
@@ -90,9 +90,9 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, settings: Settings | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Runs one sub-command; returns the exit code."""
-    settings = settings or Settings.load()
+    settings = Settings.load()
     if args.wallet_command == "serve":
         return _serve(args)
     if args.wallet_command == "restore":

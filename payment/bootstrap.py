@@ -22,7 +22,7 @@ from payment.service.timers import INTERVAL_S, Timers
 from runtime import inbox, trace
 from runtime.logs import get_logger
 from runtime.outbox import OutboxRelay
-from runtime.postgres import Pool, connect
+from runtime.postgres import connect
 from runtime.process import Process
 from runtime.settings import Settings
 
@@ -33,9 +33,6 @@ SCHEMA = "payment"
 PLANNER = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 """Every statement of this room finds a handful of rows by key. Left alone, the planner expects a hundred rows of each JSON list and
 answers with hash joins over whole tables until they have many thousands of rows."""
-PRUNE_INTERVAL_S = 3600.0
-PRUNE_BATCHES_MAX = 100
-"""Batches of one pruning, so that it cannot keep the database busy; the rest waits for the next."""
 
 _logger = get_logger("bootstrap")
 
@@ -76,7 +73,7 @@ async def serve(settings: Settings) -> None:
         for topic in (EXECUTOR_EVENTS, WALLET_EVENTS):
             process.spawn(bus.consume(topic, GROUP, reports_handler(reports, topic)), name=topic)
         process.spawn(_every(INTERVAL_S, timers.run_once, "timers"), name="timers")
-        process.spawn(_every(PRUNE_INTERVAL_S, lambda: _prune(pool), "inbox pruning"), name="inbox pruning")
+        process.spawn(inbox.keep_pruned(pool), name="inbox pruning")
         await process.serve_grpc(
             settings.payment_listen,
             [
@@ -99,10 +96,3 @@ async def _every(interval_s: float, work: Callable[[], Awaitable[None]], name: s
         except Exception:
             _logger.exception("a timer failed; it runs again", timer=name, interval_s=interval_s)
         await asyncio.sleep(interval_s)
-
-
-async def _prune(pool: Pool) -> None:
-    async with pool.acquire() as connection:
-        for _ in range(PRUNE_BATCHES_MAX):
-            if await inbox.prune(connection) < inbox.PRUNE_BATCH:
-                return

@@ -131,6 +131,7 @@ class _Guard:
         self._concurrency_max = settings.grpc_concurrency_max
         self._unary_running = 0
         self._streams_running = 0
+        metrics.in_flight = lambda: self._unary_running + self._streams_running
         self._tasks: set[asyncio.Task[Any]] = set()
         self.scopeless: list[str] = []
 

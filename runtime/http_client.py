@@ -81,16 +81,18 @@ class HttpPool:
         if self._session is None:
             self._session = self._open()
         url = yarl.URL(self._base + target, encoded=True)
+        is_repeat = False
         try:
             try:
                 return await self._exchange(self._session, method, url, headers, body)
             except (aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPipeError):
                 if method in _REPEATED_BY_AIOHTTP:
                     raise
+                is_repeat = True  # the first one may have arrived: from here on nothing is certainly not sent
                 return await self._exchange(self._session, method, url, headers, body)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             why = getattr(error, "strerror", None) or error
-            raise NotSent(f"no connection to {self._origin} ({type(error).__name__}: {why})") from error
+            raise (NoReply if is_repeat else NotSent)(f"no connection to {self._origin} ({type(error).__name__}: {why})") from error
         except TimeoutError as error:
             raise NoReply(f"no whole answer from {self._origin} within {self._timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:

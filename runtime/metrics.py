@@ -68,7 +68,8 @@ class RpcMetrics(Collector):
         ] = {}  # method → count of each bucket, one above all, and the sum of seconds
         self._codes: dict[tuple[str, str], int] = {}
         self._registry = registry
-        self.in_flight = 0
+        self.in_flight: Callable[[], int] = lambda: 0
+        """How many RPCs run; whoever counts them sets it."""
         if registry is not None:
             registry.register(self)
 
@@ -107,7 +108,7 @@ class RpcMetrics(Collector):
             duration.add_metric((method,), buckets, latency[-1])
         yield handled
         yield duration
-        yield GaugeMetricFamily(f"ducat_rpc_{self._side}_in_flight", "RPCs that are running.", value=self.in_flight)
+        yield GaugeMetricFamily(f"ducat_rpc_{self._side}_in_flight", "RPCs that are running.", value=self.in_flight())
 
     def describe(self) -> Iterable[Metric]:
         """No families before the first RPC."""

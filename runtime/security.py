@@ -35,6 +35,8 @@ __all__ = [
     "channel_credentials",
     "check_listen",
     "create_token",
+    "list_tokens",
+    "revoke_token",
     "server_credentials",
 ]
 
@@ -206,11 +208,35 @@ def create_token(path: str, name: str, scopes: Sequence[str], expire_time: datet
     entry = f'[[token]]\nname = "{name}"\nsha256 = "{digest}"\nscopes = [{listed}]\n'
     if expire:
         entry += f"expire_time = {expire.isoformat().replace('+00:00', 'Z')}\n"
+    _replace_tokens(file, f"{before.rstrip()}\n\n{entry}".lstrip())
+    return token
+
+
+def list_tokens(path: str) -> list[Caller]:
+    """Who has a token, in the order of the file. Raises SettingsInvalid."""
+    return [caller for _, caller in _read_tokens(path).values()]
+
+
+def revoke_token(path: str, name: str) -> None:
+    """Takes the named token out of the file; the other entries stay as they are, comments too.
+
+    Raises SettingsInvalid where there is none of that name.
+    """
+    if all(caller.name != name for caller in list_tokens(path)):
+        raise SettingsInvalid(f"{path}: no token is named {name!r}; see `ducat token list`")
+    file = Path(path)
+    head, *entries = re.split(r"(?m)^(?=[ \t]*\[\[token\]\])", file.read_text())
+    kept = [entry for entry in entries if tomllib.loads(entry)["token"][0]["name"] != name]
+    _replace_tokens(file, "".join((head, *kept)))
+
+
+def _replace_tokens(file: Path, text: str) -> None:
     beside = file.with_name(f"{file.name}.{os.getpid()}.new")
     beside.touch(mode=0o600)
-    beside.write_text(f"{before.rstrip()}\n\n{entry}".lstrip())
+    if file.exists():
+        beside.chmod(file.stat().st_mode & 0o777)
+    beside.write_text(text)
     beside.replace(file)
-    return token
 
 
 # --- TLS

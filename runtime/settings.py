@@ -395,6 +395,8 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     """One line a wrong key. Never the value: it may be a secret."""
     lines = []
     for each in error.errors(include_url=False, include_input=False, include_context=False):
+        if each["type"] == "default_factory_not_called":
+            continue  # only says that another field is wrong
         path = ".".join(str(part) for part in each["loc"])
         name = str(each["loc"][0]) if each["loc"] else ""
         where = f" (from {origins[name]})" if name in origins else ""

@@ -76,6 +76,8 @@ class GatewayApp:
         self._tokens = TokenStore(settings.auth_tokens_file) if settings.auth_tokens_file else None
         self._requests_max = settings.grpc_concurrency_max
         self._running = 0
+        if metrics is not None:
+            metrics.in_flight = lambda: self._running
         extra = _STRICT_TRANSPORT if settings.gateway_url.startswith("https:") else ()
         self._page_headers = (*_FOR_PAGES, *extra)
         self._data_headers = (*_FOR_DATA, *extra)
@@ -154,6 +156,7 @@ class GatewayApp:
         if isinstance(event, list):
             raise _invalid("the payment event", event)
         payment, replayed = await self._payment.create_payment(event)
+        _logger.info("payment created", checkout_id=event.checkout_id, replayed=replayed)
         return _created(payment_view(payment), f"/v1/payments/{event.checkout_id}", replayed)
 
     async def _get_payment(self, request: Request) -> Response:
@@ -165,6 +168,7 @@ class GatewayApp:
         if isinstance(payout_request, list):
             raise _invalid("the payout", payout_request)
         payout, replayed = await self._payment.create_payout(payout_request)
+        _logger.info("payout created", reference=payout_request.reference, replayed=replayed)
         return _created(payout_view(payout), f"/v1/payouts/{payout_request.reference}", replayed)
 
     async def _get_payout(self, request: Request) -> Response:

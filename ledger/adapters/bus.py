@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ducat.event.v1 import event_pb2
 from ledger.domain import Fact, FactKind
 from ledger.service import PostFacts
 from runtime.bus import Message
+from runtime.logs import get_logger
 
 __all__ = ["BATCH_MAX", "GROUP", "TOPIC", "LedgerConsumer", "fact_of"]
 
@@ -21,6 +22,8 @@ PACE_S = 0.05
 event than one
 of 64 (docs/ledger.md). Nobody waits for the ledger; the first event after a quiet time is taken at once.
 """
+
+_logger = get_logger("ledger.bus")
 
 # Envelope field → the kind of fact and the field with our reference. Every other event is skipped: a reader ignores
 # what it does not know.
@@ -49,16 +52,25 @@ class LedgerConsumer:
         """One batch, one transaction. Raises for a message that is malformed or contradicts the journal; the bus
         isolates it.
         """
-        await self._post_facts.handle(_facts_of(messages))
+        facts = [(message, fact) for message in messages if (fact := _fact_in(message)) is not None]
+        await self._post_facts.handle((message.message_id, fact) for message, fact in facts)
+        if facts:
+            _log_facts(facts)
         if len(messages) < BATCH_MAX and self._pace_s > 0:
             await asyncio.sleep(self._pace_s)
 
 
-def _facts_of(messages: Sequence[Message]) -> Iterator[tuple[str, Fact]]:
-    for message in messages:
-        fact = fact_of(event_pb2.Envelope.FromString(message.payload))
-        if fact is not None:
-            yield message.message_id, fact
+def _fact_in(message: Message) -> Fact | None:
+    return fact_of(event_pb2.Envelope.FromString(message.payload))
+
+
+def _log_facts(facts: Sequence[tuple[Message, Fact]]) -> None:
+    """One line a batch, since a line costs as much as an entry; it has the trace of each payment in the batch."""
+    _logger.info(
+        "facts posted",
+        references=[fact.merchant_reference for _, fact in facts],
+        trace_ids=list(dict.fromkeys(message.traceparent[3:35] for message, _ in facts)),
+    )
 
 
 def fact_of(envelope: event_pb2.Envelope) -> Fact | None:

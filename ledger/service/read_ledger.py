@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-
 from kernel.errors import FieldViolation, InvalidArgument, NotFound, ResourceExhausted
+from kernel.page_token import page_token, position_of_token, token_invalid
 from ledger.domain import Statement, TrialBalance, statement_of, trial_balance_of
 from ledger.service.ports import AccountRow, EntryRow, Journal
 
@@ -15,8 +12,6 @@ __all__ = [
     "ENTRY_PAGE_SIZE_DEFAULT",
     "STATEMENT_LINE_COUNT_MAX",
     "ReadLedger",
-    "page_token",
-    "position_of_token",
 ]
 
 ACCOUNT_PAGE_SIZE_DEFAULT = 100
@@ -60,8 +55,8 @@ class ReadLedger:
         before = _POSITION_MAX
         if token:
             text = position_of_token(token, *filters)
-            if not (text.isascii() and text.isdecimal() and 0 < int(text) <= _POSITION_MAX):
-                raise _token_invalid()
+            if not (len(text) < 20 and text.isascii() and text.isdecimal() and 0 < int(text) <= _POSITION_MAX):
+                raise token_invalid()
             before = int(text)
         rows = await self._journal.entries(merchant_reference, account_name, before, limit + 1)
         more = page_token(str(rows[limit - 1].position), *filters) if len(rows) > limit else ""
@@ -91,30 +86,3 @@ class ReadLedger:
                 metadata={"limit": "STATEMENT_LINE_COUNT_MAX"},
             )
         return statement_of(account_name, row.kind, row.currency_code, debit, credit, movements)
-
-
-def page_token(position: str, *filters: str) -> str:
-    """An opaque token that holds a position and a digest of the filters that it belongs to."""
-    return base64.urlsafe_b64encode(_digest(filters) + position.encode()).decode()
-
-
-def position_of_token(token: str, *filters: str) -> str:
-    """The position of a token. Raises InvalidArgument (PAGE_TOKEN_INVALID) for one that these filters did not give."""
-    try:
-        raw = base64.b64decode(token, altchars=b"-_", validate=True)
-        if raw[:8] == _digest(filters) and len(raw) > 8:
-            return raw[8:].decode()
-    except (binascii.Error, ValueError):
-        pass
-    raise _token_invalid()
-
-
-def _digest(filters: tuple[str, ...]) -> bytes:
-    return hashlib.sha256("\0".join(filters).encode()).digest()[:8]
-
-
-def _token_invalid() -> InvalidArgument:
-    violation = FieldViolation("page_token", "must be the next_page_token of an answer to the same filters")
-    return InvalidArgument(
-        "page_token is not one of these filters", violations=[violation], reason="PAGE_TOKEN_INVALID"
-    )

@@ -120,12 +120,13 @@ def echoing() -> Iterator[str]:
 class Client:
     """The load generator's process. It waits twice: before it measures, and after, before it checks."""
 
-    def __init__(self, plan: Plan, *, echo: bool = False) -> None:
+    def __init__(self, plan: Plan, *, echo: bool = False, quiet: bool = False) -> None:
         document = json.dumps({**asdict(plan), "echo": echo})
         self.child = subprocess.Popen(
             [sys.executable, "-m", "loadtest.bench.client", document],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if quiet else None,
             text=True,
         )
 

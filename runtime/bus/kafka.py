@@ -65,6 +65,7 @@ RETENTION_MS = 14 * 86_400_000
 """Of topics that this bus makes. Must stay below the inbox's retention: a lost group offset replays from the oldest message."""
 ADMIN_TIMEOUT_S = 15.0
 PRODUCE_QUEUE_WAIT_S = 0.01
+COMPLAIN_INTERVAL_S = 10.0
 BACKOFF_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.0)
 
 _HEADER_ID, _HEADER_TRACE = "message-id", "traceparent"
@@ -80,6 +81,7 @@ class KafkaBus:
     ) -> None:
         self.policy = policy
         self.name = name
+        self._complain_at = 0.0
         self.settings: dict[str, Any] = {
             "bootstrap.servers": bootstrap,
             "client.id": name,
@@ -88,8 +90,9 @@ class KafkaBus:
             "reconnect.backoff.ms": 50,
             "reconnect.backoff.max.ms": 2_000,
             "allow.auto.create.topics": False,
-            "log_level": 2,
+            "log_level": 2,  # the library says "connection refused" dozens of times a second; _complain says it now and then
             "logger": _library_log,
+            "error_cb": self._complain,
             **(options or {}),
         }
         self._loop = asyncio.get_running_loop()
@@ -208,6 +211,13 @@ class KafkaBus:
                 return
             raise Unavailable(f"topic {topic} does not exist and may not be made: {text}") from error
         raise Unavailable(f"topic {topic} cannot be made now: {text}") from error
+
+    def _complain(self, error: KafkaError) -> None:
+        """Called in the library's threads."""
+        now = time.monotonic()
+        if error.fatal() or now >= self._complain_at:
+            self._complain_at = now + COMPLAIN_INTERVAL_S
+            _log.warning("Kafka is in trouble", error=error.str(), code=error.name(), is_fatal=error.fatal())
 
     def _admin(self) -> Any:
         return AdminClient(dict(self.settings))
@@ -622,10 +632,17 @@ class _Consumer:
         if offsets:
             with contextlib.suppress(KafkaException):
                 consumer.commit(offsets=offsets, asynchronous=False)
+        self._unpause(consumer, partitions)
 
-    def _on_lost(self, _consumer: Any, partitions: Sequence[Any]) -> None:
+    def _on_lost(self, consumer: Any, partitions: Sequence[Any]) -> None:
         _log.warning("partitions were lost", topic=self._topic, group=self._group, count=len(partitions))
         self._on_loop(self._revoke([partition.partition for partition in partitions]))
+        self._unpause(consumer, partitions)
+
+    def _unpause(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        """librdkafka remembers a pause beyond the assignment: a partition that leaves paused would come back silent."""
+        with contextlib.suppress(KafkaException):
+            consumer.resume(partitions)
 
     def _on_loop(self, coroutine: Any) -> Any:
         try:

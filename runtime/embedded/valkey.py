@@ -105,6 +105,15 @@ class EmbeddedValkey:
         self._wait_until_it_answers()
         return self.url
 
+    def running_url(self) -> str:
+        """The URL of the server that another process (`ducat up`) runs on this folder; empty where none answers."""
+        password = self.folder / "password"
+        if not password.is_file():
+            return ""
+        self._password = password.read_text().strip()
+        self._socket = socket_folder(self.folder, SOCKET_NAME) / SOCKET_NAME
+        return self.url if self._answers() else ""
+
     def stop(self) -> None:
         """Stop cleanly; everything acknowledged is on disk. No effect when it does not run."""
         process, self._process = self._process, None

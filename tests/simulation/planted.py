@@ -123,12 +123,12 @@ class SnapshotsWhatIsNotDurable(SimulatedShard):
 
 
 class KeepsTooLittleLog(SimulatedShard):
-    """Retention keeps the log back to the newest snapshot: a bad one has nothing to fall back to."""
+    """Retention keeps one snapshot and the log behind it: a bad one has nothing to fall back to."""
 
     def retain(self) -> None:
-        newest = snapshot_files(self.folder / "snapshots")[0]
-        for older in snapshot_files(self.folder / "snapshots")[1:]:
-            older.path.unlink()
+        newest, *older = snapshot_files(self.folder / "snapshots")
+        for one in older:
+            one.path.unlink()
         delete_segments_below(self.folder / "log", newest.sequence)
 
 

@@ -27,7 +27,7 @@ RULES: dict[type[SimulatedShard], set[str]] = {
     planted.ForgetsRefusedIds: {"lost acknowledgement", "a repeated id is answered differently"},
     planted.SettlesWithoutReturning: {"conservation"},
 }
-OPTIONS = {planted.KeepsTooLittleLog: Options(heavy_share=0.5, steps=300)}
+OPTIONS = {planted.KeepsTooLittleLog: Options(heavy_share=1.0, steps=600)}
 
 
 def test_every_planted_mistake_is_tried() -> None:

@@ -2,6 +2,10 @@
 # guards that let it be written (pair assertions); the first that contradicts stops the replay and poisons the engine,
 # with its sequence number and the reason. Included by _engine.pyx.
 
+cdef enum:
+    REPLAY_BLOCK = 8                # records whose memory is fetched together
+
+
 cdef struct Record:
     uint64_t id0
     uint64_t id1
@@ -270,7 +274,7 @@ cdef const char* replay_record(EngineState* e, const uint8_t* p) noexcept nogil:
 
 cdef int replay_apply(EngineState* e, const uint8_t* records, uint32_t count, uint64_t first_sequence,
                       uint64_t timestamp_ns) noexcept nogil:
-    cdef uint64_t first = 0, i, n, hash
+    cdef uint64_t first = 0, fetched = 0, i, n, hash
     cdef uint32_t ordinal
     cdef const uint8_t* p
     cdef const char* reason = NULL
@@ -286,8 +290,9 @@ cdef int replay_apply(EngineState* e, const uint8_t* records, uint32_t count, ui
     if du_unlikely(e.accounts_index.old != NULL):
         index_move(e, &e.accounts_index, 4096)
     while first < count:
-        n = min(<uint64_t> BLOCK, count - first)
-        for i in range(n):
+        # the memory of the next block is fetched before this one is applied
+        n = min(<uint64_t> 2 * REPLAY_BLOCK, count - first)
+        for i in range(fetched, n):
             p = records + (first + i) * EVENT_BYTES
             hash = du_hash_id(du_load64(p), du_load64(p + 8))
             if du_unlikely(p[46] == KIND_ACCOUNT_OPENED):
@@ -300,6 +305,8 @@ cdef int replay_apply(EngineState* e, const uint8_t* records, uint32_t count, ui
             ordinal = du_load32(p + 28)
             if ordinal < e.account_count:
                 du_prefetch(&e.accounts[ordinal])
+        fetched = n - min(n, <uint64_t> REPLAY_BLOCK)
+        n -= fetched
         for i in range(n):
             p = records + (first + i) * EVENT_BYTES
             e.sequence += 1

@@ -54,7 +54,7 @@ cdef enum:
     NONE = 0xFFFFFFFF               # no ordinal, no hold, no slot
     ID_AHEAD_MS = 300000
     SEND_CHUNK = 1024               # sends in one chunk
-    BLOCK = 32                      # records, or account rows, whose memory is fetched together
+    BLOCK = 32                      # account rows whose index slots are fetched together
     PREPARE_BYTES = 8388608         # account records touched ahead
     CURRENCY_COUNT_MAX = 1024
     INDEX_BITS_MIN = 10

@@ -192,11 +192,11 @@ class SimulatedDisk:
         offset += self._world.random.randrange(length)
         return self._flip(file, offset)
 
-    def flip_snapshot_bit(self) -> tuple[str, int, int] | None:
-        """Flip one bit of the newest snapshot, unless nothing is left to fall back to: neither an older one
-        nor the whole log."""
+    def flip_snapshot_bit(self, taken: int) -> tuple[str, int, int] | None:
+        """Flip one bit of the newest snapshot. `taken`: how many there should be; with fewer than two there
+        may be nothing to fall back to but the whole log, and then it must be there."""
         found = snapshot_files(self.snapshot_folder)
-        if not found or (len(found) == 1 and segments(self.log_folder)[0] > 1):
+        if not found or (taken < 2 and segments(self.log_folder)[0] > 1):
             return None
         return self._flip(str(found[0].path), self._world.random.randrange(found[0].size_bytes))
 

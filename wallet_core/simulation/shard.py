@@ -129,6 +129,7 @@ class SimulatedShard:
         self.frames: list[AppliedFrame] = []  # applied, in order; what a crash took is cut off
         self.known_sequence = 0  # the highest sequence number that anybody outside may rely on
         self.fault_rate = self.fault_rate_min + 0.02 * world.chance() * world.chance()
+        self.snapshots_taken = 0  # since the last one that was damaged
         # this life
         self.life = 0
         self.up = False
@@ -227,7 +228,7 @@ class SimulatedShard:
             return
         if self.world.faulty and self.life and self.world.chance() < 0.15:
             self._start_damaged()
-        rotten = self.world.chance() < self.world.rot and self.disk.flip_snapshot_bit()
+        rotten = self.world.chance() < self.world.rot and self.disk.flip_snapshot_bit(self.snapshots_taken)
         engine, log, snapshot_sequence, skipped = self.recover()
         if rotten:
             self.world.fault("snapshot bit flipped")
@@ -235,6 +236,7 @@ class SimulatedShard:
                 log.close()
                 raise Violation("damaged snapshot used", f"shard {self.shard}: {rotten[0]} byte {rotten[1]}")
             Path(rotten[0]).unlink()  # an operator takes it away
+            self.snapshots_taken = 1
         self._check_recovered(engine, snapshot_sequence)
         self.engine, self.log = engine, log
         self.sequence = engine.status().sequence
@@ -536,6 +538,7 @@ class SimulatedShard:
         self.engine.image_end()
         self.writer.finish(frame_hash)
         self.writer, self.imaging = None, False
+        self.snapshots_taken += 1
         self.world.counts["snapshot taken during load"] += 1
         self.world.note(f"shard {self.shard}: snapshot taken")
         self.retain()

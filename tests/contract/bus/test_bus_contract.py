@@ -368,17 +368,17 @@ async def test_partitions_that_left_during_a_long_handler_come_back_to_life(harn
     topic, bus, other = harness.topic(), await harness.open(), await harness.open()
     seen, other_seen, started, go = Seen(), Seen(), asyncio.Event(), asyncio.Event()
 
-    async def handle(message: Message) -> None:
-        seen.add(message)
-        if message.message_id == "id-0":
+    async def handle(messages: Sequence[Message]) -> None:
+        seen.add(*messages)
+        if messages[0].message_id == "id-0":
             started.set()
             await go.wait()
 
     await bus.publish(messages_of(topic, 1))
-    harness.start(bus.consume_each(topic, "g", handle, concurrency=1))
+    harness.start(bus.consume(topic, "g", handle))
     async with asyncio.timeout(30):
         await started.wait()
-    joined = harness.start(other.consume_each(topic, "g", other_seen.each))
+    joined = harness.start(other.consume(topic, "g", other_seen.batch))
     keys = 40
     await bus.publish(messages_of(topic, keys, key_count=keys, start=1))
     await asyncio.sleep(2.5)

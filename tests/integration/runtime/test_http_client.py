@@ -187,3 +187,26 @@ async def test_nothing_is_smuggled_into_a_header(bad: dict[str, str]) -> None:
         await HttpPool("http://127.0.0.1:1", timeout_s=1).request("GET", "/a b", {})
     with pytest.raises(ValueError, match="base_url"):
         HttpPool("ftp://x", timeout_s=1)
+
+
+async def test_a_repeat_that_finds_nobody_is_no_reply_because_the_first_may_have_arrived() -> None:
+    """Risk: the PSP acts, dies before it answers, and its order is taken for never sent, so another PSP gets it too."""
+
+    async def act_and_die(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server.close()
+        writer.close()
+
+    received: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.append(await reader.readuntil(b"\r\n\r\n"))
+        await act_and_die(received[-1], reader, writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    pool = HttpPool(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout_s=5)
+    try:
+        with pytest.raises(NoReply):
+            await pool.request("POST", "/v1/payment_intents", {"Idempotency-Key": "ORD-1"}, b"")
+    finally:
+        await pool.close()
+    assert len(received) == 1

@@ -14,7 +14,6 @@ from ops.bus import add_parser, kind_of, run
 from runtime.bus import Message
 from runtime.bus._dispatch import Delivery
 from runtime.bus.valkey import ValkeyBus
-from runtime.settings import Settings
 
 ENVELOPE = Envelope(event_id="e-1", payment_completed=PaymentCompleted(checkout_id="c-1")).SerializeToString()
 
@@ -33,28 +32,30 @@ async def bury(url: str, *messages: Message) -> None:
     await bus.close()
 
 
-def test_list_shows_what_failed_and_retry_sends_it_again(valkey_url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Settings(redis_url=valkey_url)
-    assert run(command("list"), settings) == 0
+def test_list_shows_what_failed_and_retry_sends_it_again(
+    valkey_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUCAT_REDIS_URL", valkey_url)
+    assert run(command("list")) == 0
     assert capsys.readouterr().out == "no dead letters\n"
     good, broken = Message("payment.events", "c-1", "e-1", ENVELOPE), Message("payment.events", "c-2", "e-2", b"\xff")
     asyncio.run(bury(valkey_url, good, broken))
 
-    assert run(command("list", "--json"), settings) == 0
+    assert run(command("list", "--json")) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["message_id"], row["kind"], row["group"], row["deliveries"], row["error"]) for row in rows] == [
         ("e-1", "payment_completed", "wallet", 8, "ValueError: no"),
         ("e-2", "(no envelope)", "wallet", 8, "ValueError: no"),
     ]
-    assert run(command("list", "--topic", "payment.events"), settings) == 0
+    assert run(command("list", "--topic", "payment.events")) == 0
     assert "payment.events → wallet  payment_completed  key c-1" in capsys.readouterr().out
 
     with pytest.raises(NotFound):
-        run(command("retry", "--topic", "payment.events", "9-9"), settings)
-    assert run(command("retry", "--topic", "payment.events", rows[0]["id"]), settings) == 0
+        run(command("retry", "--topic", "payment.events", "9-9"))
+    assert run(command("retry", "--topic", "payment.events", rows[0]["id"])) == 0
     assert capsys.readouterr().out == f"retried 1: {rows[0]['id']}\n"
-    assert run(command("retry", "--all"), settings) == 0
-    assert run(command("list"), settings) == 0
+    assert run(command("retry", "--all")) == 0
+    assert run(command("list")) == 0
     assert capsys.readouterr().out.endswith("no dead letters\n")
 
 

@@ -1,4 +1,4 @@
-"""Risk: an event that is read as another one, an unknown event that stops the ledger, a page token that reads what it must not."""
+"""Risk: an event that is read as another one, an unknown event that stops the ledger."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from typing import Any
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ducat.common.v1 import common_pb2
 from ducat.event.v1 import event_pb2
-from kernel.errors import InvalidArgument
 from ledger.adapters.bus import LedgerConsumer, fact_of
 from ledger.domain import Fact, FactKind
 from ledger.service import PostFacts, Received
-from ledger.service.read_ledger import page_token, position_of_token
 from runtime.bus import Message
 
 USD = common_pb2.Money(currency_code="USD", amount_minor=7500)
@@ -113,17 +109,3 @@ async def test_a_batch_reaches_the_journal_as_one_and_each_entry_once() -> None:
     assert [[each.message_id for each in batch] for batch in kept.batches] == [["m0", "m2"]]
     await consumer.handle(messages[1:2])
     assert len(kept.batches) == 1  # nothing to write, nothing asked of the database
-
-
-@given(st.text(max_size=40), st.text(max_size=10))
-def test_only_our_own_token_of_the_same_filter_is_taken(token: str, merchant_reference: str) -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        position_of_token(token, "entries", merchant_reference)
-    assert caught.value.reason == "PAGE_TOKEN_INVALID"
-
-
-@given(st.text(min_size=1, max_size=200, alphabet=st.characters(exclude_categories=["Cs"])), st.text(max_size=20))
-def test_a_token_gives_its_position_back(position: str, prefix: str) -> None:
-    assert position_of_token(page_token(position, "accounts", prefix), "accounts", prefix) == position
-    with pytest.raises(InvalidArgument):
-        position_of_token(page_token(position, "accounts", prefix), "accounts", prefix + "x")

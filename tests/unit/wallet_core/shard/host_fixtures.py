@@ -139,4 +139,6 @@ class Driver:
         return {one.shard: one.digest for one in self.host.shards()}
 
     def close(self) -> None:
+        for shard in self.host.shard_ids:
+            self.host.log(shard).hold_sync(False)  # a failed test must not hang in its teardown
         self.host.close()
