@@ -26,6 +26,7 @@ EXTENSION_SOURCES = (
     "wallet_core/event_log/_file.pyx",
     "wallet_core/shard/_host.pyx",
 )
+NATIVE_SUFFIXES = (".pyx", ".pxd", ".pxi", ".h")
 DEBUG = os.environ.get("DUCAT_CYTHON_DEBUG") == "1"
 MARCH = os.environ.get("DUCAT_MARCH", "")
 
@@ -135,7 +136,7 @@ def extension(source: str) -> Extension:
     return Extension(
         source.removesuffix(".pyx").replace("/", "."),
         [source],
-        depends=[str(path) for path in sorted(Path("wallet_core").glob("*/*.p[xy]*")) if path.suffix != ".py"] + ["wallet_core/engine/native.h"],
+        depends=[str(path) for path in sorted(Path("wallet_core").glob("*/*")) if path.suffix in NATIVE_SUFFIXES],
         include_dirs=["."],
         extra_compile_args=[*flags, "-Wno-unused-function", "-pthread"],
         extra_link_args=["-pthread"],

@@ -206,15 +206,10 @@ async def run_checkout(platform: Platform, body: bytes, *, log: Callable[[str], 
     """Posts a payment event to a running platform, pays every order, waits for every effect, and pays half a wallet
     out."""
     async with (
-        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as http,
-        ducat.aio.Client(
-            payment_address=platform.grpc_address("payment"),
-            wallet_address=platform.grpc_address("wallet"),
-            ledger_address=platform.grpc_address("ledger"),
-            executor_address=platform.grpc_address("executor"),
-        ) as client,
+        platform.http_session() as http,
+        platform.client() as client,
     ):
-        checkout_id = await _post_event(http, platform.gateway_url, body)
+        checkout_id = await _post_event(http, platform, body)
         log(f"checkout {checkout_id}: {platform.gateway_url}/checkout/{checkout_id}")
         await _play_buyer(http, client, checkout_id)
         payment = await _wait(lambda: _payment_if_done(client, checkout_id), f"payment {checkout_id} to be done")
@@ -236,10 +231,9 @@ async def run_checkout(platform: Platform, body: bytes, *, log: Callable[[str], 
 # Steps
 
 
-async def _post_event(http: aiohttp.ClientSession, gateway_url: str, body: bytes) -> str:
-    async with http.post(
-        f"{gateway_url}/v1/payments", data=body, headers={"content-type": "application/json"}
-    ) as answer:
+async def _post_event(http: aiohttp.ClientSession, platform: Platform, body: bytes) -> str:
+    headers = {"content-type": "application/json", **platform.http_headers()}
+    async with http.post(f"{platform.gateway_url}/v1/payments", data=body, headers=headers) as answer:
         document = json.loads(await answer.read())
         if answer.status not in (200, 201):
             raise EventRefused(answer.status, document)

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import ducat.aio
 from ops.demo import read_books
 from ops.platform import Platform, ProcessFailed
 
@@ -81,9 +80,7 @@ async def _locust(args: argparse.Namespace, platform: Platform) -> int:
 
 async def _invariants(platform: Platform) -> dict[str, bool]:
     """The invariants, once what is still under way has landed."""
-    async with ducat.aio.Client(
-        wallet_address=platform.grpc_address("wallet"), ledger_address=platform.grpc_address("ledger")
-    ) as client:
+    async with platform.client() as client:
         deadline = asyncio.get_running_loop().time() + SETTLE_S_MAX
         while True:
             books = await read_books(client)

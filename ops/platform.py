@@ -14,6 +14,7 @@ import fcntl
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import aiohttp
+
+import ducat
+import ducat.aio
 from runtime.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed
 from runtime.settings import Settings, split_address
 
@@ -132,6 +137,34 @@ class Platform:
         if self._is_given(f"{name}_address"):
             return str(getattr(self.settings, f"{name}_address"))
         return self._dialed(name)
+
+    def client(self) -> ducat.aio.Client:
+        """A client of every service, with the token and the certificates of the platform's own settings."""
+        settings = self.settings
+        tls = None
+        if settings.tls_ca_file:
+            tls = ducat.TLS(settings.tls_ca_file, settings.tls_cert_file or None, settings.tls_key_file or None)
+        return ducat.aio.Client(
+            payment_address=self.grpc_address("payment"),
+            wallet_address=self.grpc_address("wallet"),
+            ledger_address=self.grpc_address("ledger"),
+            executor_address=self.grpc_address("executor"),
+            token=settings.auth_token.get_secret_value(),
+            tls=tls,
+        )
+
+    def http_session(self) -> aiohttp.ClientSession:
+        """For calls to the gateway and the hosted pages; trusts the platform's own authority where it has one."""
+        ca = self.settings.tls_ca_file
+        context: ssl.SSLContext | bool = ssl.create_default_context(cafile=ca) if ca else True
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=context), cookie_jar=aiohttp.DummyCookieJar()
+        )
+
+    def http_headers(self) -> dict[str, str]:
+        """What a call of the REST API carries; never send it to another origin than the gateway."""
+        token = self.settings.auth_token.get_secret_value()
+        return {"authorization": f"Bearer {token}"} if token else {}
 
     def _url(self, name: str) -> str:
         if self._is_given(f"{name}_url"):

@@ -483,3 +483,24 @@ async def test_metrics_count_by_method_and_code() -> None:
     assert registry.get_sample_value("ducat_rpc_server_handled_total", labels) == 3
     buckets = {"method": f"/{SERVICE}/CancelPayment", "le": "+Inf"}
     assert registry.get_sample_value("ducat_rpc_server_duration_seconds_bucket", buckets) == 3
+
+
+async def test_metrics_say_how_many_calls_run_now() -> None:
+    """Risk: a gauge that always says 0."""
+    registry = CollectorRegistry()
+    held = asyncio.Event()
+
+    async def wait(_request: Any, _context: Any) -> None:
+        await held.wait()
+
+    def running() -> float | None:
+        return registry.get_sample_value("ducat_rpc_server_in_flight")
+
+    servicer = PaymentServicer(wait)
+    async with served(servicer, load(), metrics=RpcMetrics(registry=registry)) as (stub, _, _channel):
+        calls = [asyncio.ensure_future(stub.CancelPayment(CANCEL)) for _ in range(2)]
+        await until(lambda: servicer.calls == 2)
+        assert running() == 2
+        held.set()
+        await asyncio.gather(*calls)
+        await until(lambda: running() == 0)
