@@ -12,7 +12,7 @@ from decimal import Decimal
 __all__ = ["AMOUNT_MINOR_MAX", "CURRENCY_EXPONENTS", "AmountInvalid", "Money", "minor_from_decimal"]
 
 AMOUNT_MINOR_MAX = 10**15
-"""Largest amount of one order, refund or payout, in minor units; a wallet balance may grow to 2**63 - 1."""
+"""Largest amount of one order, refund or payout, in minor units; a wallet balance may grow to 2**62 - 1."""
 
 _ZERO = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"
 _THREE = "BHD IQD JOD KWD LYD OMR TND"
@@ -76,7 +76,7 @@ def minor_from_decimal(amount: Decimal, currency_code: str) -> int:
     kept, rest = (digits, ()) if shift >= 0 else (digits[:shift], digits[shift:])
     if any(rest):
         raise AmountInvalid(f"has more decimals than {currency_code} allows ({exponent})")
-    minor = int("".join(map(str, kept)) or "0") * 10 ** max(shift, 0)
+    minor = int("".join(map(str, kept)) or "0") * int(10 ** max(shift, 0))
     if minor > AMOUNT_MINOR_MAX:
         raise AmountInvalid(f"must not be more than {Money(currency_code, AMOUNT_MINOR_MAX)}")
     return minor

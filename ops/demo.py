@@ -26,6 +26,7 @@ from urllib.parse import urljoin
 import aiohttp
 
 import ducat.aio
+import ducat.errors
 from ducat.common.v1 import common_pb2
 from ducat.ledger.v1 import ledger_pb2
 from ducat.payment.v1 import payment_pb2, payout_pb2
@@ -195,7 +196,7 @@ async def _demo(body: bytes, folder: Path, *, as_json: bool) -> int:
             print(f"  {violation['field'] or '(body)'}: {violation['description']}", file=sys.stderr)
         print("nothing was stored", file=sys.stderr)
         return EXIT_INVALID
-    except (DemoFailed, ProcessFailed) as error:
+    except (DemoFailed, ProcessFailed, ducat.errors.DucatError, aiohttp.ClientError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return EXIT_FAILED
     finally:
@@ -347,19 +348,26 @@ async def _pay_half_out(client: ducat.aio.Client, payment: payment_pb2.Payment) 
     wallet = names.seller_wallet(paid.seller_account, currency)
     account = (await client.wallet.get_accounts(wallet_pb2.GetAccountsRequest(names=[wallet]))).accounts[0]
     reference = f"PAYOUT-{payment.checkout_id}"[:128]
-    await client.payments.create_payout(
-        payout_pb2.CreatePayoutRequest(
-            reference=reference,
-            seller_account=paid.seller_account,
-            amount=common_pb2.Money(currency_code=currency, amount_minor=account.available_minor // 2),
-            recipient=_bank_account(currency),
-            purpose=f"Seller payout for {payment.checkout_id}"[:200],
-        )
-    )
 
     async def final_payout() -> payout_pb2.Payout | None:
         payout = (await client.payments.get_payout(payout_pb2.GetPayoutRequest(reference=reference))).payout
         return payout if payout.state in PAYOUT_STATES_FINAL else None
+
+    try:
+        await final_payout()  # durable data: an earlier run may have made it, of another half
+    except ducat.errors.NotFound:
+        half = account.available_minor // 2
+        if not half:
+            return [], f"{wallet} has too little for a payout"
+        await client.payments.create_payout(
+            payout_pb2.CreatePayoutRequest(
+                reference=reference,
+                seller_account=paid.seller_account,
+                amount=common_pb2.Money(currency_code=currency, amount_minor=half),
+                recipient=_bank_account(currency),
+                purpose=f"Seller payout for {payment.checkout_id}"[:200],
+            )
+        )
 
     return [await _wait(final_payout, f"payout {reference} to end")], ""
 

@@ -157,9 +157,7 @@ class Platform:
         """For calls to the gateway and the hosted pages; trusts the platform's own authority where it has one."""
         ca = self.settings.tls_ca_file
         context: ssl.SSLContext | bool = ssl.create_default_context(cafile=ca) if ca else True
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=context), cookie_jar=aiohttp.DummyCookieJar()
-        )
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context), cookie_jar=aiohttp.DummyCookieJar())
 
     def http_headers(self) -> dict[str, str]:
         """What a call of the REST API carries; never send it to another origin than the gateway."""
@@ -372,7 +370,14 @@ class Platform:
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, RESTART_DELAY_S_MAX)
             process.restart_count += 1
-            await self._spawn(process)
+            while True:
+                try:
+                    await self._spawn(process)
+                    break
+                except OSError as error:  # no memory, no process slots: not for ever
+                    self.log(f"{process.name} cannot be started ({error}); trying again in {delay_s:.1f} s")
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(delay_s * 2, RESTART_DELAY_S_MAX)
 
     async def _wait_first_ready(self, process: ManagedProcess) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S

@@ -208,6 +208,8 @@ def as_ducat_error(error: BaseException) -> DucatError:
             return inner
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return DeadlineExceeded("the deadline passed; the outcome is unknown: retry with the same idempotency key")
+    if _is_unstorable_text(error):
+        return InvalidArgument("text must not hold the character NUL")
     if _is_dependency_down(error):
         return Unavailable(
             "a dependency does not answer; retry with backoff", metadata={"dependency": _dependency(error)}
@@ -233,6 +235,14 @@ def _is_dependency_down(error: BaseException) -> bool:
     redis = sys.modules.get("redis.exceptions")
     return redis is not None and isinstance(
         error, redis.ConnectionError | redis.TimeoutError | redis.BusyLoadingError | redis.ReadOnlyError
+    )
+
+
+def _is_unstorable_text(error: BaseException) -> bool:
+    """NUL is fine in a protobuf string and in no PostgreSQL text; whatever text is stored or looked up came from a caller."""
+    asyncpg = sys.modules.get("asyncpg")
+    return asyncpg is not None and isinstance(
+        error, asyncpg.CharacterNotInRepertoireError | asyncpg.UntranslatableCharacterError
     )
 
 

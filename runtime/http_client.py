@@ -92,7 +92,9 @@ class HttpPool:
                 return await self._exchange(self._session, method, url, headers, body)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             why = getattr(error, "strerror", None) or error
-            raise (NoReply if is_repeat else NotSent)(f"no connection to {self._origin} ({type(error).__name__}: {why})") from error
+            raise (NoReply if is_repeat else NotSent)(
+                f"no connection to {self._origin} ({type(error).__name__}: {why})"
+            ) from error
         except TimeoutError as error:
             raise NoReply(f"no whole answer from {self._origin} within {self._timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:

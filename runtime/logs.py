@@ -29,6 +29,8 @@ _SECRET_KEY = re.compile(
 )
 _NOT_SECRET_KEY = frozenset({"token_name", "psp_token", "page_token"})
 _SECRET_TEXT = re.compile(r"(Bearer\s+|\bsk_|\bwhsec_|://[^/@:\s\"]*:)[^\s\"'@/,}{)(\]\[\\]{4,}|(\bducat_)[\w-]{32,}")
+_ROW_BEGIN = "Failing row contains ("
+_ROW = re.compile(r"Failing row contains \(.*\)")
 _process = ""
 
 EventDict = MutableMapping[str, Any]
@@ -82,6 +84,11 @@ def scrub(text: str) -> str:
     return _SECRET_TEXT.sub(r"\1\2****", text)
 
 
+def _without_row(text: str) -> str:
+    """PostgreSQL repeats a whole row in the error of a broken constraint: buyers' addresses, bank accounts."""
+    return _ROW.sub("Failing row contains (…)", text) if _ROW_BEGIN in text else text
+
+
 def _add_facts(_logger: Any, method: str, event: EventDict) -> EventDict:
     facts: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -96,7 +103,9 @@ def _add_facts(_logger: Any, method: str, event: EventDict) -> EventDict:
 
 
 def _mask_secrets(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    for key in event:
+    for key, value in event.items():
+        if isinstance(value, str) and _ROW_BEGIN in value:
+            event[key] = _without_row(value)
         if _SECRET_KEY.search(key) and key not in _NOT_SECRET_KEY and event[key]:
             event[key] = "****"
     return event
@@ -109,8 +118,8 @@ def _format_exception(_logger: Any, _method: str, event: EventDict) -> EventDict
     elif isinstance(error, tuple):
         error = error[1]
     if isinstance(error, BaseException):
-        event["error"] = f"{type(error).__name__}: {error}"
-        event["traceback"] = "".join(traceback.format_exception(error))
+        event["error"] = _without_row(f"{type(error).__name__}: {error}")
+        event["traceback"] = _without_row("".join(traceback.format_exception(error)))
     return event
 
 

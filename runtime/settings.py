@@ -157,7 +157,9 @@ class Settings(BaseSettings):
     orders_per_payment_max: int = Field(100, ge=1, le=1000, description="payment orders in one checkout")
     order_expiry_s: int = Field(86_400, ge=60, description="how long an order may stay unpaid before it expires")
     body_bytes_max: int = Field(262_144, ge=1024, description="largest HTTP body at the gateway")
-    postgres_connections_max: int = Field(10, ge=1, description="connections of one process's pool")
+    postgres_connections_max: int = Field(
+        10, ge=3, description="connections of one process's pool; the outbox relay keeps one of them"
+    )
 
     # executor
     executor_concurrency: int = Field(32, ge=1, description="orders that one executor runs at once")
@@ -196,6 +198,9 @@ class Settings(BaseSettings):
         True, description="follow the logs into the read model (off: for measurements of the shards alone)"
     )
     wallet_id_window_ms: int = Field(7 * _DAY_MS, ge=60_000, description="how far back transfer ids are remembered")
+    wallet_snapshot_events: int = Field(
+        5_000_000, ge=0, description="events of a shard after which a snapshot is taken; 0 = only when asked for"
+    )
 
     # bus
     bus_delivery_count_max: int = Field(

@@ -39,6 +39,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
     async with Process.start("wallet", settings) as process:
         config = host_config(settings)
         host = await WalletHost.open(config, progress=_log_progress)
+        host.on_snapshot_failure = _log_snapshot_failure
         process.on_close("shards", host.close)
         process.spawn(_stop_on_failure(host), name="shards")
         clock = SystemClock()
@@ -117,6 +118,7 @@ def host_config(settings: Settings) -> ShardHostConfig:
         segment_bytes=settings.wallet_segment_bytes,
         reserve_bytes=settings.wallet_disk_reserve_bytes,
         id_window_ms=settings.wallet_id_window_ms,
+        snapshot_events=settings.wallet_snapshot_events,
     )
 
 
@@ -188,5 +190,12 @@ async def _follow_rebuilds(settings: Settings, projector: Projector) -> None:
                 await connection.close()
 
 
+def _log_snapshot_failure(shard: int, error: Exception) -> None:
+    _log.warning("no snapshot could be taken", shard=shard, error=str(error))
+
+
 def _log_progress(progress: Progress) -> None:
+    if progress.stage == "damaged":
+        _log.warning("a snapshot was set aside", shard=progress.shard, problem=progress.problem)
+        return
     _log.debug("recovering", shard=progress.shard, stage=progress.stage, done=progress.done, total=progress.total)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from grpc import aio
 
+from ducat.common.v1 import common_pb2
 from ducat.executor.v1 import executor_pb2, executor_pb2_grpc
 from ducat.payment.v1 import payment_pb2
 from executor.adapters.messages import execute_order, execute_payout, execute_refund, money, set_time
@@ -16,11 +17,15 @@ from executor.service.execute import Executor
 from executor.service.health_board import HealthBoard
 from executor.service.notifications import Notifications
 from executor.service.ports import Channel, PspAdapter
+from kernel.errors import FieldViolation, InvalidArgument
+from kernel.money import AMOUNT_MINOR_MAX, CURRENCY_EXPONENTS
 from runtime import trace
 
 __all__ = ["SCOPES", "SERVICE_NAME", "ExecutorServicer"]
 
 SERVICE_NAME = "ducat.executor.v1.ExecutorService"
+REFERENCE_LENGTH_MAX = 128
+"""As the attempt table has it."""
 _WRITES = ("ExecuteOrder", "ExecuteRefund", "ExecutePayout")
 _READS = ("QueryAttempt", "VerifyNotification", "ListProviders")
 SCOPES: dict[str, str] = {
@@ -56,12 +61,14 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     async def ExecuteOrder(
         self, request: executor_pb2.ExecuteOrderRequest, context: _Context
     ) -> executor_pb2.ExecuteOrderResponse:
+        _check("order.payment_order_id", request.order.payment_order_id, "order.amount", request.order.amount)
         attempt = await self._executor.execute(execute_order(request.order), trace.current())
         return executor_pb2.ExecuteOrderResponse(attempt=_attempt(attempt))
 
     async def ExecuteRefund(
         self, request: executor_pb2.ExecuteRefundRequest, context: _Context
     ) -> executor_pb2.ExecuteRefundResponse:
+        _check("refund.refund_id", request.refund.refund_id, "refund.amount", request.refund.amount)
         attempt = await self._executor.execute(execute_refund(request.refund), trace.current())
         return executor_pb2.ExecuteRefundResponse(attempt=_attempt(attempt))
 
@@ -100,6 +107,20 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
                 failure_count=health.failure_count,
             )
         return response
+
+
+def _check(id_field: str, reference: str, amount_field: str, amount: common_pb2.Money) -> None:
+    """The events that these requests carry have no field rules: on the bus, a rule would only make dead letters."""
+    violations = []
+    if not 1 <= len(reference) <= REFERENCE_LENGTH_MAX:
+        violations.append(FieldViolation(id_field, f"must have 1 to {REFERENCE_LENGTH_MAX} characters"))
+    if amount.currency_code not in CURRENCY_EXPONENTS:
+        violations.append(FieldViolation(f"{amount_field}.currency_code", "must be an ISO 4217 code such as USD"))
+    if not 1 <= amount.amount_minor <= AMOUNT_MINOR_MAX:
+        violations.append(FieldViolation(f"{amount_field}.amount_minor", f"must be from 1 to {AMOUNT_MINOR_MAX}"))
+    if violations:
+        first = violations[0]
+        raise InvalidArgument(f"{first.field}: {first.description}", violations=violations)
 
 
 def _attempt(attempt: Attempt) -> executor_pb2.Attempt:

@@ -171,7 +171,7 @@ class HttpAnswer:
         """The body as a JSON object; an empty one where it is something else."""
         try:
             value = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
 

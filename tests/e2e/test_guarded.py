@@ -68,3 +68,26 @@ async def test_a_checkout_and_a_payout_over_mtls_with_tokens_and_one_trace(tmp_p
     created = next(json.loads(line) for line in logs["payment"].splitlines() if checkout_id in line)
     seen = {re.sub(r"-\d+$", "", name) for name, text in logs.items() if created["trace_id"] in text}
     assert seen >= {"gateway", "payment", "executor", "ledger"}
+
+
+@pytest.mark.timeout(180)
+async def test_given_servers_are_used_and_a_second_start_finds_everything_again(
+    postgres_dsn: str, valkey_url: str, tmp_path: Path
+) -> None:
+    """Risk: an embedded server is filled beside the given one; a restart of everything loses or repeats a payment."""
+    (tmp_path / "dsn").write_text(postgres_dsn)
+    env = {"DUCAT_DATABASE_URL_FILE": str(tmp_path / "dsn"), "DUCAT_REDIS_URL": valkey_url}
+    body = checkout(2)
+    seen = []
+    for _ in range(2):
+        platform = Platform(tmp_path / "data", free_ports=True, env=env, log=print)
+        try:
+            await platform.start()
+            outcome = await run_checkout(platform, body, log=print)
+        finally:
+            await platform.stop()
+        assert (platform.postgres, platform.valkey) == (None, None)
+        assert not (tmp_path / "data" / "postgres").exists()
+        seen.append({**outcome.as_json(), "payout": outcome.payouts[0].psp_payout_id})
+    assert seen[0] == seen[1], "the same checkout and payout again: the same ids, the same balances"
+    assert all(seen[1]["invariants"].values())

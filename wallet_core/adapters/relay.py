@@ -5,6 +5,9 @@ A shard's log is its outbox: whatever is not settled can be read from it again (
 no state: it sends in order, and after any failure it drops what it had, waits, and lets the shards send
 again everything unsettled. Receivers apply each saga number once and ignore gaps, so neither a lost nor a
 doubled delivery does harm.
+
+An outcome that gets lost is not sent again by itself: the debit shard, which lacks it, sends the credits again and is
+answered anew. That is what the look every `LOOK_S` is for: it finds what was taken by the peer long ago and never settled.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ QUEUE_BYTES_MAX = 64 * 1024 * 1024
 """What waits for one peer; above it is dropped, and read again from the logs later."""
 DELIVER_TIMEOUT_S = 5.0
 LIST_TIMEOUT_S = 1.0
+LOOK_S = 1.0
+"""How often it is asked whether anything that was sent does not settle; it is sent again after 1 to 2 of these."""
 RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 _KIND_NAMES: dict[int, Literal["credits", "outcomes", "forget"]] = {
@@ -56,7 +61,7 @@ class Relay:
 
     def take(self, deliveries: Sequence[Any]) -> None:
         """What the shards have for others, as `ShardHost.outbound` gives it."""
-        for destination, kind, source, number, position, count, payload in deliveries:
+        for destination, kind, source, number, position, count, payload, after in deliveries:
             address = self._peers.get(destination)
             if address is None:
                 _log.error("a shard without owner", shard=destination)
@@ -70,12 +75,15 @@ class Relay:
                     position=position,
                     count=count,
                     payload=payload,
+                    after_number=after,
                 )
             )
 
     async def run(self) -> None:
         """Delivers until cancelled."""
+        self.take(self._host.native.outbound())  # what the shards had before anybody listened
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._look())
             for address, queue in self._queues.items():
                 group.create_task(self._deliver_to(address, queue))
 
@@ -86,6 +94,7 @@ class Relay:
             if queue.is_spilled:
                 self._send_again(address, queue)
             deliveries = await queue.take()
+            queue.is_under_way = True
             try:
                 await stub.Deliver(relay_pb2.DeliverRequest(deliveries=deliveries), timeout=DELIVER_TIMEOUT_S)
                 failures = 0
@@ -96,6 +105,17 @@ class Relay:
                     _log.warning("a peer does not take deliveries", address=address, code=error.code().name)
                 await asyncio.sleep(delay)
                 self._send_again(address, queue)
+            finally:
+                queue.is_under_way = False
+
+    async def _look(self) -> None:
+        """Sends again what the peers took and never answered."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for shard in self._host.shard_ids:
+                for destination, address in self._peers.items():
+                    if not self._queues[address].is_busy:
+                        self._host.native.resend(shard, destination, stalled=True)
 
     def _send_again(self, address: str, queue: _Queue) -> None:
         """Forgets what waits for a peer; the shards give it out again, in order."""
@@ -114,6 +134,12 @@ class _Queue:
         self._bytes = 0
         self._some = asyncio.Event()
         self.is_spilled = False
+        self.is_under_way = False  # a call is, or is to be tried again
+
+    @property
+    def is_busy(self) -> bool:
+        """Something is on its way to the peer, or waits for it."""
+        return self.is_under_way or bool(self._waiting)
 
     def put(self, delivery: relay_pb2.Delivery) -> None:
         if self.is_spilled or self._bytes > QUEUE_BYTES_MAX:
@@ -168,6 +194,7 @@ class RelayServicer(RelayServiceServicer):
                     one.position,
                     one.count,
                     one.payload,
+                    one.after_number,
                 )
             except ValueError as error:
                 raise InvalidArgument(f"deliveries[{place}]: {error}") from error

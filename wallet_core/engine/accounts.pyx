@@ -42,6 +42,7 @@ cdef int account_add(EngineState* e, uint64_t id0, uint64_t id1, uint32_t curren
     if flags & IN_FLIGHT_ACCOUNT:
         e.currencies[e.currency_count].currency = currency
         e.currencies[e.currency_count].in_flight = <uint32_t> ordinal
+        e.currencies[e.currency_count].unsettled = 0
         e.currency_count += 1
     e.account_count += 1
     e.linear += account_attributes(a) * du_weight_attributes(ordinal)
@@ -65,13 +66,19 @@ cdef inline void emit_account(EngineState* e, EventBuffer* events, uint32_t kind
          ordinal | <uint64_t> a.currency << 32, a.flags | <uint64_t> kind << 48)
 
 
-cdef uint32_t in_flight_ordinal(const EngineState* e, uint32_t currency) noexcept nogil:
-    # The in-flight account of a currency, or NONE.
+cdef Currency* currency_find(EngineState* e, uint32_t currency) noexcept nogil:
+    # NULL = it has no in-flight account.
     cdef uint64_t i
     for i in range(e.currency_count):
         if e.currencies[i].currency == currency:
-            return e.currencies[i].in_flight
-    return NONE
+            return &e.currencies[i]
+    return NULL
+
+
+cdef inline uint32_t in_flight_ordinal(const EngineState* e, uint32_t currency) noexcept nogil:
+    # The in-flight account of a currency, or NONE.
+    cdef const Currency* found = currency_find(<EngineState*> e, currency)
+    return NONE if found == NULL else found.in_flight
 
 
 cdef inline bint in_flight_has_room(const EngineState* e, uint32_t currency) noexcept nogil:

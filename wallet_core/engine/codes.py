@@ -6,6 +6,7 @@ from __future__ import annotations
 from enum import IntEnum, IntFlag
 
 __all__ = [
+    "AMOUNT_MAX",
     "ID_AHEAD_MS",
     "SHARD_COUNT_MAX",
     "SHARD_LOCAL",
@@ -21,6 +22,9 @@ __all__ = [
 ID_AHEAD_MS = 5 * 60 * 1000
 #: A shard number fits one byte of an event record.
 SHARD_COUNT_MAX = 256
+#: Greatest amount of one transfer, and how far from 0 a command may bring a balance with what is held: 2^62 - 1.
+#: The rest of int64 is kept for money that comes back from another shard (docs/event-records.md, Limits).
+AMOUNT_MAX = (1 << 62) - 1
 #: Value of the credit_shards column for a credit account on the same shard.
 SHARD_LOCAL = 0xFFFF
 
@@ -60,7 +64,7 @@ class TransferResult(IntEnum):
     ID_AHEAD = 4
     ID_REUSED = 5
     FLAGS_INVALID = 6
-    AMOUNT_INVALID = 7
+    AMOUNT_INVALID = 7  # also above AMOUNT_MAX
     PENDING_ID_INVALID = 8
     TIMEOUT_INVALID = 9
     ACCOUNTS_SAME = 10
@@ -79,7 +83,7 @@ class TransferResult(IntEnum):
     CREDIT_ACCOUNT_FROZEN = 23
     INSUFFICIENT_FUNDS = 24
     BALANCE_LIMIT_EXCEEDED = 25
-    BALANCE_OVERFLOW = 26
+    BALANCE_OVERFLOW = 26  # the account, or what is under way between shards, would hold more than AMOUNT_MAX
     LINKED_FAILED = 27
     CHAIN_OPEN = 28
     WRONG_SHARD = 29

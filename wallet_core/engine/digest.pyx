@@ -30,10 +30,11 @@ cdef uint32_t totals_scan(const EngineState* e, CurrencyTotal* out, uint32_t cap
                 out[at].currency = a.currency
                 count += 1
         if a.flags & IN_FLIGHT_ACCOUNT:
-            out[at].in_flight += a.balance
+            out[at].in_flight = a.balance
         else:
             out[at].accounts += 1
-            out[at].balance += a.balance
-            out[at].held_out += a.held_out
-            out[at].held_in += a.held_in
+            # sums wrap, which only unsigned ones may
+            out[at].balance = <int64_t> (<uint64_t> out[at].balance + <uint64_t> a.balance)
+            out[at].held_out = <int64_t> (<uint64_t> out[at].held_out + <uint64_t> a.held_out)
+            out[at].held_in = <int64_t> (<uint64_t> out[at].held_in + <uint64_t> a.held_in)
     return count + min(beyond, <uint32_t> 1)

@@ -635,6 +635,10 @@ cdef int image_load_done(EngineState* e) noexcept nogil:
             return ENGINE_REFUSED
     if load_accounts_index(e) < 0 or load_ids(e) < 0 or load_holds(e) < 0:
         return poison(e)
+    if not load_unsettled(e):
+        e.replay_reason = b"sends of the image"
+        poison(e)
+        return ENGINE_REFUSED
     e.linear = linear_from_accounts(e)
     if e.linear != e.load_linear:
         e.replay_reason = b"digest of the image"
@@ -690,6 +694,21 @@ cdef int load_ids(EngineState* e) noexcept nogil:
         e.id_count += g.count
     generations_relink(e)
     return 0
+
+
+cdef bint load_unsettled(EngineState* e) noexcept nogil:
+    # Adds up what is under way. False: a send that no engine would have let go.
+    cdef uint64_t i, number
+    cdef const PendingSend* send
+    cdef Currency* currency
+    for i in range(SHARD_COUNT_MAX):
+        for number in range(e.sends[i].settled + 1, e.sends[i].last + 1):
+            send = send_at(&e.sends[i], number)
+            currency = currency_find(e, send.currency)
+            if currency == NULL or du_amount_invalid(send.amount) or unsettled_overflows(currency, send.amount):
+                return False
+            currency.unsettled += send.amount
+    return True
 
 
 cdef int load_holds(EngineState* e) noexcept nogil:

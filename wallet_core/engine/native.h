@@ -79,14 +79,25 @@ static inline uint64_t du_chain_records(uint64_t chain, const uint8_t *p, uint64
     return chain;
 }
 
-/* Money. Kept for every account: balance - held_out >= INT64_MIN, balance + held_in <= INT64_MAX, held amounts in int64. */
+/* Money. An amount is 1 to DU_AMOUNT_MAX. A command may bring balance - held_out down to -DU_AMOUNT_MAX and
+ * balance + held_in up to DU_AMOUNT_MAX; the other half of int64 is kept for sends that come back, of which at most
+ * DU_UNSETTLED_MAX a currency are under way, so that a return always fits (docs/event-records.md, Limits). Hence none of
+ * the sums below overflows. held_in needs no guard of its own: it is at most 2 * DU_AMOUNT_MAX, because no balance that
+ * can be held for is below -DU_AMOUNT_MAX. */
+#define DU_AMOUNT_MAX (((int64_t)1 << 62) - 1)
+#define DU_UNSETTLED_MAX ((int64_t)1 << 62)
+static inline int du_amount_invalid(int64_t amount) { return (uint64_t)amount - 1 >= (uint64_t)DU_AMOUNT_MAX; }
 static inline int du_debit_overflows(int64_t balance, int64_t held_out, int64_t amount) {
-    int64_t t;
-    return __builtin_add_overflow(held_out, amount, &t) || __builtin_sub_overflow(balance, t, &t);
+    return balance - held_out < amount - DU_AMOUNT_MAX || held_out > INT64_MAX - amount;
 }
 static inline int du_credit_overflows(int64_t balance, int64_t held_in, int64_t amount) {
+    return balance + held_in > DU_AMOUNT_MAX - amount;
+}
+/* What every history keeps true when a send comes back. */
+static inline int du_return_fits(int64_t balance, int64_t held_in, int64_t in_flight, int64_t amount) {
     int64_t t;
-    return __builtin_add_overflow(held_in, amount, &t) || __builtin_add_overflow(balance, t, &t);
+    return !__builtin_add_overflow(held_in, amount, &t) && !__builtin_add_overflow(balance, t, &t)
+        && !__builtin_sub_overflow(in_flight, amount, &t);
 }
 static inline int du_funds_short(int64_t balance, int64_t held_out, int64_t overdraft, int64_t amount) {
     return (__int128)balance - held_out + overdraft < amount;

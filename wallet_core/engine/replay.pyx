@@ -37,7 +37,7 @@ cdef inline const char* replay_accounts(const EngineState* e, const Record* r) n
     cdef uint8_t result
     if r.debit >= e.account_count or r.credit >= e.account_count or r.debit == r.credit:
         return b"accounts"
-    if r.amount <= 0:
+    if du_amount_invalid(r.amount):
         return b"amount"
     result = flags_check(&e.accounts[r.debit], &e.accounts[r.credit])
     if result != OK:
@@ -176,7 +176,7 @@ cdef const char* replay_refused(EngineState* e, const Record* r) noexcept nogil:
 cdef const char* replay_sent(EngineState* e, const uint8_t* p) noexcept nogil:
     cdef Record r
     cdef uint64_t credit0, credit1
-    cdef uint32_t in_flight
+    cdef Currency* currency
     cdef const Account* d
     cdef const char* reason
     record_read(p, &r)
@@ -186,10 +186,10 @@ cdef const char* replay_sent(EngineState* e, const uint8_t* p) noexcept nogil:
     if r.debit >= e.account_count:
         return b"accounts"
     d = &e.accounts[r.debit]
-    in_flight = in_flight_ordinal(e, d.currency)
-    if r.amount <= 0 or in_flight == NONE or d.flags & (CLOSED | FROZEN | IN_FLIGHT_ACCOUNT) or r.last == e.shard:
+    currency = currency_find(e, d.currency)
+    if du_amount_invalid(r.amount) or currency == NULL or d.flags & (CLOSED | FROZEN | IN_FLIGHT_ACCOUNT) or r.last == e.shard:
         return b"accounts"
-    if money_check(d, &e.accounts[in_flight], r.amount) != OK:
+    if money_check(d, &e.accounts[currency.in_flight], r.amount) != OK or unsettled_overflows(currency, r.amount):
         return b"funds or limits"
     r.fingerprint = du_fingerprint(d.id0, d.id1, credit0, credit1, <uint64_t> r.amount, r.code << 16, 0, 0)
     reason = replay_id(e, &r, STATE_PLAIN, IN_FLIGHT)
@@ -197,7 +197,8 @@ cdef const char* replay_sent(EngineState* e, const uint8_t* p) noexcept nogil:
         return reason
     if send_add(e, r.last, e.sequence, r.id0, r.id1, credit0, credit1, r.amount, r.debit, <uint32_t> r.code) < 0:
         return b"out of memory"
-    move(e, r.debit, in_flight, r.amount)
+    move(e, r.debit, currency.in_flight, r.amount)
+    currency.unsettled += r.amount
     return NULL
 
 

@@ -126,7 +126,7 @@ cdef uint8_t credit_check(const EngineState* e, uint64_t credit0, uint64_t credi
     # Step 2's guards: 7, 18, 19, 21, 23, 25, 26.
     cdef const Account* c
     cdef uint32_t in_flight
-    if amount <= 0:
+    if du_amount_invalid(amount):
         return AMOUNT_INVALID
     ordinal[0] = account_find(e, credit0, credit1)
     if ordinal[0] == NONE or e.accounts[ordinal[0]].flags & IN_FLIGHT_ACCOUNT:
@@ -214,13 +214,20 @@ cdef int credits_apply(EngineState* e, uint64_t source, uint64_t first_number, c
     return 0
 
 
+cdef inline bint unsettled_overflows(const Currency* currency, int64_t amount) noexcept nogil:
+    # Whether one more send would bring more under way than can come back.
+    return currency.unsettled > DU_UNSETTLED_MAX - amount
+
+
 cdef inline bint send_return(EngineState* e, SendQueue* q, uint64_t number, uint8_t result) noexcept nogil:
-    # The compensation of one send. False: the money does not fit back, which no history of real amounts reaches.
+    # The compensation of one send. It has no guard, because money must always come back: what is under way was bounded
+    # when it was sent (docs/event-records.md, Limits). False: the state contradicts that, so it is not to be trusted.
     cdef const PendingSend* send = send_at(q, number)
     cdef const Account* a = &e.accounts[send.debit_ordinal]
-    if du_credit_overflows(a.balance, a.held_in, send.amount):
+    cdef uint32_t in_flight = in_flight_ordinal(e, send.currency)
+    if not du_return_fits(a.balance, a.held_in, e.accounts[in_flight].balance, send.amount):
         return False
-    move(e, in_flight_ordinal(e, send.currency), send.debit_ordinal, send.amount)
+    move(e, in_flight, send.debit_ordinal, send.amount)
     ids_mark(e, du_load64(send.id), du_load64(send.id + 8), 0xFF, result)
     q.returned = number
     return True
@@ -231,6 +238,7 @@ cdef void sends_settle(EngineState* e, SendQueue* q, uint64_t upto) noexcept nog
     cdef uint64_t number
     cdef const PendingSend* send
     cdef IdEntry* entry
+    cdef Currency* currency = NULL
     for number in range(q.settled + 1, min(q.settled + 16, upto) + 1):
         send = send_at(q, number)
         ids_prefetch(e, du_hash_id(du_load64(send.id), du_load64(send.id + 8)))
@@ -239,6 +247,9 @@ cdef void sends_settle(EngineState* e, SendQueue* q, uint64_t upto) noexcept nog
             send = send_at(q, number + 16)
             ids_prefetch(e, du_hash_id(du_load64(send.id), du_load64(send.id + 8)))
         send = send_at(q, number)
+        if currency == NULL or currency.currency != send.currency:
+            currency = currency_find(e, send.currency)
+        currency.unsettled -= send.amount
         entry = ids_lookup(e, du_load64(send.id), du_load64(send.id + 8))
         if entry != NULL and entry.meta & 0xFF == IN_FLIGHT:
             if e.image != NULL:

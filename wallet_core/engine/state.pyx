@@ -31,6 +31,10 @@ cdef extern from "wallet_core/engine/native.h" nogil:
     uint64_t du_weight_attributes(uint64_t)
     uint64_t du_attributes(uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t)
     uint64_t du_chain_records(uint64_t, const uint8_t*, uint64_t)
+    const int64_t DU_AMOUNT_MAX
+    const int64_t DU_UNSETTLED_MAX
+    bint du_amount_invalid(int64_t)
+    bint du_return_fits(int64_t, int64_t, int64_t, int64_t)
     bint du_debit_overflows(int64_t, int64_t, int64_t)
     bint du_credit_overflows(int64_t, int64_t, int64_t)
     bint du_funds_short(int64_t, int64_t, int64_t, int64_t)
@@ -239,6 +243,7 @@ cdef struct CreditCursor:           # what one source has sent us
 cdef struct Currency:
     uint32_t currency
     uint32_t in_flight              # ordinal
+    int64_t unsettled               # sum of the sends that are not settled, to all destinations; at most DU_UNSETTLED_MAX
 
 
 cdef struct UndoEntry:              # one member of the open chain

@@ -119,7 +119,7 @@ cdef inline uint8_t money_check(const Account* d, const Account* c, int64_t amou
 cdef uint8_t balancing_amount(const Account* d, const Account* c, uint32_t flags, int64_t* amount) noexcept nogil:
     # As much as the limits allow, up to the amount asked for (0 = no maximum).
     if amount[0] == 0:
-        amount[0] = <int64_t> 0x7FFFFFFFFFFFFFFF
+        amount[0] = DU_AMOUNT_MAX
     if flags & BALANCING_DEBIT and not d.flags & MAY_OVERDRAW:
         amount[0] = du_within_funds(d.balance, d.held_out, d.overdraft_limit, amount[0])
         if amount[0] < 1:
@@ -135,12 +135,13 @@ cdef inline uint8_t row_check(const EngineState* e, const Transfer* t, bint chai
     # 6 to 10, then 28 to 32 (28 is found before): what the row says, whatever the accounts hold.
     cdef uint32_t kinds = t.flags & (HOLD | POST | VOID)
     cdef bint finishing = kinds == POST or kinds == VOID
-    if du_likely(t.flags == 0 and t.amount > 0 and (t.pending0 | t.pending1) == 0 and t.timeout_s == 0
+    if du_likely(t.flags == 0 and not du_amount_invalid(t.amount) and (t.pending0 | t.pending1) == 0 and t.timeout_s == 0
                  and t.credit_shard == SHARD_LOCAL and (t.debit0 != t.credit0 or t.debit1 != t.credit1)):
         return OK
     if t.flags & ~(<uint32_t> 63) or kinds & (kinds - 1) or (finishing and t.flags & (BALANCING_DEBIT | BALANCING_CREDIT)):
         return FLAGS_INVALID
-    if t.amount < 0 or (t.amount == 0 and not finishing and not t.flags & (BALANCING_DEBIT | BALANCING_CREDIT)):
+    if du_amount_invalid(t.amount) and not (
+            t.amount == 0 and (finishing or t.flags & (BALANCING_DEBIT | BALANCING_CREDIT))):
         return AMOUNT_INVALID
     if finishing:
         if not id_is_v7(t.pending0, t.pending1) or (t.pending0 == t.id0 and t.pending1 == t.id1):
@@ -198,7 +199,7 @@ cdef uint8_t finishing_check(const EngineState* e, Transfer* t) noexcept nogil:
 cdef uint8_t sending_check(const EngineState* e, Transfer* t) noexcept nogil:
     # The debit side of a transfer whose credit account lives on another shard: 17, 20, 22, 24, 26.
     cdef const Account* d
-    cdef uint32_t in_flight
+    cdef const Currency* currency
     t.debit = transfer_account(e, t.debit, t.debit_hash, t.debit0, t.debit1)
     if t.debit == NONE:
         return DEBIT_ACCOUNT_NOT_FOUND
@@ -211,10 +212,10 @@ cdef uint8_t sending_check(const EngineState* e, Transfer* t) noexcept nogil:
         return INSUFFICIENT_FUNDS
     if du_debit_overflows(d.balance, d.held_out, t.amount):
         return BALANCE_OVERFLOW
-    in_flight = in_flight_ordinal(e, d.currency)
-    if in_flight == NONE:
+    currency = currency_find(<EngineState*> e, d.currency)
+    if currency == NULL:
         return OK if in_flight_has_room(e, d.currency) else TOO_MANY_PENDING
-    if du_credit_overflows(e.accounts[in_flight].balance, 0, t.amount):
+    if du_credit_overflows(e.accounts[currency.in_flight].balance, 0, t.amount) or unsettled_overflows(currency, t.amount):
         return BALANCE_OVERFLOW
     return OK
 
@@ -326,6 +327,7 @@ cdef int transfer_send(EngineState* e, Transfer* t, EventBuffer* events) noexcep
     if send_add(e, t.credit_shard, e.sequence + 1, t.id0, t.id1, t.credit0, t.credit1, t.amount, t.debit, t.code) < 0:
         return -1
     move(e, t.debit, in_flight, t.amount)
+    currency_find(e, e.accounts[t.debit].currency).unsettled += t.amount
     emit(e, events, t.id0, t.id1, <uint64_t> t.amount, t.debit | t.credit0 << 32, t.credit0 >> 32 | t.credit1 << 32,
          t.credit1 >> 32 | <uint64_t> t.code << 32 | <uint64_t> KIND_MONEY_SENT << 48 | <uint64_t> t.credit_shard << 56)
     return 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from wallet_core.engine.codes import (
+    AMOUNT_MAX,
     ID_AHEAD_MS,
     SHARD_COUNT_MAX,
     SHARD_LOCAL,
@@ -49,6 +50,8 @@ K: Final = (
 U64: Final = (1 << 64) - 1
 INT64_MAX: Final = (1 << 63) - 1
 INT64_MIN: Final = -(1 << 63)
+#: Of one currency, what may be under way to other shards. With AMOUNT_MAX it makes INT64_MAX.
+UNSETTLED_MAX: Final = 1 << 62
 ZERO_ID: Final = bytes(16)
 CURRENCY_COUNT_MAX: Final = 1024
 
@@ -174,6 +177,7 @@ class State:
     sends: dict[int, Sends] = field(default_factory=dict)
     cursors: dict[int, Cursor] = field(default_factory=dict)
     in_flight: dict[bytes, int] = field(default_factory=dict)
+    unsettled: dict[bytes, int] = field(default_factory=dict)  # of a currency, the amounts of all pending sends
     sequence: int = 0
     now_ns: int = 0
     floor_ms: int = 0
@@ -444,11 +448,10 @@ class Twin:
             name = a.currency.rstrip(b"\0").decode()
             t = totals.get(name, CurrencyTotals(0, 0, 0, 0, 0))
             if a.flags & A.IN_FLIGHT:
-                totals[name] = t._replace(in_flight=t.in_flight + a.balance)
+                totals[name] = t._replace(in_flight=a.balance)
             else:
-                totals[name] = CurrencyTotals(
-                    t.accounts + 1, t.balance + a.balance, t.in_flight, t.held_out + a.held_out, t.held_in + a.held_in
-                )
+                sums = (t.balance + a.balance, t.in_flight, t.held_out + a.held_out, t.held_in + a.held_in)
+                totals[name] = CurrencyTotals(t.accounts + 1, *map(_wrapped, sums))
         return totals
 
     def sent(self, destination_shard: int) -> tuple[int, int]:
@@ -696,7 +699,7 @@ class Twin:
         balancing = row.flags & (F.BALANCING_DEBIT | F.BALANCING_CREDIT)
         if row.flags & ~ALL_TRANSFER_FLAGS or kinds.bit_count() > 1 or (finishing and balancing):
             return R.FLAGS_INVALID
-        if row.amount < 0 or (row.amount == 0 and not finishing and not balancing):
+        if not 0 <= row.amount <= AMOUNT_MAX or (row.amount == 0 and not finishing and not balancing):
             return R.AMOUNT_INVALID
         if finishing:
             if not is_v7(row.pending_id) or row.pending_id == row.id:
@@ -727,7 +730,7 @@ class Twin:
             return result, None
         amount = row.amount
         if row.flags & (F.BALANCING_DEBIT | F.BALANCING_CREDIT):
-            amount = amount or INT64_MAX
+            amount = amount or AMOUNT_MAX
             if row.flags & F.BALANCING_DEBIT and not debit.flags & A.MAY_OVERDRAW:
                 amount = min(amount, debit.available())
                 if amount < 1:
@@ -801,6 +804,8 @@ class Twin:
             return result, None
         if in_flight is None and not self._in_flight_has_room():
             return R.TOO_MANY_PENDING, None
+        if self._unsettled_overflows(debit, row.amount):
+            return R.BALANCE_OVERFLOW, None
         return R.IN_FLIGHT, Event(
             0,
             EventKind.MONEY_SENT,
@@ -811,6 +816,9 @@ class Twin:
             code=row.code,
             shard=row.credit_shard,
         )
+
+    def _unsettled_overflows(self, debit: Account, amount: int) -> bool:
+        return self.state.unsettled.get(debit.currency, 0) + amount > UNSETTLED_MAX
 
     def _execute(self, row: Row, event: Event) -> None:
         if event.kind is EventKind.MONEY_SENT:
@@ -884,7 +892,7 @@ class Twin:
         return result
 
     def _credit_guards(self, credit_id: bytes, amount: int, currency: bytes) -> int:
-        if amount <= 0:
+        if not 0 < amount <= AMOUNT_MAX:
             return R.AMOUNT_INVALID
         credit = self._usable(credit_id)
         if credit is None:
@@ -903,7 +911,7 @@ class Twin:
             return R.BALANCE_OVERFLOW
         if in_flight is None:
             return R.OK if self._in_flight_has_room() else R.CREDIT_ACCOUNT_NOT_FOUND
-        return R.BALANCE_OVERFLOW if balance - amount < INT64_MIN else R.OK
+        return R.BALANCE_OVERFLOW if balance - amount < -AMOUNT_MAX else R.OK
 
     # The id table.
 
@@ -944,6 +952,9 @@ class Twin:
     def _move(self, debit: int, credit: int, amount: int) -> None:
         self.state.accounts[debit].balance -= amount
         self.state.accounts[credit].balance += amount
+        # A bug, if not: no guard stands before money that comes back.
+        assert self.state.accounts[debit].balance >= INT64_MIN, "a balance below int64"
+        assert self.state.accounts[credit].balance + self.state.accounts[credit].held_in <= INT64_MAX, "above int64"
 
     def _apply(self, event: Event) -> None:
         s, kind = self.state, event.kind
@@ -987,7 +998,9 @@ class Twin:
         else:
             sends = s.sends[event.shard]
             for number in range(sends.settled + 1, event.number + 1):
-                known = self._known(sends.pending.pop(number).id)
+                send = sends.pending.pop(number)
+                s.unsettled[send.currency.encode() + b"\0"] -= send.amount
+                known = self._known(send.id)
                 if known and known.result == R.IN_FLIGHT:
                     known.result = R.OK
             sends.settled = event.number
@@ -1013,6 +1026,7 @@ class Twin:
         row = Row(event.id, debit.id, event.credit_id, event.amount, code=event.code)
         self._remember(event.id, Known(fingerprint_of(row), R.IN_FLIGHT))
         self._move(debit.ordinal, self.state.in_flight[debit.currency], event.amount)
+        self.state.unsettled[debit.currency] = self.state.unsettled.get(debit.currency, 0) + event.amount
         sends = self.state.sends.setdefault(event.shard, Sends())
         sends.last += 1
         sends.pending[sends.last] = SendView(
@@ -1035,7 +1049,8 @@ class Twin:
         elif kind is EventKind.ACCOUNT_UPDATED:
             _must(s.ordinals.get(event.id) == event.ordinal, "account update")
         elif kind in (EventKind.MONEY_MOVED, EventKind.HOLD_PLACED, EventKind.MONEY_RECEIVED, EventKind.MONEY_RETURNED):
-            _must(max(event.debit_ordinal, event.credit_ordinal) < len(s.accounts) and event.amount > 0, "accounts")
+            _must(max(event.debit_ordinal, event.credit_ordinal) < len(s.accounts), "accounts")
+            _must(0 < event.amount <= AMOUNT_MAX, "amount")
             debit, credit = s.accounts[event.debit_ordinal], s.accounts[event.credit_ordinal]
             if kind is not EventKind.MONEY_RETURNED:
                 _must(_flag_guards(debit, credit) == R.OK, "currency or account flags")
@@ -1052,8 +1067,13 @@ class Twin:
         if kind in (EventKind.HOLD_POSTED, EventKind.HOLD_VOIDED, EventKind.HOLD_EXPIRED):
             _must(any(hold.sequence == event.hold_sequence for hold in s.holds.values()), "hold not found")
         if kind is EventKind.MONEY_SENT:
-            _must(event.debit_ordinal < len(s.accounts) and event.amount > 0, "accounts")
-            _must(s.accounts[event.debit_ordinal].currency in s.in_flight, "accounts")
+            _must(event.debit_ordinal < len(s.accounts) and 0 < event.amount <= AMOUNT_MAX, "accounts")
+            debit = s.accounts[event.debit_ordinal]
+            _must(debit.currency in s.in_flight, "accounts")
+            _must(
+                _money_guards(debit, s.accounts[s.in_flight[debit.currency]], event.amount) == R.OK, "funds or limits"
+            )
+            _must(not self._unsettled_overflows(debit, event.amount), "funds or limits")
         if kind in (EventKind.MONEY_RECEIVED, EventKind.CREDIT_REFUSED):
             _must(event.number == s.cursors.get(event.shard, Cursor()).applied + 1, "saga number")
         if kind in (EventKind.MONEY_RETURNED, EventKind.SAGA_SETTLED):
@@ -1092,8 +1112,13 @@ def _flag_guards(debit: Account, credit: Account) -> int:
     return R.OK
 
 
+def _wrapped(total: int) -> int:
+    """A sum over accounts as the engine gives it: modulo 2^64, as int64."""
+    return (total - INT64_MIN & U64) + INT64_MIN
+
+
 def _credit_overflows(credit: Account, amount: int) -> bool:
-    return credit.held_in + amount > INT64_MAX or credit.balance + credit.held_in + amount > INT64_MAX
+    return credit.balance + credit.held_in + amount > AMOUNT_MAX
 
 
 def _money_guards(debit: Account, credit: Account, amount: int) -> int:
@@ -1101,7 +1126,7 @@ def _money_guards(debit: Account, credit: Account, amount: int) -> int:
         return R.INSUFFICIENT_FUNDS
     if credit.balance_limit and credit.balance + credit.held_in + amount > credit.balance_limit:
         return R.BALANCE_LIMIT_EXCEEDED
-    if debit.held_out + amount > INT64_MAX or debit.balance - debit.held_out - amount < INT64_MIN:
+    if debit.held_out + amount > INT64_MAX or debit.balance - debit.held_out - amount < -AMOUNT_MAX:
         return R.BALANCE_OVERFLOW
     return R.BALANCE_OVERFLOW if _credit_overflows(credit, amount) else R.OK
 

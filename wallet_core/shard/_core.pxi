@@ -120,6 +120,7 @@ cdef enum:
     GROUP_BYTES_MAX = 8388608        # events of one group commit; the apply thread waits for the disk above this
     GROUP_FRAMES_MAX = 4096
     DELIVERY_ROWS_MAX = 8190         # credits in one delivery
+    REFUSALS_REPEATED_MAX = 256      # refusals of earlier deliveries that an outcome names again
     UNSETTLED_MAX = 1048576          # sends under way a shard; above it new transfers wait for settlements
 
 cdef enum WorkKind:
@@ -135,7 +136,7 @@ cdef enum WorkKind:
     WORK_CREDITS                     # urgent: saga step 2
     WORK_OUTCOMES                    # urgent: saga step 3
     WORK_FORGET                      # urgent: the source has settled
-    WORK_RESEND                      # urgent: deliver unsettled sends to a destination again
+    WORK_RESEND                      # urgent: deliver unsettled sends to a destination again (number 1: if they are stalled)
     WORK_TICK
 
 cdef enum RequestStatus:
@@ -188,6 +189,7 @@ cdef struct Work:
     uint16_t peer                    # source or destination shard of a delivery
     uint32_t count
     uint64_t number                  # first saga number, or upto
+    uint64_t after                   # credits: the source has settled up to it; outcomes: every refusal above it is named
     uint64_t position                # outcomes: the credit shard's sequence number that includes them
     uint8_t* data                    # delivery's own memory
     Work* next

@@ -1144,17 +1144,22 @@ cdef class ShardHost:
 
     # ---- the relay's seam ----
 
-    def resend(self, int shard, int destination):
-        """Let a shard deliver everything unsettled towards `destination` again (start-up, a relay that reconnects)."""
-        cdef Work* work = work_new(WORK_RESEND, NULL)
+    def resend(self, int shard, int destination, *, bint stalled=False):
+        """Let a shard deliver everything unsettled towards `destination` again (start-up, a relay that reconnects). stalled:
+        only if nothing has been settled since this was called last; ever more rarely while that lasts."""
+        cdef Work* work
+        cdef Shard one = self._shards[shard]
+        if stalled and one.core.counters.unsettled_count == 0:
+            return
+        work = work_new(WORK_RESEND, NULL)
         if work == NULL:
             raise MemoryError()
-        work.peer = <uint16_t>destination
-        shard_push(&(<Shard>self._shards[shard]).core, work, True)
+        work.peer, work.number = <uint16_t>destination, stalled
+        shard_push(&one.core, work, True)
 
     def outbound(self):
-        """Deliveries for shards of other processes: (destination, kind, source, number, position, count, payload), in order
-        for each pair of shards. kind: "credits", "outcomes" or "forget"."""
+        """Deliveries for shards of other processes: (destination, kind, source, number, position, count, payload, after), in
+        order for each pair of shards. kind: "credits", "outcomes" or "forget"."""
         cdef Work* work
         cdef Work* following
         cdef list found = []
@@ -1170,15 +1175,15 @@ cdef class ShardHost:
                 work.columns.count,
                 "credits" if work.kind == WORK_CREDITS else "outcomes" if work.kind == WORK_OUTCOMES else "forget",
                 work.peer, work.number, work.position, work.count if work.kind != WORK_FORGET else 0,
-                PyBytes_FromStringAndSize(<char*>work.data, length) if work.data != NULL else b""))
+                PyBytes_FromStringAndSize(<char*>work.data, length) if work.data != NULL else b"", work.after))
             work_free(work)
             work = following
         return found
 
     def deliver(self, int destination, str kind, int source, uint64_t number, uint64_t position, uint32_t count,
-                bytes payload not None):
+                bytes payload not None, uint64_t after=0):
         """A delivery that another process's `outbound` gave, for a shard of this one. Only durable sends may be delivered,
-        which `outbound` guarantees. Doubled and late deliveries are harmless; a gap is ignored until the source resends."""
+        which `outbound` guarantees. Doubled, late and lost deliveries are harmless; a gap is ignored until the source resends."""
         cdef Work* work
         cdef int code = WORK_CREDITS if kind == "credits" else WORK_OUTCOMES if kind == "outcomes" else WORK_FORGET
         cdef Py_ssize_t length = <Py_ssize_t>count * (CREDIT_ROW_BYTES if code == WORK_CREDITS else sizeof(Refusal))
@@ -1190,10 +1195,14 @@ cdef class ShardHost:
             raise ValueError(f"source shard {source} is not another shard")
         if len(payload) != length or count > DELIVERY_ROWS_MAX or (code == WORK_CREDITS and count == 0):
             raise ValueError(f"{count} rows and {len(payload)} bytes do not belong together")
+        if after and after >= number:
+            raise ValueError(f"saga numbers from {number} on do not follow number {after}" if code == WORK_CREDITS
+                             else f"an outcome up to number {number} cannot begin after {after}")
         work = work_new(code, NULL)
         if work == NULL:
             raise MemoryError()
         work.peer, work.number, work.position, work.count = <uint16_t>source, number, position, count
+        work.after = after
         if length:
             work.data = <uint8_t*>malloc(length)
             if work.data == NULL:

@@ -52,10 +52,14 @@ cdef class Shard:
     cdef int64_t space_checked_ns
     cdef uint64_t sent[SHARDS_MAX]           # highest saga number handed to a delivery, by destination
     cdef WaitRing waiting[SHARDS_MAX]
+    cdef uint64_t seen_settled[SHARDS_MAX]   # when the relay last asked whether a destination is stalled
+    cdef uint64_t seen_last[SHARDS_MAX]
+    cdef uint32_t stalled_count[SHARDS_MAX]  # times that it asked since anything was settled
     cdef LateWait* late
     cdef uint32_t late_count, late_capacity
     cdef PendingSend* sends
     cdef uint8_t* credit_results
+    cdef Refusal* refusals
     cdef object apply_thread
     cdef object sync_thread
     cdef object snapshot_sequence
@@ -68,7 +72,8 @@ cdef class Shard:
         self.core.current = &self.core.groups[0]
         self.sends = <PendingSend*>malloc(DELIVERY_ROWS_MAX * sizeof(PendingSend))
         self.credit_results = <uint8_t*>malloc(DELIVERY_ROWS_MAX)
-        if self.sends == NULL or self.credit_results == NULL:
+        self.refusals = <Refusal*>malloc(DELIVERY_ROWS_MAX * sizeof(Refusal))
+        if self.sends == NULL or self.credit_results == NULL or self.refusals == NULL:
             raise MemoryError()
 
     def __dealloc__(self):
@@ -95,6 +100,7 @@ cdef class Shard:
         free(self.late)
         free(self.sends)
         free(self.credit_results)
+        free(self.refusals)
         pthread_mutex_destroy(&self.core.mutex)
         pthread_cond_destroy(&self.core.work_ready)
         pthread_cond_destroy(&self.core.group_ready)
@@ -408,7 +414,7 @@ cdef class Shard:
             delivery = self.pack_credits(count)
             if delivery == NULL:
                 return -1
-            delivery.peer, delivery.number = self.shard, number
+            delivery.peer, delivery.number, delivery.after = self.shard, number, settled
             group_deliver(group, destination, delivery)
             for i in range(count):
                 waiting = &ring.entries[(number + i) & (ring.size - 1)]
@@ -476,13 +482,16 @@ cdef class Shard:
         return 0
 
     cdef int apply_credits(self, Work* work, Group* group) noexcept nogil:
-        """Saga step 2: credit or refuse, answer the source once that is durable."""
+        """Saga step 2: credit or refuse, answer the source once that is durable. Outcomes can get lost between processes, so
+        an outcome says from which number on it names every refusal: from what the source had settled, that is, also those of
+        earlier deliveries; if they are many, from this delivery on, which is of use only to a source that has come so far."""
         cdef CreditColumns columns
         cdef size_t offset = group.events.length, n = work.count
-        cdef uint32_t count_before = group.events.count, i, refused = 0
+        cdef uint32_t count_before = group.events.count, refused
+        cdef uint64_t upto = work.number + work.count - 1, after = work.after
         cdef int code
         cdef Work* outcome
-        cdef Refusal* refusal
+        self.engine.forget_refusals(work.peer, after)      # a FORGET may have got lost, and a recovery knows of none
         columns.count = work.count
         columns.amounts, columns.ids = work.data, work.data + 8 * n
         columns.credit_ids, columns.currencies, columns.codes = work.data + 24 * n, work.data + 40 * n, work.data + 44 * n
@@ -493,23 +502,24 @@ cdef class Shard:
             return 0
         if code < 0 or self.close_frame(group, offset, count_before) < 0:
             return -1
-        for i in range(work.count):
-            refused += self.credit_results[i] != TRANSFER_OK
+        refused = self.engine.read_refusals(work.peer, after + 1, DELIVERY_ROWS_MAX, self.refusals)
+        if refused == DELIVERY_ROWS_MAX \
+                or (refused > REFUSALS_REPEATED_MAX and self.refusals[REFUSALS_REPEATED_MAX].number < work.number):
+            after = work.number - 1
+            refused = self.engine.read_refusals(work.peer, work.number, DELIVERY_ROWS_MAX, self.refusals)
+        while refused and self.refusals[refused - 1].number > upto:
+            refused -= 1
         outcome = work_new(WORK_OUTCOMES, NULL)
         if outcome == NULL:
             return -1
-        outcome.peer, outcome.number, outcome.count = self.shard, work.number + work.count - 1, refused
+        outcome.peer, outcome.number, outcome.after, outcome.count = self.shard, upto, after, refused
         outcome.position = self.engine.sequence()
         if refused:
-            outcome.data = <uint8_t*>calloc(refused, sizeof(Refusal))
+            outcome.data = <uint8_t*>malloc(refused * sizeof(Refusal))
             if outcome.data == NULL:
                 free(outcome)
                 return -1
-            refusal = <Refusal*>outcome.data
-            for i in range(work.count):
-                if self.credit_results[i] != TRANSFER_OK:
-                    refusal.number, refusal.result = work.number + i, self.credit_results[i]
-                    refusal += 1
+            memcpy(outcome.data, self.refusals, refused * sizeof(Refusal))
         group_deliver(group, work.peer, outcome)
         return 0
 
@@ -523,6 +533,12 @@ cdef class Shard:
         cdef Waiting* waiting
         cdef Work* forget
         cdef uint8_t result
+        cdef uint64_t settled, last
+        self.engine.send_span(work.peer, &settled, &last)
+        if work.after > settled:
+            # an outcome before this one got lost, and with it perhaps a refusal: the sends are delivered again
+            self.core.gap_count += 1
+            return 0
         code = self.engine.apply_outcomes(work.peer, work.number, refusals, work.count, <uint64_t>self.now(), &group.events)
         if code == ENGINE_REFUSED:
             self.core.gap_count += 1
@@ -564,9 +580,11 @@ cdef class Shard:
 
     cdef int resend(self, Work* work, Group* group) noexcept nogil:
         """Deliver everything unsettled to a destination again, from the engine's own queue: after a restart, or for a relay
-        that lost its connection."""
+        that lost its connection, or if nothing comes back."""
         cdef uint64_t settled, last
         self.engine.send_span(work.peer, &settled, &last)
+        if work.number and not self.stalled(work.peer, settled, last):
+            return 0
         if self.waiting[work.peer].size == 0:
             self.waiting[work.peer].first = settled + 1
             self.waiting[work.peer].last = settled
@@ -577,9 +595,20 @@ cdef class Shard:
                 self.waiting[work.peer].entries[
                     self.waiting[work.peer].last & (self.waiting[work.peer].size - 1)].request = NULL
             self.sent[work.peer] = last
-        return self.deliver_again(work.peer, settled + 1, last, group)
+        return self.deliver_again(work.peer, settled, last, group)
 
-    cdef int deliver_again(self, uint16_t destination, uint64_t number, uint64_t last, Group* group) noexcept nogil:
+    cdef bint stalled(self, uint16_t destination, uint64_t settled, uint64_t last) noexcept nogil:
+        """Has nothing been settled since the relay asked last, though something was sent before? True after one, two, four …
+        questions without progress, so that a destination that is slow is not buried."""
+        cdef uint32_t count = 0
+        if settled == self.seen_settled[destination] and settled < self.seen_last[destination]:
+            count = self.stalled_count[destination] + 1
+        self.seen_settled[destination], self.seen_last[destination] = settled, last
+        self.stalled_count[destination] = count
+        return count and (count & (count - 1) == 0 or count % 32 == 0)
+
+    cdef int deliver_again(self, uint16_t destination, uint64_t settled, uint64_t last, Group* group) noexcept nogil:
+        cdef uint64_t number = settled + 1
         cdef uint32_t count
         cdef Work* delivery
         while number <= last:
@@ -589,7 +618,7 @@ cdef class Shard:
             delivery = self.pack_credits(count)
             if delivery == NULL:
                 return -1
-            delivery.peer, delivery.number = self.shard, number
+            delivery.peer, delivery.number, delivery.after = self.shard, number, settled
             group_deliver(group, destination, delivery)
             number += count
         return 0

@@ -56,6 +56,8 @@ _LINKED = int(TransferFlags.LINKED)
 _CALLS_SEEN = 8  # the last so many single calls …
 _CALLS_WITHIN_S = 0.004  # … within this time: 2,000 a second, more than one caller alone can send
 _GATHER_S = 0.001
+_SNAPSHOT_LOOK_S = 1.0
+_SNAPSHOT_RETRY_S = 60.0  # after one that failed: most often the disk is full
 
 
 class WalletHost:
@@ -77,9 +79,12 @@ class WalletHost:
         self._tails_lock = threading.Lock()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="wallet-image")
         self._snapshot_locks = {shard: asyncio.Lock() for shard in native.shard_ids}
+        self._snapshot_sequences = {one.shard: one.snapshot_sequence for one in native.shards()}
+        self._snapshots_task: asyncio.Task[None] | None = None
         self._closed = False
         self._failure: Exception | None = None
         self.on_failure: Callable[[Exception], None] | None = None
+        self.on_snapshot_failure: Callable[[int, Exception], None] | None = None  # of one that was taken by itself
         self.on_outbound: Callable[[list[Any]], None] | None = None  # takes what `native.outbound` gives, for the relay
         self.retain: Callable[[int], int] | None = None  # shard → last event that readers of its log are done with
 
@@ -105,12 +110,16 @@ class WalletHost:
         """Start the shards' threads and listen for completions."""
         self._native.start()
         self._loop.add_reader(self._native.fileno(), self._drain)
+        if self._config.snapshot_events:
+            self._snapshots_task = self._loop.create_task(self._take_snapshots(self._config.snapshot_events))
 
     async def close(self) -> None:
         """Refuse new work, wait for what is under way, sync, stop the threads."""
         if self._closed:
             return
         self._closed = True
+        if self._snapshots_task is not None:
+            self._snapshots_task.cancel()
         self._flush()
         for waiter in self._turn:
             if not waiter.done():
@@ -333,7 +342,33 @@ class WalletHost:
         """Write a snapshot beside the running shard, then let go of snapshots and segments that are no
         longer needed."""
         async with self._snapshot_locks[shard]:
-            return await self._loop.run_in_executor(self._threads, self._write_snapshot, shard)
+            taken = await self._loop.run_in_executor(self._threads, self._write_snapshot, shard)
+            self._snapshot_sequences[shard] = taken.sequence
+            return taken
+
+    async def _take_snapshots(self, events: int) -> None:
+        """So that the log, and the replay after a start, stay bounded: a snapshot of a shard `events` events after its last
+        one, one shard at a time, and under any load at most a quarter of the time."""
+        pause_s = _SNAPSHOT_LOOK_S
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = _SNAPSHOT_LOOK_S
+            behind, shard = max(
+                (self._native.durable_sequence(one) - self._snapshot_sequences[one], one) for one in self.shard_ids
+            )
+            if behind < events or self._failure is not None:
+                continue
+            began = self._loop.time()
+            try:
+                await self.snapshot(shard)
+            except Exception as error:
+                if self._closed or self._failure is not None:
+                    return
+                pause_s = _SNAPSHOT_RETRY_S
+                if self.on_snapshot_failure is not None:
+                    self.on_snapshot_failure(shard, error)
+            else:
+                pause_s = max(pause_s, 3 * (self._loop.time() - began))
 
     def snapshots(self, shard: int) -> list[SnapshotInfo]:
         """Snapshots on disk, newest first; those whose header does not read back are left out."""

@@ -5,7 +5,8 @@ Rules: a snapshot that does not read back, or whose state does not have the dige
 the one before it, at last to an empty engine and the whole log (if retention kept it). Every frame must
 continue the hash chain, must follow from the state (the engine checks each record), and must leave the state
 with the digest that it names. The tail rule is the event log's (`wallet_core.event_log.file`). Nothing is
-changed on disk before everything was read.
+changed on disk before everything was read; then a snapshot that had to be passed over is renamed to `*.damaged`, so that
+retention does not count on it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ from wallet_core.shard.port import (
     default_shard_map,
     shard_folder,
 )
-from wallet_core.snapshot import SnapshotDamaged, SnapshotHeader, read_header, read_pieces, snapshot_files
+from wallet_core.snapshot import (
+    SnapshotDamaged,
+    SnapshotHeader,
+    read_header,
+    read_pieces,
+    set_aside,
+    snapshot_files,
+)
 
 __all__ = ["Progress", "RecoveredShard", "ShardsMismatch", "load_snapshot", "open_host", "rebuild", "recover_shard"]
 
@@ -47,18 +55,19 @@ _REPLAY_STEP_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a recovery is. `stage`: "snapshot" (done and total are bytes) or "replay" (events done; total
-    0 = unknown)."""
+    """How far a recovery is. `stage`: "snapshot" (done and total are bytes), "replay" (events done; total
+    0 = unknown), or "damaged" (a snapshot was set aside; `problem` says why)."""
 
     shard: int
     stage: str
     done: int
     total: int
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class RecoveredShard:
-    """A shard ready to serve. `skipped`: snapshots that could not be used, and why."""
+    """A shard ready to serve. `skipped`: snapshots that could not be used, and why; they were set aside."""
 
     shard: int
     engine: Engine
@@ -107,6 +116,7 @@ class _Start:
     engine: Engine
     header: SnapshotHeader | None
     skipped: tuple[str, ...]
+    damaged: tuple[Path, ...]  # the files of `skipped`
 
 
 def _start_from(
@@ -119,6 +129,7 @@ def _start_from(
 ) -> _Start:
     """The newest snapshot at or below a bound that loads, else an empty engine."""
     skipped: list[str] = []
+    damaged: list[Path] = []
     for one in snapshot_files(folder / "snapshots"):
         if one.sequence > upto_sequence:
             continue
@@ -129,10 +140,11 @@ def _start_from(
                 continue
             if header.shard != shard:
                 raise SnapshotDamaged(str(one.path), 8, f"it is of shard {header.shard}")
-            return _Start(engine, load_snapshot(one.path, engine, progress), tuple(skipped))
+            return _Start(engine, load_snapshot(one.path, engine, progress), tuple(skipped), tuple(damaged))
         except SnapshotDamaged as error:
             skipped.append(str(error))
-    return _Start(new_engine(config, shard), None, tuple(skipped))
+            damaged.append(one.path)
+    return _Start(new_engine(config, shard), None, tuple(skipped), tuple(damaged))
 
 
 def _replay(
@@ -193,15 +205,19 @@ def recover_shard(
                 direct=config.direct_io,
             )
         except LogGap as error:
-            if start.skipped:
-                raise LogDamaged(
-                    error.file, 0, f"{error}; no snapshot reads back: {'; '.join(start.skipped)}"
-                ) from error
+            before = sorted((folder / "snapshots").glob("*.damaged"))
+            problems = [*start.skipped, *(f"{one} was set aside before" for one in before)]
+            if header is None and problems:
+                raise LogDamaged(error.file, 0, f"{error}; no snapshot reads back: {'; '.join(problems)}") from error
             raise
         if end.next_sequence != engine.status().sequence + 1:
             raise RecoveryFailed(
                 str(folder), 0, end.next_sequence, f"the log ends there, the engine is at {engine.status().sequence}"
             )
+        set_aside(start.damaged)
+        if progress is not None:
+            for reason in start.skipped:
+                progress(Progress(shard, "damaged", 0, 0, reason))
         log = open_log(
             folder / "log",
             shard,
@@ -238,7 +254,7 @@ def rebuild(
     folder = shard_folder(config.data_dir, shard)
     bound = (upto_sequence, upto_timestamp_ns)
     start = (
-        _Start(new_engine(config, shard), None, ())
+        _Start(new_engine(config, shard), None, (), ())
         if from_scratch
         else _start_from(config, shard, folder, progress, *bound)
     )

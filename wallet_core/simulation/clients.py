@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any, Final
 
-from wallet_core.engine.codes import SHARD_LOCAL, AccountFlags, TransferFlags, TransferResult
+from wallet_core.engine.codes import AMOUNT_MAX, SHARD_LOCAL, AccountFlags, TransferFlags, TransferResult
 from wallet_core.shard.port import SLOT_COUNT
 from wallet_core.simulation.network import CLIENTS, Network
 from wallet_core.simulation.shard import DISK_FULL, Request, SimulatedShard
@@ -377,7 +377,7 @@ class Clients:
         if choice == 4:
             return (row[0], self._account_id(shard), *row[2:])
         if choice == 5:
-            return (*row[:3], (1 << 63) - row[3], *row[4:])
+            return (*row[:3], ((1 << 63) if row[3] % 3 == 0 else AMOUNT_MAX) - row[3], *row[4:])
         return (*row[:4], HOLD | POST, *row[5:])
 
 

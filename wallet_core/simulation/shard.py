@@ -35,13 +35,14 @@ from wallet_core.shard.recovery import _start_from, new_engine, recover_shard
 from wallet_core.simulation.disk import SimulatedDisk
 from wallet_core.simulation.network import CLIENTS, Network
 from wallet_core.simulation.world import Violation, World
-from wallet_core.snapshot import SnapshotWriter, delete_older, snapshot_files
+from wallet_core.snapshot import SnapshotWriter, delete_older, set_aside, snapshot_files
 
 __all__ = ["DISK_FULL", "AppliedFrame", "Request", "SimulatedShard", "delivery_columns"]
 
 EVENT_BYTES = 48
 FRAME_BYTES = 96 + 8
 GROUP_FRAMES_MAX = 12
+REFUSALS_REPEATED_MAX = 3
 APPLY_NS = (5_000, 60_000)
 WRITE_NS = (5_000, 80_000)
 SYNC_NS = (50_000, 900_000)
@@ -192,6 +193,7 @@ class SimulatedShard:
                 from_hash=header.frame_hash if header else None,
                 visit=visit,
             )
+            set_aside(start.damaged)
             log = open_log(
                 folder,
                 self.shard,
@@ -235,7 +237,11 @@ class SimulatedShard:
             if not skipped:
                 log.close()
                 raise Violation("damaged snapshot used", f"shard {self.shard}: {rotten[0]} byte {rotten[1]}")
-            Path(rotten[0]).unlink()  # an operator takes it away
+            if Path(rotten[0]).exists():
+                log.close()
+                raise Violation(
+                    "damaged snapshot kept", f"shard {self.shard}: {rotten[0]} counts as one to fall back to"
+                )
             self.snapshots_taken = 1
         self._check_recovered(engine, snapshot_sequence)
         self.engine, self.log = engine, log
@@ -370,21 +376,32 @@ class SimulatedShard:
                     settled, last = engine.sent(destination)
                     first = max(self.sent[destination], settled) + 1
                     if last >= first:
-                        self.send_credits(destination, first, last, group)
+                        self.send_credits(destination, settled, first, last, group)
                         self.sent[destination] = last
         self._answer_when_durable(request, results)
 
-    def send_credits(self, destination: int, number: int, last: int, group: Group) -> None:
-        """Sends become deliveries of this group."""
+    def send_credits(self, destination: int, settled: int, number: int, last: int, group: Group) -> None:
+        """Sends become deliveries of this group, which say how far this shard has settled."""
         while number <= last:
             sends = self.engine.sends(destination, number, self.world.random.randrange(1, 24))
-            group.deliveries.append((destination, "credits", (self.shard, *delivery_columns(sends))))
+            group.deliveries.append((destination, "credits", (self.shard, settled, *delivery_columns(sends))))
             number += len(sends)
 
     def apply_credits(
-        self, source: int, number: int, ids: bytes, credit_ids: bytes, amounts: bytes, currencies: bytes, codes: bytes
+        self,
+        source: int,
+        settled: int,
+        number: int,
+        ids: bytes,
+        credit_ids: bytes,
+        amounts: bytes,
+        currencies: bytes,
+        codes: bytes,
     ) -> None:
-        """Saga step 2: each number once, in order; the outcome leaves once it is durable."""
+        """Saga step 2: each number once, in order; the outcome leaves once it is durable. It names every refusal since
+        the source had settled, of earlier deliveries too, because their outcomes may be lost; if those are too many, only
+        its own, and says so."""
+        self.engine.forget(source, settled)
         try:
             results, events = self.engine.credits(
                 source, number, ids, credit_ids, amounts, currencies, self.now_ns, codes=codes
@@ -395,15 +412,20 @@ class SimulatedShard:
         self.close_frame(events)
         upto = number + len(results) - 1
         self.world.note(f"shard {self.shard}: credits from {source}:", f"{number}..{upto}", results.hex())
-        self.group.deliveries.append((source, "outcomes", (self.shard, upto, self.refusals(source, number, upto))))
+        refused = self.refusals(source, number, upto)
+        if len([one for one in refused if one[0] < number]) > REFUSALS_REPEATED_MAX:
+            settled, refused = number - 1, [one for one in refused if one[0] >= number]
+        self.group.deliveries.append((source, "outcomes", (self.shard, settled, upto, refused)))
 
     def refusals(self, source: int, number: int, upto: int) -> list[tuple[int, int]]:
-        """What an outcome names: every refusal up to there that the source may not know yet, of earlier
-        deliveries too, because their outcomes may be lost."""
+        """Every refusal up to there that the source may not know yet."""
         return [one for one in self.engine.refusals(source, 1, 1 << 16) if one[0] <= upto]
 
-    def apply_outcomes(self, destination: int, upto: int, refused: list[tuple[int, int]]) -> None:
+    def apply_outcomes(self, destination: int, after: int, upto: int, refused: list[tuple[int, int]]) -> None:
         """Saga step 3: return what was refused, settle the rest."""
+        if after > self.engine.sent(destination)[0]:
+            self.world.fault("outcome with a gap ignored")
+            return
         try:
             events = self.engine.outcomes(destination, upto, refused, self.now_ns)
         except EngineRefused:
@@ -425,7 +447,7 @@ class SimulatedShard:
         settled, last = self.engine.sent(destination)
         if last > settled:
             self.world.fault("unsettled sends delivered again")
-            self.send_credits(destination, settled + 1, last, self.group)
+            self.send_credits(destination, settled, settled + 1, last, self.group)
             self.sent[destination] = last
 
     def apply_tick(self) -> None:

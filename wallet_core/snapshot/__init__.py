@@ -7,6 +7,7 @@ from wallet_core.snapshot.file import (
     delete_older,
     read_header,
     read_pieces,
+    set_aside,
     snapshot_files,
 )
 from wallet_core.snapshot.format import SnapshotDamaged, SnapshotHeader
@@ -20,5 +21,6 @@ __all__ = [
     "delete_older",
     "read_header",
     "read_pieces",
+    "set_aside",
     "snapshot_files",
 ]

@@ -7,7 +7,7 @@ import contextlib
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,6 +236,15 @@ def check(path: Path, progress: Callable[[int, int], None] | None = None) -> Sna
         if progress is not None:
             progress(done, header.file_bytes)
     return header
+
+
+def set_aside(damaged: Sequence[Path]) -> None:
+    """Rename snapshots that did not load to `<sequence>.damaged`: they are kept for whoever wants to know why, but no longer
+    count as something to fall back to. Only for the owner of the shard."""
+    for path in damaged:
+        os.rename(path, path.with_suffix(".damaged"))
+    for folder in {path.parent for path in damaged}:
+        sync_folder(folder)
 
 
 def delete_older(folder: Path, keep: int) -> int:

@@ -169,13 +169,14 @@ def notifications(body: bytes, capabilities: Capabilities) -> tuple[Notification
         event_id, event_type, thing = event["id"], event["type"], event["data"]["object"]
         object_id = thing["id"]
         created = event.get("created", 0)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InvalidArgument(f"not a webhook of the sandbox: {type(error).__name__}: {error}") from error
     texts = (event_id, event_type, object_id)
-    if not all(isinstance(text, str) and text for text in texts) or not isinstance(created, int):
+    if not all(isinstance(text, str) and text for text in texts) or not _is_time(created):
         raise InvalidArgument(
-            "not a webhook of the sandbox: id, type and data.object.id must be text, created a number"
+            "not a webhook of the sandbox: id, type and data.object.id must be text, created a unix time"
         )
+    event_id, event_type, object_id = map(_whole, texts)
     return (
         Notification(
             psp_event_id=event_id,
@@ -226,4 +227,14 @@ def _amount(thing: Mapping[str, Any], capabilities: Capabilities) -> Money | Non
 
 def _text(values: Mapping[str, Any], key: str) -> str:
     value = values.get(key)
-    return value if isinstance(value, str) else ""
+    return _whole(value) if isinstance(value, str) else ""
+
+
+def _whole(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can spell and UTF-8 cannot: nothing could pass it on."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
+
+
+def _is_time(created: object) -> bool:
+    """Unix seconds of the years 1970 to 9999."""
+    return isinstance(created, int) and not isinstance(created, bool) and 0 <= created <= 253_402_300_799

@@ -236,6 +236,17 @@ async def test_rpc(platform: Platform) -> None:
                 executor_pb2.QueryAttemptRequest(merchant_reference="ORD-Z", kind="ATTEMPT_KIND_ORDER")
             )
         assert missing.value.code() is grpc.StatusCode.NOT_FOUND
+        broken = event_pb2.ExecuteOrder(amount=common_pb2.Money(currency_code="XXX", amount_minor=-1))
+        for text in ("", "ORD-\0"):
+            broken.payment_order_id = text
+            with pytest.raises(grpc.aio.AioRpcError) as wrong:
+                await stub.ExecuteOrder(executor_pb2.ExecuteOrderRequest(order=broken))
+            assert wrong.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.aio.AioRpcError) as unstorable:
+            await stub.QueryAttempt(
+                executor_pb2.QueryAttemptRequest(merchant_reference="ORD\0", kind="ATTEMPT_KIND_ORDER")
+            )
+        assert unstorable.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         nobody = execute("ORD-N", psp="nobody").execute_order
         rejected = (await stub.ExecuteOrder(executor_pb2.ExecuteOrderRequest(order=nobody))).attempt
         assert (rejected.state, rejected.code) == (executor_pb2.ATTEMPT_STATE_REJECTED, "no_provider")

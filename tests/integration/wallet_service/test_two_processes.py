@@ -4,11 +4,14 @@ dies."""
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import grpc.aio
 import pytest
 
 from ducat.batch import transfer_batches, transfer_ids
-from ducat.wallet.v1 import shard_pb2, wallet_pb2
+from ducat.wallet.v1 import relay_pb2, shard_pb2, wallet_pb2
+from ducat.wallet.v1.relay_pb2_grpc import RelayServiceServicer, RelayServiceStub, add_RelayServiceServicer_to_server
 from kernel.ids import account_id
 from ops.platform import free_port
 from runtime.bus import Bus
@@ -19,6 +22,7 @@ from tests.unit.wallet_core.service.test_bus_flows import captured, requested
 from wallet_core.bootstrap import _peers, host_config
 from wallet_core.service.port import slot_of
 
+OTHER = next(f"seller/N{n}/USD" for n in range(2_000, 10**6) if slot_of(account_id(f"seller/N{n}/USD")) // 2048 == 1)
 NAMES = {
     shard: next(f"seller/N{n}/USD" for n in range(10**6) if slot_of(account_id(f"seller/N{n}/USD")) // 2048 == shard)
     for shard in (0, 1)
@@ -33,15 +37,144 @@ class Pair:
         self._ports = (free_port(), free_port())
         self.processes: list[WalletProcess] = []
 
-    async def start(self, shard: int) -> WalletProcess:
+    def address(self, shard: int) -> str:
+        return f"127.0.0.1:{self._ports[shard]}"
+
+    async def start(self, shard: int, *, via: str = "") -> WalletProcess:
         process = await self._start(
             wallet_shard_count=2,
             wallet_shards=shard,
             wallet_listen=f"127.0.0.1:{self._ports[shard]}",
-            wallet_peers=f"{1 - shard}=127.0.0.1:{self._ports[1 - shard]}",
+            wallet_peers=f"{1 - shard}={via or self.address(1 - shard)}",
         )
         self.processes[shard : shard + 1] = [process]
         return process
+
+
+class LossyLine(RelayServiceServicer):
+    """Stands between two processes and says "taken" to outcomes that it loses."""
+
+    def __init__(self, address: str) -> None:
+        self.lose = 0  # so many outcomes
+        self.lost: list[relay_pb2.Delivery] = []
+        self._channel = grpc.aio.insecure_channel(address)
+        self._server = grpc.aio.server()
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        add_RelayServiceServicer_to_server(self, self._server)
+
+    async def Deliver(self, request: relay_pb2.DeliverRequest, context: Any) -> relay_pb2.DeliverResponse:
+        kept = []
+        for one in request.deliveries:
+            if one.kind == relay_pb2.DELIVERY_KIND_OUTCOMES and len(self.lost) < self.lose:
+                self.lost.append(one)
+            else:
+                kept.append(one)
+        if kept:
+            try:
+                await RelayServiceStub(self._channel).Deliver(relay_pb2.DeliverRequest(deliveries=kept), timeout=5)
+            except grpc.aio.AioRpcError as error:
+                await context.abort(error.code(), "the other end")
+        return relay_pb2.DeliverResponse()
+
+    async def __aenter__(self) -> LossyLine:
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._server.stop(0)
+        await self._channel.close()
+
+
+class Submitted:
+    """Rows from the account on shard 0 to accounts on shard 1; every second one is for a frozen account."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._ids = transfer_ids(count)
+        self._credit_ids = b"".join(account_id((NAMES[1], OTHER)[n % 2]) for n in range(count))
+
+    async def to(self, wallet: WalletProcess, settle: int) -> dict[int, int]:
+        """Row → what failed."""
+        (batch,) = transfer_batches(
+            self._ids,
+            account_id(NAMES[0]) * self.count,
+            self._credit_ids,
+            [10] * self.count,
+            settle=settle,  # type: ignore[arg-type]
+            first_batch_id=1,
+        )
+        call = wallet.wallet.SubmitTransfers()
+        await call.write(wallet_pb2.SubmitTransfersRequest(batch=batch))
+        result = (await asyncio.wait_for(call.read(), 20)).result
+        call.cancel()
+        return dict(zip(result.failed_rows, result.failed_results, strict=True))
+
+
+def refused(count: int) -> dict[int, int]:
+    return dict.fromkeys(range(1, count, 2), wallet_pb2.TRANSFER_RESULT_CREDIT_ACCOUNT_FROZEN)
+
+
+async def money(one: WalletProcess, two: WalletProcess) -> tuple[int, int, int]:
+    return await balance(one, NAMES[0]), await balance(two, NAMES[1]), await balance(two, OTHER)
+
+
+async def lost(line: LossyLine, count: int) -> None:
+    async with asyncio.timeout(10):
+        while len(line.lost) < count:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_outcomes_that_get_lost_neither_keep_nor_misreport_money(start_wallet: StartWallet) -> None:
+    pair = Pair(start_wallet)
+    async with LossyLine(pair.address(0)) as line:
+        one, two = await pair.start(0), await pair.start(1, via=line.address)
+        await open_accounts(one, NAMES[0], may_overdraw=True)
+        await open_accounts(two, NAMES[1])
+        await open_accounts(two, OTHER, frozen=True)
+        line.lose = 3
+        first, second, third = Submitted(20), Submitted(1), Submitted(6)
+        assert len(await first.to(one, wallet_pb2.SETTLE_MODE_DURABLE)) == 20  # in flight
+        await lost(line, 1)
+        assert len(await second.to(one, wallet_pb2.SETTLE_MODE_DURABLE)) == 1
+        await lost(line, 2)
+        # this one waits: its outcome is lost as well, and nothing else moves
+        assert await third.to(one, wallet_pb2.SETTLE_MODE_SETTLED) == refused(6)
+        assert len(line.lost) == 3
+        assert await first.to(one, wallet_pb2.SETTLE_MODE_SETTLED) == refused(20)
+        assert await second.to(one, wallet_pb2.SETTLE_MODE_SETTLED) == {}
+        assert await money(one, two) == (-140, 140, 0)
+        # and after a restart of the debit side, from the log
+        await one.kill()
+        one = await pair.start(0)
+        assert await first.to(one, wallet_pb2.SETTLE_MODE_SETTLED) == refused(20)
+        assert await money(one, two) == (-140, 140, 0)
+
+
+@pytest.mark.parametrize("also_debit", [False, True])
+async def test_a_credit_side_that_dies_before_its_outcome_arrives_is_asked_again(
+    start_wallet: StartWallet, also_debit: bool
+) -> None:
+    """No further traffic: the debit side itself has to notice."""
+    pair = Pair(start_wallet)
+    async with LossyLine(pair.address(0)) as line:
+        one, two = await pair.start(0), await pair.start(1, via=line.address)
+        await open_accounts(one, NAMES[0], may_overdraw=True)
+        await open_accounts(two, NAMES[1])
+        await open_accounts(two, OTHER, frozen=True)
+        line.lose = 10**6
+        sent = Submitted(30)
+        assert len(await sent.to(one, wallet_pb2.SETTLE_MODE_DURABLE)) == 30
+        await lost(line, 1)
+        await two.kill()
+        if also_debit:
+            await one.kill()
+            one = await pair.start(0)
+        line.lose = 0
+        two = await pair.start(1, via=line.address)
+        async with asyncio.timeout(20):
+            while await money(one, two) != (-150, 150, 0):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert await sent.to(one, wallet_pb2.SETTLE_MODE_SETTLED) == refused(30)
 
 
 async def balance(wallet: WalletProcess, name: str) -> int:

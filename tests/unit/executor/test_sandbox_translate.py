@@ -104,6 +104,27 @@ def test_what_is_no_webhook_is_the_callers_mistake(body: bytes) -> None:
         translate.notifications(body, CAPABILITIES)
 
 
+@pytest.mark.parametrize("created", ["-1", "1e3", "true", "9" * 30, '"now"'])
+def test_a_time_that_no_message_can_carry_is_the_callers_mistake(created: str) -> None:
+    body = f'{{"id":"evt_1","type":"payment_intent.succeeded","created":{created},"data":{{"object":{{"id":"pi_1"}}}}}}'
+    with pytest.raises(InvalidArgument):
+        translate.notifications(body.encode(), CAPABILITIES)
+
+
+def test_half_a_surrogate_pair_does_not_make_a_webhook_fail_for_ever() -> None:
+    thing = r'{"id":"pi_\ud800","object":"payment_intent","failure_message":"\udfff","metadata":{"payment_order_id":"O\ud800"}}'
+    body = rf'{{"id":"evt_\ud800","type":"payment_intent.succeeded","created":1,"data":{{"object":{thing}}}}}'
+    (told,) = translate.notifications(body.encode(), CAPABILITIES)
+    for text in (told.psp_event_id, told.psp_object_id, told.merchant_reference, told.reason):
+        text.encode()
+
+
+def test_an_answer_nested_without_end_is_no_crash() -> None:
+    with pytest.raises(InvalidArgument):
+        translate.notifications(b"[" * 200_000, CAPABILITIES)
+    assert isinstance(translate.answer(HttpAnswer(200, b"[" * 200_000), CAPABILITIES), NoAnswer)
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(),

@@ -124,3 +124,19 @@ def test_a_reader_that_is_gone_does_not_fail_the_work() -> None:
     stream.close()
     logs.get_logger().info("nobody reads this")
     logs.configure("test")
+
+
+@pytest.mark.parametrize("format", ["json", "text"])
+def test_a_row_that_breaks_a_constraint_is_not_repeated(format: str) -> None:
+    """Risk: PostgreSQL's error puts a buyer's address or a bank account into the log."""
+    stream = io.StringIO()
+    logs.configure("test", format=format, stream=stream)
+    error = ValueError(
+        "breaks a check\nDETAIL:  Failing row contains (1, jane@example.com, (x), 000123456789).\nHINT: none"
+    )
+    logs.get_logger("room").error("call failed", exc_info=error)
+    logs.get_logger("room").warning("a message failed", why=f"ValueError: {error}")
+    shown = stream.getvalue()
+    assert "jane" not in shown
+    assert "000123456789" not in shown
+    assert shown.count("HINT: none") >= 3, "the rest of the error stays"

@@ -11,7 +11,7 @@ import redis.exceptions
 from ducat import errors as client_errors
 from ducat.common.v1 import common_pb2
 from kernel import errors as kernel_errors
-from kernel.errors import DeadlineExceeded, DucatError, Internal, NotFound, Unavailable
+from kernel.errors import DeadlineExceeded, DucatError, Internal, InvalidArgument, NotFound, Unavailable
 from runtime import errors
 
 KERNEL = {each for _, each in inspect.getmembers(kernel_errors, inspect.isclass) if issubclass(each, DucatError)}
@@ -94,3 +94,12 @@ def test_anything_else_is_a_bug_and_gives_nothing_away(bug: Exception) -> None:
 def test_ours_pass_as_they_are() -> None:
     error = NotFound("x")
     assert errors.as_ducat_error(error) is error
+
+
+def test_text_that_postgresql_cannot_hold_is_the_callers_mistake() -> None:
+    """Risk: a NUL in any field of any call is answered as if it were our bug."""
+    known = errors.as_ducat_error(
+        asyncpg.CharacterNotInRepertoireError('invalid byte sequence for encoding "UTF8": 0x00')
+    )
+    assert isinstance(known, InvalidArgument)
+    assert "NUL" in known.message

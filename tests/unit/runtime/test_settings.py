@@ -224,3 +224,8 @@ def test_loopback_is_recognized_and_nothing_that_looks_like_it(address: str, loo
 def test_addresses_are_host_and_port(wrong: str) -> None:
     with pytest.raises(ValueError, match="expected host:port"):
         split_address(wrong)
+
+
+def test_a_pool_that_the_outbox_relay_would_use_up_is_refused() -> None:
+    with pytest.raises(SettingsInvalid, match="postgres_connections_max"):
+        Settings.load({"postgres_connections_max": 1}, environ={})

@@ -18,6 +18,7 @@ from tests.unit.wallet_core.engine.world import (
     CURRENCIES,
     GENERATION_IDS,
     GENERATIONS,
+    GREAT_AMOUNTS,
     LIMITS,
     ROOM,
     SHAPES,
@@ -31,15 +32,19 @@ SEEDS = int(os.environ.get("DUCAT_ENGINE_SEEDS", "40"))
 SEED_FIRST = int(os.environ.get("DUCAT_ENGINE_SEED_FIRST", "0"))
 STEPS = 60
 
-row_specs = st.tuples(
-    st.sampled_from(SHAPES),
-    st.integers(0, 30),
-    st.integers(0, ACCOUNTS + 1),
-    st.integers(0, ACCOUNTS + 1),
-    st.sampled_from(AMOUNTS),
-    st.sampled_from(TIMEOUTS),
-    st.sampled_from([0, 0, 1]),
-)
+
+def row_specs(amounts: list[int]) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.tuples(
+        st.sampled_from(SHAPES),
+        st.integers(0, 30),
+        st.integers(0, ACCOUNTS + 1),
+        st.integers(0, ACCOUNTS + 1),
+        st.sampled_from(amounts),
+        st.sampled_from(TIMEOUTS),
+        st.sampled_from([0, 0, 1]),
+    )
+
+
 account_specs = st.tuples(
     st.integers(0, ACCOUNTS + 1),
     st.sampled_from(CURRENCIES),
@@ -62,6 +67,7 @@ class Histories(RuleBasedStateMachine):
         generations=st.sampled_from(GENERATIONS),
         window_ms=st.sampled_from(WINDOWS_MS),
         room=st.sampled_from(ROOM),
+        overdrawing=st.sampled_from([1, 3]),
     )
     def start(self, **parameters: int) -> None:
         self.worlds.append(World(**parameters))
@@ -72,13 +78,21 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         shard=shards,
-        specs=st.lists(row_specs, min_size=1, max_size=12),
+        specs=st.lists(row_specs(AMOUNTS), min_size=1, max_size=12),
         step=st.sampled_from(STEPS_NS),
         gather=st.booleans(),
         closed=st.sampled_from([True] * 9 + [False]),
     )
     def transfers(self, **drawn: Any) -> None:
         self.world.transfers(**drawn)
+
+    @rule(
+        shard=shards,
+        specs=st.lists(row_specs(GREAT_AMOUNTS), min_size=1, max_size=6),
+        step=st.sampled_from(STEPS_NS),
+    )
+    def great_transfers(self, **drawn: Any) -> None:
+        self.world.transfers(gather=False, closed=True, **drawn)
 
     @rule(shard=shards, specs=st.lists(account_specs, min_size=1, max_size=4), update=st.booleans())
     def accounts(self, **drawn: Any) -> None:
@@ -128,7 +142,7 @@ Histories.TestCase.settings = settings(
 TestHistories = Histories.TestCase
 
 
-def play(world: World, random: Random) -> None:
+def play(world: World, random: Random, amounts: list[int] = AMOUNTS) -> None:
     """One random step, with the weights of a busy shard."""
     pick = random.choice
     shard = pick([0, 1])
@@ -143,7 +157,7 @@ def play(world: World, random: Random) -> None:
                     random.randint(0, 30),
                     random.randint(0, ACCOUNTS + 1),
                     random.randint(0, ACCOUNTS + 1),
-                    pick(AMOUNTS),
+                    pick(amounts),
                     pick(TIMEOUTS),
                     int(random.random() < 0.25),
                 )
@@ -178,5 +192,16 @@ def test_long_history(seed: int) -> None:
     world = World(pick(GENERATION_IDS), pick(GENERATIONS), pick(WINDOWS_MS), pick(ROOM))
     for _ in range(STEPS):
         play(world, random)
+        world.check()
+    world.finish()
+
+
+@pytest.mark.parametrize("seed", range(SEED_FIRST, SEED_FIRST + SEEDS))
+def test_long_history_near_the_bounds(seed: int) -> None:
+    """Accounts, in-flight accounts and what is under way are full most of the time, and money still comes back."""
+    random = Random(seed)
+    world = World(1000, 9, 7 * 86_400_000, 100, overdrawing=3)
+    for _ in range(STEPS):
+        play(world, random, GREAT_AMOUNTS)
         world.check()
     world.finish()

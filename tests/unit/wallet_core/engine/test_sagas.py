@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.wallet_core.engine.harness import AccountRow, Pair, account_id, load_pieces, read_pieces, transfer_id
-from wallet_core.engine.codes import EventKind, TransferResult, in_flight_account_id
+from tests.unit.wallet_core.engine.harness import (
+    NOW,
+    AccountRow,
+    Pair,
+    account_id,
+    load_pieces,
+    read_pieces,
+    transfer_columns,
+    transfer_id,
+)
+from wallet_core.engine._engine import Engine
+from wallet_core.engine.codes import AMOUNT_MAX, EventKind, TransferResult, in_flight_account_id
 from wallet_core.engine.events import unpack_events
 from wallet_core.engine.twin import Row
 
@@ -138,6 +148,70 @@ def test_money_comes_back_even_to_a_frozen_account(shards: tuple[Pair, Pair]) ->
     a.relay(b)
     assert balance(a, ANN) == 100
     a.check_replay()
+
+
+def test_money_comes_back_to_an_account_that_has_been_filled_again() -> None:
+    """The return has no guard, so room for it is kept when the money goes."""
+    a = Pair(0)
+    other = account_id(2)
+    a.open([AccountRow(BANK, flags=4), AccountRow(other, flags=4), AccountRow(ANN)])
+    assert a.transfer(Row(transfer_id(1), BANK, ANN, (1 << 63) - 11)) == R.AMOUNT_INVALID
+    assert a.transfer(Row(transfer_id(1), BANK, ANN, AMOUNT_MAX)) == R.OK
+    assert a.transfer(send(2, amount=1000)) == R.IN_FLIGHT
+    assert a.transfer(Row(transfer_id(3), other, ANN, 1000)) == R.OK
+    assert a.transfer(Row(transfer_id(4), other, ANN, 1)) == R.BALANCE_OVERFLOW
+    assert a.outcomes(1, 1, [(1, R.CREDIT_ACCOUNT_FROZEN)])
+    assert balance(a, ANN) == AMOUNT_MAX + 1000
+    assert a.transfer(Row(transfer_id(5), other, ANN, 1)) == R.BALANCE_OVERFLOW, "full until something goes"
+    assert a.transfer(Row(transfer_id(6), ANN, other, AMOUNT_MAX)) == R.OK
+    assert a.transfer(Row(transfer_id(7), other, ANN, 1)) == R.OK
+    a.check_agreement()
+    a.check_replay()
+    a.check_image()
+
+
+def test_all_that_may_be_under_way_comes_back_at_once() -> None:
+    """The worst case of both accounts that a return touches; and the bound holds after a replay and in an image."""
+    a = Pair(0)
+    bank, rich, poor, filler = (account_id(i) for i in range(4))
+    a.open([AccountRow(bank, flags=4), AccountRow(rich), AccountRow(poor), AccountRow(filler, flags=4)])
+
+    def receive(number: int, credit: bytes, amount: int) -> list[int] | None:
+        return a.credits(2, number, [(transfer_id(100 + number), credit, amount, b"USD\0", 0)])
+
+    assert receive(1, rich, AMOUNT_MAX + 1) == [R.AMOUNT_INVALID]
+    assert receive(2, rich, AMOUNT_MAX) == [R.OK]
+    assert receive(3, poor, 1) == [R.BALANCE_OVERFLOW], "the in-flight account has no more to give"
+    to_nobody = {"credit_id": account_id(999), "credit_shard": 1}
+    assert a.transfer(Row(transfer_id(1), rich, amount=AMOUNT_MAX, **to_nobody)) == R.IN_FLIGHT  # type: ignore[arg-type]
+    assert a.transfer(Row(transfer_id(2), bank, amount=1, **to_nobody)) == R.IN_FLIGHT  # type: ignore[arg-type]
+    one_more = Row(transfer_id(3), bank, account_id(999), 1, credit_shard=3)
+    loaded = load_pieces_of(a)
+    replayed, _ = a.fresh()
+    for frame in a.frames:
+        replayed.replay_frame(frame.body, frame.first_sequence, frame.timestamp_ns)
+    for engine in (loaded, replayed):
+        assert engine.transfers(timestamp_ns=NOW, **transfer_columns([one_more]))[0] == bytes([R.BALANCE_OVERFLOW])
+    assert a.transfer(one_more) == R.BALANCE_OVERFLOW
+    assert receive(4, poor, AMOUNT_MAX) == [R.OK]
+    assert receive(5, filler, 1) == [R.OK]
+    assert balance(a, IN_FLIGHT) == -AMOUNT_MAX
+    assert a.transfer(Row(transfer_id(4), filler, rich, AMOUNT_MAX)) == R.OK
+    assert a.outcomes(1, 2, [(1, R.CREDIT_ACCOUNT_NOT_FOUND), (2, R.CREDIT_ACCOUNT_NOT_FOUND)])
+    assert balance(a, rich) == 2 * AMOUNT_MAX
+    assert balance(a, IN_FLIGHT) == -(1 << 63) + 1
+    a.check_agreement()
+    a.check_replay()
+    a.check_image()
+    again = Row(transfer_id(5), rich, account_id(999), AMOUNT_MAX, credit_shard=1)
+    assert a.transfer(again) == R.IN_FLIGHT, "settled sends are no longer under way"
+
+
+def load_pieces_of(pair: Pair) -> Engine:
+    pair.engine.image_begin()
+    pieces = read_pieces(pair.engine)
+    pair.engine.image_end()
+    return load_pieces(pieces, pair.shard)
 
 
 def test_too_much_under_way_is_an_answer_that_may_change() -> None:

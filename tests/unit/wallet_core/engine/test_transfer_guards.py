@@ -8,12 +8,11 @@ import pytest
 
 from tests.unit.wallet_core.engine.harness import MS, NOW, AccountRow, Pair, account_id, transfer_id
 from wallet_core.engine._engine import Engine
-from wallet_core.engine.codes import TransferFlags, TransferResult, in_flight_account_id
+from wallet_core.engine.codes import AMOUNT_MAX, TransferFlags, TransferResult, in_flight_account_id
 from wallet_core.engine.twin import Row, Twin
 
 F, R = TransferFlags, TransferResult
-BANK, ANN, BOB, YEN, FROZEN, CLOSED, CAPPED, NOBODY = map(account_id, range(8))
-INT64_MAX = (1 << 63) - 1
+BANK, ANN, BOB, YEN, FROZEN, CLOSED, CAPPED, NOBODY, HOUSE = map(account_id, range(9))
 DAY_MS = 86_400_000
 
 
@@ -29,9 +28,10 @@ def pair() -> Pair:
             AccountRow(FROZEN, flags=1),
             AccountRow(CLOSED),
             AccountRow(CAPPED, balance_limit=50),
+            AccountRow(HOUSE, flags=4),
         ]
     )
-    assert opened == [1] * 7
+    assert opened == [1] * 8
     assert pair.update([AccountRow(CLOSED, flags=2)]) == [1]
     assert pair.transfer(Row(transfer_id(1), BANK, ANN, 100)) == R.OK
     return pair
@@ -67,6 +67,10 @@ CASES: list[tuple[TransferResult, Row]] = [
     (R.AMOUNT_INVALID, plain(amount=0)),
     (R.AMOUNT_INVALID, plain(amount=-1)),
     (R.AMOUNT_INVALID, plain(amount=-1, flags=F.POST, pending_id=transfer_id(2))),
+    (R.AMOUNT_INVALID, plain(debit=BANK, amount=AMOUNT_MAX + 1)),
+    (R.AMOUNT_INVALID, plain(debit=BANK, amount=AMOUNT_MAX + 1, flags=F.BALANCING_DEBIT)),
+    (R.AMOUNT_INVALID, plain(debit=BANK, amount=AMOUNT_MAX + 1, credit_shard=1)),
+    (R.AMOUNT_INVALID, plain(amount=(1 << 63) - 1, flags=F.POST, pending_id=transfer_id(2))),
     (R.PENDING_ID_INVALID, plain(flags=F.POST)),
     (R.PENDING_ID_INVALID, plain(flags=F.VOID, pending_id=transfer_id(1000))),
     (R.PENDING_ID_INVALID, plain(pending_id=transfer_id(2))),
@@ -95,8 +99,12 @@ CASES: list[tuple[TransferResult, Row]] = [
     (R.INSUFFICIENT_FUNDS, plain(debit=BOB, credit=ANN, amount=0, flags=F.BALANCING_DEBIT)),
     (R.BALANCE_LIMIT_EXCEEDED, plain(credit=CAPPED, amount=51)),
     (R.OK, plain(credit=CAPPED, amount=50)),
-    (R.BALANCE_OVERFLOW, plain(debit=BANK, credit=ANN, amount=INT64_MAX - 99)),
-    (R.OK, plain(debit=BANK, credit=ANN, amount=INT64_MAX - 100)),
+    (R.BALANCE_OVERFLOW, plain(debit=BANK, credit=ANN, amount=AMOUNT_MAX - 99)),
+    (R.OK, plain(debit=BANK, credit=ANN, amount=AMOUNT_MAX - 100)),
+    (R.BALANCE_OVERFLOW, plain(debit=BANK, credit=BOB, amount=AMOUNT_MAX - 99)),
+    (R.OK, plain(debit=BANK, credit=BOB, amount=AMOUNT_MAX - 100)),
+    (R.BALANCE_OVERFLOW, plain(debit=BANK, credit=BOB, amount=AMOUNT_MAX - 99, flags=F.HOLD)),
+    (R.BALANCE_OVERFLOW, plain(debit=BANK, credit_shard=1, amount=AMOUNT_MAX - 99)),
     (R.BALANCE_OVERFLOW, plain(debit=BANK, credit=ANN, amount=0, flags=F.BALANCING_CREDIT)),
     (R.CHAIN_OPEN, plain(flags=F.LINKED)),
     (R.IN_FLIGHT, plain(credit_shard=1, credit=NOBODY)),
@@ -107,10 +115,10 @@ CASES: list[tuple[TransferResult, Row]] = [
 
 @pytest.mark.parametrize(("expected", "row"), CASES, ids=[f"{i}-{c[0].name}" for i, c in enumerate(CASES)])
 def test_each_result(pair: Pair, expected: TransferResult, row: Row) -> None:
-    before = [pair.engine.account_by_ordinal(i) for i in range(7)]
+    before = [pair.engine.account_by_ordinal(i) for i in range(8)]
     assert pair.transfer(row) == expected
     if expected not in (R.OK, R.IN_FLIGHT):
-        assert [pair.engine.account_by_ordinal(i) for i in range(7)] == before
+        assert [pair.engine.account_by_ordinal(i) for i in range(8)] == before
     pair.check_agreement()
     pair.check_replay()
 
@@ -124,7 +132,7 @@ def test_the_same_command_gets_the_same_answer(pair: Pair, expected: TransferRes
     assert pair.transfer(row) == expected
     if first in (R.OK, R.IN_FLIGHT) or 11 <= first <= 27:
         assert len(pair.frames) == frames
-        assert pair.transfer(Row(transfer_id(1001), BANK, BOB, 1)) == R.OK
+        assert pair.transfer(Row(transfer_id(1001), HOUSE, BOB, 1)) == R.OK
         assert pair.transfer(row) == expected
     else:
         assert pair.engine.result(row.id) == (R.OK if first == R.ID_REUSED else 0)
@@ -161,7 +169,7 @@ def test_guards_run_in_the_order_of_their_numbers(pair: Pair) -> None:
         (R.ID_AHEAD, {"id": transfer_id(1)}),
         (R.ID_REUSED, {"id": transfer_id(1001)}),
         (R.FLAGS_INVALID, {"flags": 0}),
-        (R.AMOUNT_INVALID, {"amount": INT64_MAX}),
+        (R.AMOUNT_INVALID, {"amount": AMOUNT_MAX}),
         (R.PENDING_ID_INVALID, {"pending_id": bytes(16)}),
         (R.TIMEOUT_INVALID, {"timeout_s": 0}),
         (R.ACCOUNTS_SAME, {"debit_id": account_id(99)}),

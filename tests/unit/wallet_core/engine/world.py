@@ -17,14 +17,16 @@ from tests.unit.wallet_core.engine.harness import (
     load_pieces,
     transfer_id,
 )
-from wallet_core.engine.codes import SHARD_LOCAL, TransferFlags, TransferResult, in_flight_account_id
+from wallet_core.engine.codes import AMOUNT_MAX, SHARD_LOCAL, TransferFlags, TransferResult, in_flight_account_id
 from wallet_core.engine.twin import Row
 
 F = TransferFlags
 
 ACCOUNTS = 5  # of each shard
 AMOUNTS = [1, 2, 5, 10, 30, 100]
-WILD_AMOUNTS = [0, -1, (1 << 62), (1 << 63) - 1]
+WILD_AMOUNTS = [0, -1, AMOUNT_MAX, AMOUNT_MAX + 1, (1 << 63) - 1]
+#: A few of these fill an account, the in-flight account or what may be under way.
+GREAT_AMOUNTS = [1, 900, 1000, AMOUNT_MAX // 2, AMOUNT_MAX - 1000, AMOUNT_MAX - 1, AMOUNT_MAX]
 WILD_FLAGS = [6, 10, 12, 20, 24, 33, 48, 49, 64]
 TIMEOUTS = [0, 1, 1, 3600]
 STEPS_NS = [0] * 8 + [1, MS, 1000 * MS, 1000 * MS, 1500 * MS, 3600_000 * MS, 8 * 86_400_000 * MS, -1000 * MS]
@@ -48,7 +50,7 @@ ROOM = [2, 100, 100]
 class World:
     """Commands as small numbers, so that a seeded generator or hypothesis can draw them."""
 
-    def __init__(self, generation_ids: int, generations: int, window_ms: int, room: int) -> None:
+    def __init__(self, generation_ids: int, generations: int, window_ms: int, room: int, overdrawing: int = 1) -> None:
         parameters = {
             "generation_ids": generation_ids,
             "id_count_max": generation_ids * generations,
@@ -64,8 +66,8 @@ class World:
         self.used: list[Row] = [Row(transfer_id(0), account_id(0), account_id(1), 1)]
         self.images: dict[int, tuple[bytes, int, list[bytes], dict[bytes, int]]] = {}
         for pair in self.pairs:
-            rows = [AccountRow(self.account(pair.shard, 0), flags=4)]
-            rows += [AccountRow(self.account(pair.shard, i)) for i in range(1, ACCOUNTS - 1)]
+            flags = [4] * overdrawing + [0] * (ACCOUNTS - 1 - overdrawing)
+            rows = [AccountRow(self.account(pair.shard, i), flags=flags[i]) for i in range(ACCOUNTS - 1)]
             pair.open(rows, self.now)
             pair.transfers([self.fresh(pair.shard, 0, i, 1000) for i in range(1, ACCOUNTS - 1)], self.now)
 

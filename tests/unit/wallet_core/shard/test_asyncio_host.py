@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from host_fixtures import NOW_NS, account, config, message, transfer_id
 
 from kernel.errors import FailedPrecondition, InvalidArgument, OutOfRange, Unavailable
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
-from wallet_core.service.port import AccountRow, TransferRow
+from wallet_core.event_log import DiskNearlyFull
+from wallet_core.service.port import AccountRow, SnapshotInfo, TransferRow
 from wallet_core.shard import HostClosed, ShardClock, WalletHost
+from wallet_core.shard import host as host_module
 
 SOURCE = account(1_000_000)
 PEOPLE = [account(n) for n in range(10)]
@@ -218,3 +220,86 @@ async def test_after_closing_everything_is_unavailable(tmp_path: Path) -> None:
     await host.close()
     with pytest.raises(Unavailable):
         await host.transfers([give(1)])
+
+
+async def until(reached: Callable[[], object], what: str) -> None:
+    for _ in range(1_000):
+        if reached():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"never {what}")
+
+
+async def test_snapshots_are_taken_by_themselves_and_the_log_stays_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "_SNAPSHOT_LOOK_S", 0.01)
+    events = 3_000  # 144 kB of records, in segments of 64 KiB
+    host = await opened(tmp_path, shard_count=2, segment_bytes=65536, snapshot_events=events)
+    running: list[int] = []
+    together: list[int] = []
+    write = host._write_snapshot
+
+    def watched(shard: int) -> SnapshotInfo:
+        running.append(shard)
+        together.append(len(running))
+        taken = write(shard)
+        running.remove(shard)
+        return taken
+
+    monkeypatch.setattr(host, "_write_snapshot", watched)
+    at = 0
+    for turn in range(4):
+        before = {one.shard: one for one in host.shards()}
+        for _ in range(8):
+            assert set(await host.transfers([give(at + n) for n in range(1_000)])) == {1}
+            at += 1_000
+        await until(
+            lambda before=before: all(
+                one.snapshot_sequence > before[one.shard].snapshot_sequence
+                and one.durable_sequence - one.snapshot_sequence < events
+                for one in host.shards()
+            ),
+            f"a snapshot of each shard in turn {turn}",
+        )
+    assert set(together) == {1}
+    for shard in (0, 1):
+        newest, older = host.snapshots(shard)
+        first = host.first_sequence(shard)
+        assert 1 < first <= older.sequence + 1  # cut, and still there from the second newest on
+        assert newest.sequence - first < 16_000
+    figures = {one.shard: (one.snapshot_sequence, one.digest) for one in host.shards()}
+    await host.close()
+    again = await opened(tmp_path, shard_count=2, segment_bytes=65536, snapshot_events=events)
+    assert {one.shard: (one.snapshot_sequence, one.digest) for one in again.shards()} == figures
+    await again.close()
+
+
+async def test_a_snapshot_that_fails_is_told_and_hurts_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "_SNAPSHOT_LOOK_S", 0.01)
+    monkeypatch.setattr(host_module, "_SNAPSHOT_RETRY_S", 0.02)
+    host = await opened(tmp_path, snapshot_events=10)
+    told: list[int] = []
+    host.on_snapshot_failure = lambda shard, error: told.append(shard)
+    write, full = host._write_snapshot, [DiskNearlyFull("there", 0, 1)] * 2
+
+    def fail_at_first(shard: int) -> SnapshotInfo:
+        if full:
+            raise full.pop()
+        return write(shard)
+
+    monkeypatch.setattr(host, "_write_snapshot", fail_at_first)
+    assert set(await host.transfers([give(n) for n in range(20)])) == {1}
+    await until(lambda: host.shards()[0].snapshot_sequence, "tried again")
+    assert told == [0, 0]
+    await host.close()
+
+
+async def test_no_snapshot_is_taken_unasked_where_that_is_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "_SNAPSHOT_LOOK_S", 0.001)
+    host = await opened(tmp_path, snapshot_events=0)
+    assert set(await host.transfers([give(n) for n in range(20)])) == {1}
+    assert host._snapshots_task is None
+    await host.close()

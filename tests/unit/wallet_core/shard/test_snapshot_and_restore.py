@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from host_fixtures import NOW_NS, Driver, account, config, on_shard, transfer_id
@@ -12,7 +13,7 @@ from wallet_core.event_log import LogDamaged, delete_segments_below
 from wallet_core.service.port import AccountRow, TransferRow
 from wallet_core.shard import Progress, RecoveryFailed, ShardHost, rebuild, recover_shard
 from wallet_core.shard.port import shard_folder
-from wallet_core.snapshot import SnapshotWriter, snapshot_files
+from wallet_core.snapshot import SnapshotWriter, delete_older, snapshot_files
 
 SOURCE = account(1_000_000)
 PEOPLE = [account(n) for n in range(10)]
@@ -115,6 +116,65 @@ def test_a_bad_snapshot_falls_back_to_the_one_before(tmp_path: Path) -> None:
     assert str(newest.path) in recovered.skipped[0]
     assert recovered.engine.state_digest() == digests[0]
     recovered.log.close()
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_bad_snapshot_is_not_counted_as_one_to_fall_back_to(tmp_path: Path) -> None:
+    """Good, bad, then another bad one: if the first bad one counted, the good one and its log would be gone by then."""
+    folder, log = shard_folder(tmp_path, 0) / "snapshots", shard_folder(tmp_path, 0) / "log"
+    options: dict[str, Any] = {"segment_bytes": 65536}
+
+    def taken(driver: Driver) -> int:
+        sequence = snapshot(driver.host, tmp_path)
+        oldest = delete_older(folder, 2)
+        if oldest:
+            delete_segments_below(log, oldest)
+        return sequence
+
+    driver = opened(tmp_path, **options)
+    driver.transfers(rows(2000))
+    good = taken(driver)
+    driver.transfers(rows(2000, 5000))
+    bad = taken(driver)
+    driver.close()
+    damage(folder / f"{bad:020d}.snap")
+
+    rebuild(config(tmp_path, **options), 0)
+    assert [one.sequence for one in snapshot_files(folder)] == [bad, good]  # a tool that only reads renames nothing
+
+    told: list[Progress] = []
+    recovered = recover_shard(config(tmp_path, **options), 0, progress=told.append)
+    recovered.log.close()
+    assert [one.sequence for one in snapshot_files(folder)] == [good]
+    assert (folder / f"{bad:020d}.damaged").exists()
+    assert [one.problem for one in told if one.stage == "damaged"] == list(recovered.skipped)
+
+    driver = opened(tmp_path, **options)
+    driver.transfers(rows(2000, 10000))
+    newest = taken(driver)
+    digests = driver.digests()
+    driver.close()
+    damage(folder / f"{newest:020d}.snap")
+    recovered = recover_shard(config(tmp_path, **options), 0)
+    assert (recovered.snapshot_sequence, recovered.engine.state_digest()) == (good, digests[0])
+    recovered.log.close()
+
+
+def test_a_recovery_that_fails_leaves_the_snapshots_as_they_are(tmp_path: Path) -> None:
+    driver = opened(tmp_path, segment_bytes=65536)
+    driver.transfers(rows(3000))
+    sequence = snapshot(driver.host, tmp_path)
+    driver.close()
+    damage(shard_folder(tmp_path, 0) / "snapshots" / f"{sequence:020d}.snap")
+    (shard_folder(tmp_path, 0) / "log" / f"{1:020d}.seg").unlink()
+    with pytest.raises(LogDamaged):
+        recover_shard(config(tmp_path), 0)
+    assert [one.sequence for one in snapshot_files(shard_folder(tmp_path, 0) / "snapshots")] == [sequence]
 
 
 def test_without_any_good_snapshot_the_whole_log_must_be_there(tmp_path: Path) -> None:
