@@ -103,7 +103,12 @@ class Notifications:
         """Try parked notifications again: those of the given PSP objects, or those that are due. Returns how many fit now."""
         now = None if psp_object_ids else now_of(self._clock)
         parked = await self._store.parked_notifications(now, psp_object_ids, PARKED_BATCH_MAX)
-        return (await self.apply(parked)).applied
+        # As calls of their own: they share transactions all the same, and one that fails holds up no other.
+        done = await asyncio.gather(*(self.apply([each]) for each in parked), return_exceptions=True)
+        for each in done:
+            if isinstance(each, BaseException):
+                raise each
+        return sum(each.applied for each in done if isinstance(each, Counts))
 
     async def _work(self) -> None:
         try:

@@ -57,6 +57,7 @@ _CALLS_SEEN = 8  # the last so many single calls …
 _CALLS_WITHIN_S = 0.004  # … within this time: 2,000 a second, more than one caller alone can send
 _GATHER_S = 0.001
 _SNAPSHOT_LOOK_S = 1.0
+_SNAPSHOT_BUSY_FACTOR = 4
 _SNAPSHOT_RETRY_S = 60.0  # after one that failed: most often the disk is full
 
 
@@ -348,7 +349,8 @@ class WalletHost:
 
     async def _take_snapshots(self, events: int) -> None:
         """So that the log, and the replay after a start, stay bounded: a snapshot of a shard `events` events after its last
-        one, one shard at a time, and under any load at most a quarter of the time."""
+        one, one shard at a time. It costs commits some of the disk, so it waits for a moment when nothing is under way,
+        until there are four times as many events; and it is done at most a tenth of the time."""
         pause_s = _SNAPSHOT_LOOK_S
         while True:
             await asyncio.sleep(pause_s)
@@ -356,7 +358,8 @@ class WalletHost:
             behind, shard = max(
                 (self._native.durable_sequence(one) - self._snapshot_sequences[one], one) for one in self.shard_ids
             )
-            if behind < events or self._failure is not None:
+            busy = self._native.rows_in_flight > 0
+            if behind < (_SNAPSHOT_BUSY_FACTOR * events if busy else events) or self._failure is not None:
                 continue
             began = self._loop.time()
             try:
@@ -368,7 +371,7 @@ class WalletHost:
                 if self.on_snapshot_failure is not None:
                     self.on_snapshot_failure(shard, error)
             else:
-                pause_s = max(pause_s, 3 * (self._loop.time() - began))
+                pause_s = max(pause_s, 9 * (self._loop.time() - began))
 
     def snapshots(self, shard: int) -> list[SnapshotInfo]:
         """Snapshots on disk, newest first; those whose header does not read back are left out."""

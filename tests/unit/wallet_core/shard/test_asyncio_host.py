@@ -15,7 +15,7 @@ from kernel.errors import FailedPrecondition, InvalidArgument, OutOfRange, Unava
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.event_log import DiskNearlyFull
 from wallet_core.service.port import AccountRow, SnapshotInfo, TransferRow
-from wallet_core.shard import HostClosed, ShardClock, WalletHost
+from wallet_core.shard import HostClosed, ShardClock, ShardHost, WalletHost
 from wallet_core.shard import host as host_module
 
 SOURCE = account(1_000_000)
@@ -273,6 +273,37 @@ async def test_snapshots_are_taken_by_themselves_and_the_log_stays_short(
     again = await opened(tmp_path, shard_count=2, segment_bytes=65536, snapshot_events=events)
     assert {one.shard: (one.snapshot_sequence, one.digest) for one in again.shards()} == figures
     await again.close()
+
+
+async def test_under_load_a_snapshot_waits_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "_SNAPSHOT_LOOK_S", 0.01)
+    host = await opened(tmp_path, snapshot_events=100)
+    busy = Busy(host._native)
+    monkeypatch.setattr(host, "_native", busy)
+    assert set(await host.transfers([give(n) for n in range(300)])) == {1}
+    looks = busy.looks
+    await until(lambda: busy.looks > looks + 5, "looked at")
+    assert host.shards()[0].snapshot_sequence == 0
+    assert set(await host.transfers([give(n) for n in range(300, 400)])) == {1}
+    await until(lambda: host.shards()[0].snapshot_sequence >= 400, "taken, however busy")
+    monkeypatch.setattr(host, "_native", busy._native)
+    await host.close()
+
+
+class Busy:
+    """A native host that always has rows under way."""
+
+    def __init__(self, native: ShardHost) -> None:
+        self._native = native
+        self.looks = 0
+
+    @property
+    def rows_in_flight(self) -> int:
+        self.looks += 1
+        return 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._native, name)
 
 
 async def test_a_snapshot_that_fails_is_told_and_hurts_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
