@@ -34,6 +34,7 @@ from ducat.wallet.v1 import wallet_pb2
 from kernel import names
 from kernel.money import Money
 from ops.platform import Platform, ProcessFailed
+from runtime.settings import Settings
 
 __all__ = ["Books", "EventRefused", "Outcome", "add_parser", "read_books", "run", "run_checkout"]
 
@@ -162,19 +163,25 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return EXIT_INVALID
-    folder = Path(tempfile.mkdtemp(prefix="ducat-demo-"))
+    settings = Settings.load()
+    # A database that outlives the demo needs a wallet log that does so too, or their books would part.
+    keep = args.keep_data or bool(settings.database_url)
+    folder = Path(settings.data_dir) / "demo" if settings.database_url else Path(tempfile.mkdtemp(prefix="ducat-demo-"))
     try:
-        return asyncio.run(_demo(body, folder, as_json=args.json))
+        code, outcome = asyncio.run(_demo(body, folder))
     except KeyboardInterrupt:
         return 130
     finally:
-        if args.keep_data:
+        if keep:
             print(f"data kept in {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
+    if args.json and outcome is not None:
+        print(json.dumps(outcome.as_json()))  # the last line, whatever was said while stopping
+    return code
 
 
-async def _demo(body: bytes, folder: Path, *, as_json: bool) -> int:
+async def _demo(body: bytes, folder: Path) -> tuple[int, Outcome | None]:
     started = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name.startswith("DUCAT_")}
     platform = Platform(folder, free_ports=True, env=environment, log=lambda line: print(f"  {line}"))
@@ -187,18 +194,16 @@ async def _demo(body: bytes, folder: Path, *, as_json: bool) -> int:
         )
         outcome = await run_checkout(platform, body, log=print)
         _print_outcome(outcome, time.monotonic() - started)
-        if as_json:
-            print(json.dumps(outcome.as_json()))
-        return EXIT_OK if all(outcome.invariants().values()) else EXIT_FAILED
+        return (EXIT_OK if all(outcome.invariants().values()) else EXIT_FAILED), outcome
     except EventRefused as refused:
         print(f"demo: the payment event is invalid (HTTP {refused.status}): {refused}", file=sys.stderr)
         for violation in refused.problem.get("violations", []):
             print(f"  {violation['field'] or '(body)'}: {violation['description']}", file=sys.stderr)
         print("nothing was stored", file=sys.stderr)
-        return EXIT_INVALID
+        return EXIT_INVALID, None
     except (DemoFailed, ProcessFailed, ducat.errors.DucatError, aiohttp.ClientError) as error:
         print(f"demo: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_FAILED, None
     finally:
         await platform.stop()
 

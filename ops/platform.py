@@ -13,7 +13,6 @@ import ctypes
 import fcntl
 import os
 import signal
-import socket
 import ssl
 import sys
 import time
@@ -29,7 +28,7 @@ import ducat.aio
 from runtime.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed
 from runtime.settings import Settings, split_address
 
-__all__ = ["PROCESSES", "DataFolderBusy", "Platform", "ProcessFailed", "free_port"]
+__all__ = ["PROCESSES", "DataFolderBusy", "Platform", "ProcessFailed"]
 
 PROCESSES: dict[str, str] = {
     "wallet": "wallet_core",
@@ -58,14 +57,6 @@ class DataFolderBusy(Exception):
 
 class ProcessFailed(Exception):
     """A process or an embedded server did not become ready; the message has the end of its log."""
-
-
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import secrets
 import signal
 import socket
@@ -26,6 +27,7 @@ __all__ = [
 SOCKET_PATH_BYTES_MAX = 100
 """A Unix socket address holds 107 bytes on Linux, 103 on macOS."""
 LEFTOVER_STOP_S = 20.0
+FREE_PORTS = range(18_000, 32_000)
 
 
 class ServerFailed(RuntimeError):
@@ -33,11 +35,17 @@ class ServerFailed(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port that is free on the loopback now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that is free on the loopback now, below those that outgoing connections get: one of them could otherwise take it
+    before its server listens.
+    """
+    for port in random.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ServerFailed(f"no port from {FREE_PORTS.start} to {FREE_PORTS.stop} is free on 127.0.0.1")
 
 
 def kept_port(file: Path, wanted: int = 0) -> int:

@@ -67,7 +67,7 @@ async def test_a_checkout_and_a_payout_over_mtls_with_tokens_and_one_trace(tmp_p
     checkout_id = outcome.payment.checkout_id
     created = next(json.loads(line) for line in logs["payment"].splitlines() if checkout_id in line)
     seen = {re.sub(r"-\d+$", "", name) for name, text in logs.items() if created["trace_id"] in text}
-    assert seen >= {"gateway", "payment", "executor", "ledger"}
+    assert seen >= {"gateway", "payment", "executor", "ledger", "wallet"}
 
 
 @pytest.mark.timeout(180)

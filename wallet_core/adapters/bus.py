@@ -75,6 +75,12 @@ class PaymentEvents:
         ]
         if answers:
             await self._bus.publish(answers)
+        # One line a batch, since a line costs as much as a transfer; it has the trace of each payment in the batch.
+        _log.info(
+            "moved",
+            references=[step.reference for step in steps],
+            trace_ids=list(dict.fromkeys(source.traceparent[3:35] for source in sources)),
+        )
 
     def _answer(self, outcome: Outcome, source: Message) -> Message:
         step = outcome.step

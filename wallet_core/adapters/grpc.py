@@ -136,7 +136,7 @@ class WalletServicer(wallet_service_pb2_grpc.WalletServiceServicer):
         else:
             key = self._wallet.account_key(request.account_id, request.name)
             if as_of == "time":
-                past = await self._history.at_time(key, request.time.ToNanoseconds())
+                past = await self._history.at_time(key, _time_ns(request.time))
             else:
                 past = await self._history.at_position(key, request.position.shard, request.position.sequence_number)
             if past is None:
@@ -444,6 +444,13 @@ def _spec(account: wallet_pb2.AccountSpec) -> AccountSpec:
         account.overdraft_limit_minor,
         account.balance_limit_minor,
     )
+
+
+def _time_ns(time: Timestamp) -> int:
+    """Unix nanoseconds. Raises InvalidArgument for what no clock says."""
+    if not (0 <= time.seconds < 253_402_300_800 and 0 <= time.nanos < 1_000_000_000):
+        raise _wrong("time", "expected a time from 1970 to 9999")
+    return int(time.seconds) * 1_000_000_000 + int(time.nanos)
 
 
 def _account(view: AccountView) -> wallet_pb2.Account:

@@ -42,7 +42,7 @@ __all__ = ["DISK_FULL", "AppliedFrame", "Request", "SimulatedShard", "delivery_c
 EVENT_BYTES = 48
 FRAME_BYTES = 96 + 8
 GROUP_FRAMES_MAX = 12
-REFUSALS_REPEATED_MAX = 3
+REFUSALS_REPEATED_MAX = (0, 3)
 APPLY_NS = (5_000, 60_000)
 WRITE_NS = (5_000, 80_000)
 SYNC_NS = (50_000, 900_000)
@@ -153,6 +153,7 @@ class SimulatedShard:
         self.writer: SnapshotWriter | None = None
         self.imaging = False
         self.slow_until_ns = 0
+        self.refusals_repeated_max = self.world.between(*REFUSALS_REPEATED_MAX)
         self.skew_ns = self.world.between(0, 2_000_000_000) if self.world.faulty else 2_000_000_000
 
     # ---- life and death ----
@@ -413,7 +414,7 @@ class SimulatedShard:
         upto = number + len(results) - 1
         self.world.note(f"shard {self.shard}: credits from {source}:", f"{number}..{upto}", results.hex())
         refused = self.refusals(source, number, upto)
-        if len([one for one in refused if one[0] < number]) > REFUSALS_REPEATED_MAX:
+        if len([one for one in refused if one[0] < number]) > self.refusals_repeated_max:
             settled, refused = number - 1, [one for one in refused if one[0] >= number]
         self.group.deliveries.append((source, "outcomes", (self.shard, settled, upto, refused)))
 
