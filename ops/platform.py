@@ -25,7 +25,7 @@ import aiohttp
 
 import ducat
 import ducat.aio
-from runtime.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed
+from runtime.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed, free_port
 from runtime.settings import Settings, split_address
 
 __all__ = ["PROCESSES", "DataFolderBusy", "Platform", "ProcessFailed"]
