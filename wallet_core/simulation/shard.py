@@ -42,7 +42,6 @@ __all__ = ["DISK_FULL", "AppliedFrame", "Request", "SimulatedShard", "delivery_c
 EVENT_BYTES = 48
 FRAME_BYTES = 96 + 8
 GROUP_FRAMES_MAX = 12
-REFUSALS_REPEATED_MAX = (0, 3)
 APPLY_NS = (5_000, 60_000)
 WRITE_NS = (5_000, 80_000)
 SYNC_NS = (50_000, 900_000)
@@ -153,7 +152,7 @@ class SimulatedShard:
         self.writer: SnapshotWriter | None = None
         self.imaging = False
         self.slow_until_ns = 0
-        self.refusals_repeated_max = self.world.between(*REFUSALS_REPEATED_MAX)
+        self.refusals_repeated_max = (self.shard + self.life) % 4  # of the real one: 256
         self.skew_ns = self.world.between(0, 2_000_000_000) if self.world.faulty else 2_000_000_000
 
     # ---- life and death ----
