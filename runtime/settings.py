@@ -198,6 +198,9 @@ class Settings(BaseSettings):
         True, description="follow the logs into the read model (off: for measurements of the shards alone)"
     )
     wallet_id_window_ms: int = Field(7 * _DAY_MS, ge=60_000, description="how far back transfer ids are remembered")
+    wallet_keep_history: bool = Field(
+        True, description="never delete event log segments; off: keep only what the two newest snapshots need"
+    )
     wallet_snapshot_events: int = Field(
         5_000_000, ge=0, description="events of a shard after which a snapshot is taken; 0 = only when asked for"
     )

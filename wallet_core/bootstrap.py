@@ -119,6 +119,7 @@ def host_config(settings: Settings) -> ShardHostConfig:
         reserve_bytes=settings.wallet_disk_reserve_bytes,
         id_window_ms=settings.wallet_id_window_ms,
         snapshot_events=settings.wallet_snapshot_events,
+        keep_history=settings.wallet_keep_history,
     )
 
 

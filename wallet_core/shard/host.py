@@ -394,7 +394,7 @@ class WalletHost:
         oldest = delete_older(folder, self._config.snapshots_kept)
         if oldest and self.retain is not None:
             oldest = min(oldest, self.retain(shard))
-        if oldest:
+        if oldest and not self._config.keep_history:
             delete_segments_below(self._log_folder(shard), oldest)
         return _info(snapshot_files(folder)[0].path)
 

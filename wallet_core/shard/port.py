@@ -118,6 +118,7 @@ class ShardHostConfig:
     generation_ids: int = 1 << 20
     snapshots_kept: int = 2
     snapshot_events: int = 5_000_000  # since the last snapshot, then another is taken; 0 = only when asked for
+    keep_history: bool = False  # True: no segment is ever deleted, so that any past balance can be told
     rows_in_flight_max: int = 64 * ROWS_MAX
     bytes_in_flight_max: int = 64 * 1024 * 1024
     engine_options: dict[str, int] = field(default_factory=dict)  # further engine parameters, by name
