@@ -114,7 +114,7 @@ class Generator:
 
 
 async def create_accounts(channel: grpc.aio.Channel, generator: Generator) -> None:
-    call = channel.unary_unary(CREATE, None, wallet_pb2.CreateAccountsResponse.FromString)
+    call: Any = channel.unary_unary(CREATE, None, wallet_pb2.CreateAccountsResponse.FromString)
     ids = generator.ids
     for start in range(0, len(ids), BATCH_ROWS):
         request = wallet_pb2.CreateAccountsRequest(
@@ -132,7 +132,7 @@ async def stream(
     channel: grpc.aio.Channel, generator: Generator, method: str, total: int, window: int
 ) -> dict[str, Any]:
     """Sends `total` transfers with `window` batches under way; every answer must say that no row failed."""
-    call = channel.stream_stream(method, None, None)()
+    call: Any = channel.stream_stream(method, None, None)()
     sent_at: list[float] = []
     took_ms: list[float] = []
     failed = 0
@@ -213,7 +213,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 async def check_balances(channel: grpc.aio.Channel, generator: Generator) -> bool:
     """Every account has the balance that the transfers make."""
-    call = channel.unary_unary(GET, None, wallet_pb2.GetAccountsResponse.FromString)
+    call: Any = channel.unary_unary(GET, None, wallet_pb2.GetAccountsResponse.FromString)
     for start in range(0, generator.plan.accounts, BATCH_ROWS):
         rows = generator.ids[start : start + BATCH_ROWS]
         request = wallet_pb2.GetAccountsRequest(account_ids=[row.tobytes() for row in rows])
@@ -255,7 +255,7 @@ async def run(plan: Plan) -> dict[str, Any]:
         print("started", flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
         if plan.pattern == "unary":
-            transfer = channel.unary_unary(TRANSFER, None, wallet_pb2.CreateTransfersResponse.FromString)
+            transfer: Any = channel.unary_unary(TRANSFER, None, wallet_pb2.CreateTransfersResponse.FromString)
 
             async def call(request: bytes) -> Any:
                 answer = await transfer(request, timeout=30)
@@ -279,7 +279,7 @@ async def run_echo(plan: Plan) -> dict[str, Any]:
     async with grpc.aio.insecure_channel(plan.echo_address, options=CHANNEL_OPTIONS) as channel:
         if plan.pattern != "unary":
             return await stream(channel, generator, "/bench.Echo/Stream", plan.transfers, plan.window)
-        echo = channel.unary_unary("/bench.Echo/Unary", None, None)
+        echo: Any = channel.unary_unary("/bench.Echo/Unary", None, None)
         return await unary(lambda request: echo(request, timeout=30), lambda: b"x" * 80, plan.transfers, plan.window)
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -57,7 +58,7 @@ class _Echo(grpc.GenericRpcHandler):
     left out.
     """
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         if handler_call_details.method == "/bench.Echo/Unary":
             return grpc.unary_unary_rpc_method_handler(_unary)
         if handler_call_details.method == "/bench.Echo/Stream":
@@ -65,11 +66,11 @@ class _Echo(grpc.GenericRpcHandler):
         return None
 
 
-async def _unary(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+async def _unary(request: bytes, context: Any) -> bytes:
     return request
 
 
-async def _stream(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+async def _stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
     async for _ in requests:
         yield b"\x0a\x00"
 
