@@ -588,8 +588,8 @@ class _Consumer:
         if record is None:
             return
         records = [record]
-        if self._fetch_count > 1:
-            records += consumer.consume(self._fetch_count - 1, timeout=0)
+        while len(records) < self._fetch_count and (record := consumer.poll(0)) is not None:
+            records.append(record)
         good = [record for record in records if not _failed(record)]
         if good and not self._stopping:
             self._may_fetch.clear()
