@@ -13,6 +13,9 @@
   rebalance; while the dispatcher wants nothing, the partitions are paused. Every call to the consumer is made in its thread.
 - A partition that goes to another consumer is revoked first: what runs finishes (`REVOKE_TIMEOUT_S`) and is committed, the rest is
   forgotten.
+- One request in flight a connection, although the producer is idempotent. A broker takes any sequence number as a producer's first in a
+  partition: when the first batch met a leader that was not ready and the second, already under way, got in, librdkafka calls the first
+  "implicitly acked" and it is gone.
 - A failed delivery report ends the producer (`enable.gapless.guarantee`): a message may not overtake one that failed before it.
 - The dead-letter topic is compacted and keyed by the dead letter's id: a retried one is removed by a tombstone.
 
@@ -324,6 +327,7 @@ class _ThreadedProducer:
             "enable.idempotence": True,
             "enable.gapless.guarantee": True,
             "acks": "all",
+            "max.in.flight.requests.per.connection": 1,
             "linger.ms": 1,
             "message.timeout.ms": MESSAGE_TIMEOUT_MS,
             "partitioner": "murmur2_random",  # the same as Java's producers

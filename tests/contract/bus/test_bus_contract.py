@@ -154,6 +154,20 @@ async def test_batches_respect_their_limit_and_hold_several(harness: Harness) ->
     assert len(sizes) < 100
 
 
+async def test_bursts_to_new_topics_lose_nothing_that_was_acknowledged(harness: Harness) -> None:
+    topics, seen = [harness.topic() for _ in range(12)], Seen()
+    for topic in topics:
+        bus, sent = await harness.open(), messages_of(topic, 100, key_count=11)
+        publishing = []
+        for begin in range(0, 100, 10):
+            publishing.append(asyncio.ensure_future(bus.publish(sent[begin : begin + 10])))
+            await asyncio.sleep(0.002)  # several requests under way while the new partitions get their leaders
+        await asyncio.gather(*publishing)
+        harness.start(bus.consume(topic, f"g-{topic}", seen.batch))
+    wanted = {(topic, f"id-{n}") for topic in topics for n in range(100)}
+    await seen.until(lambda: wanted <= {(message.topic, message.message_id) for message in seen.messages})
+
+
 async def test_restarted_consumer_resumes_behind_what_was_acknowledged(harness: Harness) -> None:
     topic, publisher = harness.topic(), await harness.open()
     sent = messages_of(topic, 40, key_count=4)
