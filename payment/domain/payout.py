@@ -256,6 +256,11 @@ class Payout:
     def _contradiction(self, notification: Notification) -> str:
         if notification.psp != self.psp:
             return f"{notification.psp} tells of a payout that {self.psp} has"
+        if self.psp_payout_id and notification.psp_object_id not in ("", self.psp_payout_id):
+            return (
+                f"{notification.psp} tells of {notification.psp_object_id}, a second payout under our reference; "
+                f"ours is {self.psp_payout_id}: not applied, find out whether it was paid twice"
+            )
         if notification.amount_minor is not None and (notification.currency_code, notification.amount_minor) != (
             self.currency_code,
             self.amount_minor,

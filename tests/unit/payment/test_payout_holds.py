@@ -113,6 +113,17 @@ def test_completion_that_contradicts_us_is_flagged(wrong: dict[str, Any]) -> Non
     assert each.attention
 
 
+@pytest.mark.parametrize("kind", [K.PAYOUT_FAILED, K.PAYOUT_RETURNED, K.PAYOUT_COMPLETED])
+@pytest.mark.parametrize("state", [S.PENDING, S.PROCESSING, S.COMPLETED])
+def test_what_becomes_of_a_second_payout_at_the_psp_is_flagged_and_moves_no_money(
+    state: PayoutState, kind: NotificationKind
+) -> None:
+    each = payout(state, psp_payout_id="po_1")
+    assert each.notify(told(kind, psp_object_id="po_2"), NOW) is Outcome.FLAGGED
+    assert (each.state, each.facts, each.psp_payout_id) == (state, [], "po_1")
+    assert "po_2" in each.attention
+
+
 def test_completion_before_the_hold_is_parked_and_a_foreign_kind_ignored() -> None:
     each = payout(S.HOLDING)
     assert each.notify(told(K.PAYOUT_COMPLETED), NOW) is Outcome.PARKED
