@@ -257,10 +257,8 @@ class PaymentOrder:
         event = _EVENT_OF_KIND.get(notification.kind)
         if event is None:
             return Outcome.IGNORED
-        ours = (
-            not self.psp_token
-            or not notification.psp_object_id
-            or (notification.psp == self.psp and notification.psp_object_id == self.psp_token)
+        ours = not self.psp_token or (
+            notification.psp == self.psp and notification.psp_object_id in ("", self.psp_token)
         )
         if event is _E.SUCCEEDED:
             contradiction = self._contradiction(notification, ours)
@@ -322,7 +320,7 @@ class PaymentOrder:
         if not ours and not self.cancel_requested:
             self._send_cancel("", now)  # the buyer paid another intent: close the one that is known
         self.psp = notification.psp
-        self.psp_token = notification.psp_object_id or self.psp_token
+        self.psp_token = notification.psp_object_id or (self.psp_token if ours else "")
         self.failure_reason = self.hosted_page_url = self.attention = ""
         self.facts.append(Fact(FactKind.ORDER_SUCCEEDED, psp=self.psp, psp_object_id=self.psp_token))
 

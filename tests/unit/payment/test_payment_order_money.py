@@ -127,6 +127,16 @@ def test_end_of_another_intent_says_nothing_but_its_success_does() -> None:
     ]
 
 
+def test_another_psp_that_names_no_intent_does_not_speak_for_ours() -> None:
+    each = order(S.EXECUTING)
+    other = {"psp": "sandbox2", "psp_object_id": ""}
+    assert each.notify(told(K.ORDER_FAILED, **other), NOW) is Outcome.IGNORED
+    assert each.state is S.EXECUTING
+    assert each.notify(told(K.ORDER_SUCCEEDED, "evt_2", **other), NOW) is Outcome.APPLIED
+    assert (each.psp, each.psp_token) == ("sandbox2", "")  # never the other one's name on our intent
+    assert FactKind.CANCEL_ORDER in kinds(each)
+
+
 @pytest.mark.parametrize(
     ("kind", "state"),
     [(K.ORDER_FAILED, S.FAILED), (K.ORDER_CANCELED, S.CANCELED), (K.ORDER_EXPIRED, S.EXPIRED)],
