@@ -1,7 +1,7 @@
 """An attempt: one order, refund or payout at one PSP, and its life as a table.
 
     SENDING ──ACCEPTED──► ACCEPTED          stored before the PSP is called
-       │ ├────REJECTED──► REJECTED          (a crash in between: the same call again, same idempotency key)
+       │ ├────REJECTED──► REJECTED          (a crash in between: the PSP is asked first, then the same call again)
        │ └────NO_ANSWER─► UNKNOWN ──ACCEPTED/REJECTED──► as above
        ▲                     │
        └────NOT_FOUND────────┘              the PSP never saw it: send again, same idempotency key

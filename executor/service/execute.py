@@ -2,8 +2,10 @@
 
     execute → begin (SENDING stored) → _send → _call the PSP → _conclude (result and event stored together)
 
-A crash between `begin` and `_conclude` leaves SENDING: the redelivered command, or the poller, makes the same call again under the same
-idempotency key and gets the same object. What the PSP did not answer becomes UNKNOWN and belongs to the poller (`resume`).
+A crash between `begin` and `_conclude` leaves SENDING: the redelivered command, or the poller, asks the PSP first and makes the same
+call again, under the same idempotency key, only where the PSP does not have it. The key alone would not do: PSPs forget keys after a
+day or so, and a payout sent again after that is paid twice. What the PSP did not answer becomes UNKNOWN and belongs to the poller
+(`resume`).
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class Executor:
         attempt = await self._store.begin(command, psps[0] if psps else "", now_ns, grace_ns, traceparent)
         if attempt.state is not AttemptState.SENDING:
             return attempt
+        if not attempt.is_new:
+            return await self._ask_then_send(attempt, command)
         if instruction is not None and not instruction.sendable:
             return await self._abandon(attempt, command)
         return await self._send(attempt, command, psps, instruction)
@@ -86,11 +90,13 @@ class Executor:
         attempt, command = due.attempt, due.command
         match attempt.state:
             case AttemptState.SENDING:
-                return await self._send_again(attempt, command)
+                attempt.call_count += 1
+                return await self._ask_then_send(attempt, command)
             case AttemptState.UNKNOWN:
                 answer = await self._query(attempt)
                 attempt = await self._conclude(attempt, command, answer)
                 if attempt.state is AttemptState.SENDING:  # the PSP never saw it
+                    attempt.call_count += 1
                     return await self._send_again(attempt, command)
                 return attempt
             case AttemptState.ACCEPTED:
@@ -122,13 +128,20 @@ class Executor:
 
     # --- sending ------------------------------------------------------------------------------------------------------
 
+    async def _ask_then_send(self, attempt: Attempt, command: Command) -> Attempt:
+        """For a SENDING attempt that may have been sent before, nobody knows: sent only where the PSP says that it does not have it."""
+        if self._can(attempt, Capability.QUERY):
+            answer = await self._query(attempt)
+            if not isinstance(answer, NotFound):
+                return await self._conclude(attempt, command, answer)
+        return await self._send_again(attempt, command)
+
     async def _send_again(self, attempt: Attempt, command: Command) -> Attempt:
         instruction = None
         if isinstance(command, ExecutePayout):
             instruction = await self._instructions.read(command.reference)
             if not instruction.sendable:
                 return await self._abandon(attempt, command)
-        attempt.call_count += 1
         return await self._send(attempt, command, [], instruction)
 
     async def _send(

@@ -114,7 +114,7 @@ class FakePsp:
 
     def __init__(self, name: str = "a", *, weight: int = 1, lacks: Sequence[Capability] = ()) -> None:
         self.provider = Provider(name, frozenset(set(Capability) - set(lacks)), weight=weight)
-        self.answers: dict[str, list[Answer]] = {}
+        self.answers: dict[str, list[Answer]] = {"query": [NotFound()]}
         self.calls: list[str] = []
 
     def says(self, call: str, *answers: Answer) -> FakePsp:
@@ -224,7 +224,25 @@ class TestOrders:
         world = World(a, b)
         await world.store.begin(ORDER, "b", world.clock.now_ns(), 1, "")
         attempt = await world.executor.execute(ORDER)
-        assert (attempt.psp, attempt.call_count, a.calls, b.calls) == ("b", 2, [], ["register"])
+        assert (attempt.psp, attempt.call_count, a.calls, b.calls) == ("b", 2, [], ["query", "register"])
+
+    async def test_redelivered_after_a_crash_is_not_sent_again_where_the_psp_has_it(self) -> None:
+        """However late: the PSP may have forgotten the idempotency key, and a payout would be paid twice."""
+        psp = FakePsp().says("register", DONE).says("payout", Accepted("po_2")).says("query", Accepted("po_1"))
+        world = World(psp)
+        for command in (ORDER, ExecutePayout("PO-1"), ExecuteRefund("REF-1", "ORD-1", "a", "pi_1", Money("USD", 1))):
+            await world.store.begin(command, "a", world.clock.now_ns(), 1, "")
+            world.clock.advance(seconds=3 * 86_400)
+            attempt = await world.executor.execute(command)
+            assert (attempt.state, attempt.psp_object_id) == (AttemptState.ACCEPTED, "po_1")
+        assert psp.calls == ["query"] * 3
+
+    async def test_redelivered_after_a_crash_is_not_sent_again_where_the_psp_does_not_say(self) -> None:
+        psp = FakePsp().says("query", NoAnswer("timeout"))
+        world = World(psp)
+        await world.store.begin(ORDER, "a", world.clock.now_ns(), 1, "")
+        assert (await world.executor.execute(ORDER)).state is AttemptState.UNKNOWN
+        assert psp.calls == ["query"]
 
     async def test_rejected(self) -> None:
         world = World(FakePsp().says("register", Rejected("card_declined", "no")))
@@ -306,7 +324,16 @@ class TestUnknown:
         await world.poll_after(29)
         assert psp.calls == []
         await world.poll_after(1)
+        assert psp.calls == ["query", "register"]
         assert world.told() == ["order_registered"]
+
+    async def test_an_abandoned_payout_is_found_by_the_poller_and_not_sent_again(self) -> None:
+        psp = FakePsp().says("query", Accepted("po_1"))
+        world = World(psp)
+        await world.store.begin(ExecutePayout("PO-1"), "a", world.clock.now_ns(), world.clock.now_ns() + 30 * S, "")
+        await world.poll_after(3 * 86_400)
+        assert psp.calls == ["query"]
+        assert world.told() == ["payout_submitted"]
 
     async def test_a_psp_that_contradicts_itself_is_seen(self) -> None:
         psp = FakePsp().says("register", DONE)
