@@ -56,7 +56,7 @@ RETURNING kind, reference, psp, state, psp_object_id, hosted_page_url, code, rea
 _FINISH = """
 WITH updated AS (
     UPDATE executor.attempt AS a SET
-        psp = t.psp, state = t.state, psp_object_id = t.psp_object_id, hosted_page_url = t.hosted_page_url, code = t.code,
+        state = t.state, psp_object_id = t.psp_object_id, hosted_page_url = t.hosted_page_url, code = t.code,
         reason = t.reason, compliance = t.compliance, call_count = t.call_count, poll_count = t.poll_count,
         update_time = t.update_time,
         next_poll_time = CASE WHEN a.cancel_requested AND t.state = 2 AND a.state <> 2 AND t.next_poll_time IS NOT NULL
@@ -65,7 +65,7 @@ WITH updated AS (
         $9::text[], $10::boolean[], $11::integer[], $12::integer[], $13::timestamptz[], $14::timestamptz[])
         AS t (kind, reference, expected, psp, state, psp_object_id, hosted_page_url, code, reason, compliance, call_count,
         poll_count, update_time, next_poll_time)
-    WHERE a.kind = t.kind AND a.reference = t.reference AND a.state = t.expected
+    WHERE a.kind = t.kind AND a.reference = t.reference AND a.state = t.expected AND a.psp = t.psp
     RETURNING a.kind, a.reference
 ), sent AS (
     INSERT INTO executor.outbox (topic, key, message_id, payload, traceparent)
@@ -155,6 +155,18 @@ class PostgresAttemptStore:
         self._out.pop(row[:2], None)
         return await self._finish.submit((row, sent))
 
+    async def reroute(self, attempt: Attempt, psp: str, now_ns: int) -> bool:
+        status: str = await self._pool.execute(
+            """UPDATE executor.attempt SET psp = $4, call_count = call_count + 1, update_time = $5
+               WHERE kind = $1 AND reference = $2 AND state = 1 AND psp = $3""",
+            attempt.kind.value,
+            attempt.reference,
+            attempt.psp,
+            psp,
+            _time(now_ns),
+        )
+        return status == "UPDATE 1"
+
     def _others_are_out(self) -> bool:
         """True where a PSP has been called lately whose answer is not here yet."""
         oldest = asyncio.get_running_loop().time() - LINGER_FOR_S
@@ -180,7 +192,8 @@ class PostgresAttemptStore:
 
     async def settle(self, references: Sequence[tuple[AttemptKind, str]], now_ns: int) -> None:
         await self._pool.execute(
-            """UPDATE executor.attempt AS a SET next_poll_time = NULL, update_time = $3
+            """UPDATE executor.attempt AS a SET update_time = $3,
+                   next_poll_time = CASE a.kind WHEN 3 THEN $3::timestamptz + interval '1 day' END
                FROM unnest($1::smallint[], $2::text[]) AS t (kind, reference)
                WHERE a.kind = t.kind AND a.reference = t.reference AND a.state = 2 AND a.next_poll_time IS NOT NULL""",
             [kind.value for kind, _ in references],

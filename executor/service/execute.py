@@ -154,12 +154,10 @@ class Executor:
             for psp in psps[1:]:
                 if not isinstance(answer, Rejected | NotSent):
                     break
-                rerouted = replace(
-                    attempt, psp=psp, call_count=attempt.call_count + 1, update_time_ns=self._clock.now_ns()
-                )
-                if not await self._store.finish(rerouted, AttemptState.SENDING, (), attempt.traceparent):
+                now_ns = self._clock.now_ns()
+                if not await self._store.reroute(attempt, psp, now_ns):
                     break
-                attempt = rerouted
+                attempt = replace(attempt, psp=psp, call_count=attempt.call_count + 1, update_time_ns=now_ns)
                 answer = await self._call(attempt, command, instruction)
         return await self._conclude(attempt, command, answer)
 
@@ -268,6 +266,8 @@ class Executor:
                 return after
             stored = await self._store.load(attempt.kind, attempt.reference)
             assert stored is not None, f"attempt {attempt.kind.name} {attempt.reference} is gone"
+            if stored.attempt.psp != attempt.psp:  # routed on meanwhile: this is no answer of the PSP that has it now
+                return stored.attempt
             attempt = stored.attempt
         return attempt
 

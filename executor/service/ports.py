@@ -94,7 +94,11 @@ class AttemptStore(Protocol):
         events: Sequence[Event],
         traceparent: str,
     ) -> bool:
-        """Stores `attempt` with its events, provided that the stored state is still `expected`; False where it is not."""
+        """Stores `attempt` with its events, provided that the stored state is still `expected` and the PSP the same; False where not."""
+        ...
+
+    async def reroute(self, attempt: Attempt, psp: str, now_ns: int) -> bool:
+        """Gives a SENDING attempt, which its PSP certainly did not take, to another PSP; False where it has moved on meanwhile."""
         ...
 
     async def load(self, kind: AttemptKind, reference: str) -> Due | None: ...
@@ -105,7 +109,11 @@ class AttemptStore(Protocol):
         ...
 
     async def settle(self, references: Sequence[tuple[AttemptKind, str]], now_ns: int) -> None:
-        """No webhook is missing for these any more: do not ask the PSP about them."""
+        """No webhook is missing for these any more: do not ask the PSP about them, but a payout once more after a day.
+
+        The webhook was verified here, not yet stored by the payment service, and PSPs do not all send again. An order that lost its
+        webhook so is asked for when it expires; a payout never expires.
+        """
         ...
 
     async def request_cancel(self, payment_order_id: str, now_ns: int) -> Due | None:

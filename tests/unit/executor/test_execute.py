@@ -71,10 +71,17 @@ class FakeStore:
     async def finish(self, attempt: Attempt, expected: AttemptState, events: Sequence[Event], traceparent: str) -> bool:
         key = (attempt.kind, attempt.reference)
         stored, command = self.rows[key]
-        if stored.state is not expected:
+        if stored.state is not expected or stored.psp != attempt.psp:
             return False
         self.rows[key] = (replace(attempt, cancel_requested=stored.cancel_requested, is_new=False), command)
         self.events += events
+        return True
+
+    async def reroute(self, attempt: Attempt, psp: str, now_ns: int) -> bool:
+        stored, _ = self.rows[attempt.kind, attempt.reference]
+        if stored.state is not AttemptState.SENDING or stored.psp != attempt.psp:
+            return False
+        stored.psp, stored.call_count = psp, stored.call_count + 1
         return True
 
     async def load(self, kind: AttemptKind, reference: str) -> Due | None:
@@ -350,6 +357,17 @@ class TestUnknown:
         await world.executor._conclude(slow, ORDER, DONE)
         assert world.told() == ["order_registered"]
         assert world.row().state is AttemptState.ACCEPTED
+
+    @pytest.mark.parametrize("late", [Rejected("x", "no"), NoAnswer("timeout"), DONE])
+    async def test_a_late_answer_of_the_psp_before_says_nothing_of_the_one_that_has_it_now(self, late: Answer) -> None:
+        world = World(FakePsp("a"), FakePsp("b"))
+        here = await world.store.begin(ORDER, "a", world.clock.now_ns(), 1, "")
+        elsewhere = await world.store.begin(ORDER, "a", world.clock.now_ns(), 1, "")
+        assert await world.store.reroute(here, "b", world.clock.now_ns())
+        after = await world.executor._conclude(elsewhere, ORDER, late)
+        assert (after.psp, after.state, world.told()) == ("b", AttemptState.SENDING, [])
+        await world.executor._conclude(replace(here, psp="b"), ORDER, DONE)
+        assert (world.row().psp, world.row().state, world.told()) == ("b", AttemptState.ACCEPTED, ["order_registered"])
 
 
 class TestNotSent:
