@@ -44,6 +44,8 @@ CONNECTION_COUNT_MAX = 64
 SIGNATURE_TOLERANCE_S = 300
 """How old, or how far ahead, a signed webhook may be."""
 SIGNATURE_COUNT_MAX = 8
+RETRY_AFTER_S_MAX = 3_600.0
+"""Longest wait that a PSP's Retry-After may ask of us; after that we ask again whatever it said."""
 
 encode_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
@@ -257,4 +259,4 @@ def signature_refused(message: str) -> PermissionDenied:
 
 
 def _seconds(text: str) -> float:
-    return float(text) if text.isascii() and text.isdigit() and len(text) < 7 else 0.0
+    return min(float(text), RETRY_AFTER_S_MAX) if text.isascii() and text.isdigit() and len(text) < 7 else 0.0

@@ -45,7 +45,7 @@ class SandboxPsp(PspBase):
                 return found
             psp_object_id = found.psp_object_id
         path = f"/v1/payment_intents/{quote(psp_object_id, safe='')}/cancel"
-        answered = await self._act(path, f"cancel-{payment_order_id}", b"{}")
+        answered = await self._act(path, f"{payment_order_id}/cancel", b"{}")  # no order id holds a slash
         if isinstance(answered, Rejected):  # paid or ended meanwhile: say how it stands
             return await self.query_order(payment_order_id, psp_object_id)
         return answered
@@ -74,7 +74,7 @@ class SandboxPsp(PspBase):
         await self._http.close()
 
     async def _act(self, path: str, idempotency_key: str, body: bytes) -> Answer:
-        headers = {**self._headers, "Idempotency-Key": quote(idempotency_key, safe=":._-")}
+        headers = {**self._headers, "Idempotency-Key": quote(idempotency_key, safe=":._-/")}
         answered = await self._http.call("POST", path, headers, body)
         return translate.answer(answered, CAPABILITIES) if isinstance(answered, HttpAnswer) else answered
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from executor.domain.outcome import (
 )
 from executor.psp.base import Capabilities, HttpAnswer, PspConfig, encode_json
 from kernel.errors import InvalidArgument
-from kernel.money import Money
+from kernel.money import AMOUNT_MINOR_MAX, Money
 
 __all__ = ["answer", "intent_body", "notifications", "payout_body", "query_answer", "refund_body"]
 
@@ -56,6 +57,8 @@ EVENT_KINDS: dict[str, NotificationKind] = {
 }
 """By event type. What is not listed is kept and changes nothing."""
 
+ID_LENGTH_MAX = 255
+_CODE_SHOWN_MAX = 8
 _BANK_FIELDS = {
     "ifsc": "ifsc",
     "aba_routing_number": "routing_number",
@@ -172,9 +175,10 @@ def notifications(body: bytes, capabilities: Capabilities) -> tuple[Notification
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InvalidArgument(f"not a webhook of the sandbox: {type(error).__name__}: {error}") from error
     texts = (event_id, event_type, object_id)
-    if not all(isinstance(text, str) and text for text in texts) or not _is_time(created):
+    if not all(isinstance(text, str) and 0 < len(text) <= ID_LENGTH_MAX for text in texts) or not _is_time(created):
         raise InvalidArgument(
-            "not a webhook of the sandbox: id, type and data.object.id must be text, created a unix time"
+            f"not a webhook of the sandbox: id, type and data.object.id must be text of at most {ID_LENGTH_MAX} characters, "
+            "created a unix time"
         )
     event_id, event_type, object_id = map(_whole, texts)
     return (
@@ -213,16 +217,20 @@ def _merchant_reference(thing: Mapping[str, Any]) -> str:
 
 
 def _amount(thing: Mapping[str, Any], capabilities: Capabilities) -> Money | None:
+    """None only where the PSP tells no amount. One that cannot be read is told as zero: it contradicts every order, and so a person
+    sees it, where no amount at all would pass.
+    """
     amount, currency = thing.get("amount"), thing.get("currency")
     if isinstance(amount, dict):  # a payout's
         money: dict[str, Any] = amount
         amount, currency = money.get("value"), money.get("currency")
-    if not isinstance(amount, int) or isinstance(amount, bool) or not isinstance(currency, str):
+    if amount is None and currency is None:
         return None
-    try:
-        return capabilities.amount_from_psp(currency, amount)
-    except ValueError:
-        return None
+    code = _whole(currency)[:_CODE_SHOWN_MAX] if isinstance(currency, str) else ""
+    if isinstance(amount, int) and not isinstance(amount, bool) and abs(amount) <= AMOUNT_MINOR_MAX:
+        with contextlib.suppress(ValueError):
+            return capabilities.amount_from_psp(code, amount)
+    return Money(code or "?", 0)
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from executor.domain.command import ExecuteOrder, PayoutInstruction, Recipient
 from executor.domain.outcome import Accepted, NoAnswer, NotFound, NotificationKind, Rejected
 from executor.domain.routing import Capability
-from executor.psp.base import Capabilities, HttpAnswer, PspBase, PspConfig
+from executor.psp.base import RETRY_AFTER_S_MAX, Capabilities, HttpAnswer, PspBase, PspConfig, _seconds
 from executor.psp.registry import ADAPTERS
 from executor.psp.sandbox import SandboxPsp, translate
 from executor.psp.sandbox.capabilities import CAPABILITIES
@@ -97,11 +98,42 @@ def test_unknown_events_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{}", b"null", b'{"id":"a"}', b"\xff", b'{"id":1,"type":2,"data":{"object":{"id":3}}}']
+    "body",
+    [
+        *(b"", b"[]", b"{}", b"null", b'{"id":"a"}', b"\xff", b'{"id":1,"type":2,"data":{"object":{"id":3}}}'),
+        *(event("x", id="p" * 256), event("x" * 256)),  # ids are indexed: one without end could not be stored
+    ],
 )
 def test_what_is_no_webhook_is_the_callers_mistake(body: bytes) -> None:
     with pytest.raises(InvalidArgument):
         translate.notifications(body, CAPABILITIES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"amount": 7500.0, "currency": "usd"},
+        {"amount": "75.00", "currency": "usd"},
+        {"amount": True, "currency": "usd"},
+        {"amount": 7500, "currency": "usdt"},
+        {"amount": 7500, "currency": "u\udfffd"},
+        {"amount": 7500},
+        {"currency": "usd"},
+        {"amount": 10**30, "currency": "usd"},
+        {"amount": {"value": 7500.5, "currency": "USD"}},
+    ],
+)
+def test_an_amount_that_cannot_be_read_is_told_as_zero_and_never_as_none(wrong: dict[str, object]) -> None:
+    """None would mean that the PSP tells no amount, and the order would be credited in full."""
+    (told,) = translate.notifications(event("payment_intent.succeeded", **wrong), CAPABILITIES)
+    assert told.amount is not None
+    assert told.amount.amount_minor == 0
+    assert told.amount.currency_code.isprintable()
+
+
+def test_no_amount_is_none() -> None:
+    (told,) = translate.notifications(event("payment_intent.succeeded"), CAPABILITIES)
+    assert told.amount is None
 
 
 @pytest.mark.parametrize("created", ["-1", "1e3", "true", "9" * 30, '"now"'])
@@ -198,3 +230,25 @@ def test_the_operators_currencies_narrow_the_psps() -> None:
     assert provider.currency_codes == {"EUR"}
     assert Capability.PAYOUT in provider.capabilities
     assert set(ADAPTERS) >= {"sandbox"}
+
+
+async def test_no_order_can_take_the_idempotency_key_of_another_ones_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+
+    async def call(_http: object, _method: str, _path: str, headers: dict[str, str], _body: bytes = b"") -> NoAnswer:
+        keys.append(headers["Idempotency-Key"])
+        return NoAnswer("")
+
+    monkeypatch.setattr("executor.psp.base.Http.call", call)
+    psp = SandboxPsp(CONFIG)
+    await psp.cancel_order("ORD-1", "pi_1")
+    await psp.register_order(ExecuteOrder("cancel-ORD-1", "CHCKT-1", "SELL-1", Money("USD", 1)))
+    cancel, register = keys
+    assert register == "cancel-ORD-1"
+    assert cancel != register
+    assert re.fullmatch(r"[A-Za-z0-9._:-]+", cancel) is None, "an order could have this id"
+
+
+def test_a_psp_cannot_put_an_order_off_for_days() -> None:
+    assert _seconds("999999") == RETRY_AFTER_S_MAX
+    assert _seconds("7") == 7
