@@ -152,7 +152,8 @@ def answer_from_http_error(
     """What an HTTP status outside 2xx means for a request that was sent with an idempotency key.
 
     429: the PSP did not act. 401: our key is wrong, which no order should die of; the PSP did not act. 408, 5xx and 3xx: nobody knows.
-    An idempotency error says that the PSP has something under our key, so it must be asked for it. Any other 4xx is a refusal.
+    409 and an idempotency error say that the PSP has something under our key, or is at it, so it must be asked. Any other 4xx is a
+    refusal.
     Source: Stripe's "Advanced error handling" (a 500 is indeterminate; 429, 401 are not saved under the key).
     """
     reason = reason or f"HTTP {status}"
@@ -160,7 +161,7 @@ def answer_from_http_error(
         return NotSent(reason, retry_after_s, throttled=True)
     if status == 401:
         return NotSent(f"the PSP does not accept our API key: {reason}", retry_after_s)
-    if status < 400 or status >= 500 or status == 408:
+    if status < 400 or status >= 500 or status in (408, 409):
         return NoAnswer(f"HTTP {status}: {reason}")
     if error_type in _IDEMPOTENCY_CODES or code in _IDEMPOTENCY_CODES:
         return NoAnswer(reason)

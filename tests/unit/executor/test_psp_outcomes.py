@@ -11,7 +11,7 @@ def classify(status: int, error_type: str = "", code: str = "", retry_after_s: f
     return answer_from_http_error(status, error_type=error_type, code=code, reason="why", retry_after_s=retry_after_s)
 
 
-@pytest.mark.parametrize("status", [500, 501, 502, 503, 504, 599, 408, 301, 302, 307, 100])
+@pytest.mark.parametrize("status", [500, 501, 502, 503, 504, 599, 408, 409, 301, 302, 307, 100])
 def test_nobody_knows(status: int) -> None:
     assert isinstance(classify(status), NoAnswer)
 
