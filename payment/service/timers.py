@@ -6,7 +6,9 @@ may run it at the same time: the state table and the revision check make each ef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from functools import partial
 
 from kernel.clock import Clock
 from payment.service.notifications import Notifications
@@ -30,33 +32,43 @@ class Timers:
         self._clock = clock
 
     async def run_once(self) -> None:
-        """One round."""
-        await self.expire_unpaid()
-        await self.start_due_payouts()
-        await self._notifications.retry_parked()
+        """One round. What fails holds up nothing else, neither of its kind nor of another; all failures are raised together at the end."""
+        failures: list[Exception] = []
+        for work in (self.expire_unpaid, self.start_due_payouts, self._notifications.retry_parked):
+            try:
+                await work()
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise ExceptionGroup("timers", failures)
 
     async def expire_unpaid(self) -> int:
         """Orders that nobody paid in time become EXPIRED, and their intents are canceled at the PSP. Returns
         the payments.
         """
-        count = 0
-        while True:
-            checkout_ids = await self._store.overdue_checkout_ids(now_of(self._clock), BATCH_MAX)
-            for checkout_id in checkout_ids:
-                await until_fresh(lambda checkout_id=checkout_id: self._expire(checkout_id))  # type: ignore[misc]
-            count += len(checkout_ids)
-            if len(checkout_ids) < BATCH_MAX:
-                return count
+        return await self._each(self._store.overdue_checkout_ids, self._expire)
 
     async def start_due_payouts(self) -> int:
         """Scheduled payouts whose time has come ask for their hold. Returns how many."""
+        return await self._each(self._store.due_payout_references, self._start)
+
+    async def _each(
+        self, find: Callable[[datetime, int], Awaitable[list[str]]], work: Callable[[str], Awaitable[None]]
+    ) -> int:
+        """Does `work` to everything that is due, batch by batch; stops after a batch in which something failed."""
         count = 0
+        failures: list[Exception] = []
         while True:
-            references = await self._store.due_payout_references(now_of(self._clock), BATCH_MAX)
-            for reference in references:
-                await until_fresh(lambda reference=reference: self._start(reference))  # type: ignore[misc]
-            count += len(references)
-            if len(references) < BATCH_MAX:
+            due = await find(now_of(self._clock), BATCH_MAX)
+            for each in due:
+                try:
+                    await until_fresh(partial(work, each))
+                except Exception as error:
+                    failures.append(error)
+            if failures:
+                raise ExceptionGroup(f"{len(failures)} of {len(due)} failed", failures)
+            count += len(due)
+            if len(due) < BATCH_MAX:
                 return count
 
     async def _expire(self, checkout_id: str) -> None:
