@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,4 +134,8 @@ class Config:
 def is_loopback(address: str) -> bool:
     """Whether a gRPC target cannot leave this machine."""
     host = address.rpartition(":")[0].strip("[]")
-    return address.startswith("unix:") or host in {"localhost", "::1"} or host.startswith("127.")
+    return (
+        address.startswith("unix:")
+        or host in {"localhost", "::1"}
+        or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+    )

@@ -78,7 +78,8 @@ def test_import_is_lazy_and_needs_no_server_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["payments.internal:443", "10.0.0.7:50051", "[2001:db8::1]:50051", "localhost.evil:1"]
+    "address",
+    ["payments.internal:443", "10.0.0.7:50051", "[2001:db8::1]:50051", "localhost.evil:1", "127.0.0.1.evil.com:443"],
 )
 def test_a_token_never_leaves_the_machine_in_the_clear(address: str) -> None:
     with pytest.raises(ValueError, match="in the clear"):
