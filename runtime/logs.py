@@ -28,9 +28,11 @@ _SECRET_KEY = re.compile(
     r"token|secret|password|api_key|authorization|signature|iban|account_number|card_number", re.IGNORECASE
 )
 _NOT_SECRET_KEY = frozenset({"token_name", "psp_token", "page_token"})
-_SECRET_TEXT = re.compile(r"(Bearer\s+|\bsk_|\bwhsec_|://[^/@:\s\"]*:)[^\s\"'@/,}{)(\]\[\\]{4,}|(\bducat_)[\w-]{32,}")
+_SECRET_TEXT = re.compile(
+    r"([?&]password=|Bearer\s+|\bsk_|\bwhsec_|://[^/@:\s\"]*:)[^\s\"'@/,}{)(\]\[\\]{4,}|(\bducat_)[\w-]{32,}"
+)
 _ROW_BEGIN = "Failing row contains ("
-_ROW = re.compile(r"Failing row contains \(.*\)")
+_ROW = re.compile(r"Failing row contains \((?:.*\)|.*)", re.DOTALL)  # texts in it may hold line ends; it may be cut off
 _process = ""
 
 EventDict = MutableMapping[str, Any]

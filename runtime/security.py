@@ -156,7 +156,7 @@ def _read_tokens(path: str) -> dict[bytes, tuple[bytes, Caller]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsInvalid(f"auth_tokens_file {path}: not TOML: {error}") from None
     rows = data.get("token", [])
-    if set(data) - {"token"} or not isinstance(rows, list):
+    if set(data) - {"token"} or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise SettingsInvalid(f"auth_tokens_file {path}: expected only [[token]] tables")
     callers: dict[bytes, tuple[bytes, Caller]] = {}
     for index, row in enumerate(rows):

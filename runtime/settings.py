@@ -39,7 +39,7 @@ PREFIX = "DUCAT_"
 PROCESSES = ("gateway", "payment", "executor", "wallet", "ledger", "sandbox")
 DEVELOPMENT_SECRETS = frozenset({"sk_test_sandbox", "sk_payout_sandbox", "whsec_sandbox_dev"})
 _DAY_MS = 86_400_000
-_URL_PASSWORD = re.compile(r"(://[^/@:\s]*:)[^/@\s]+(@)")
+_URL_PASSWORD = re.compile(r"(://[^/@:\s]*:)[^/@\s]+(?=@)|([?&]password=)[^&\s]+")
 
 
 class SettingsInvalid(Exception):
@@ -425,7 +425,7 @@ def _masked(value: Any) -> Any:
     if isinstance(value, list):
         return [_masked(each) for each in value]
     if isinstance(value, str):
-        return _URL_PASSWORD.sub(r"\1****\2", value)
+        return _URL_PASSWORD.sub(r"\1\2****", value)
     if isinstance(value, BaseModel):
         return {name: _masked(getattr(value, name)) for name in type(value).model_fields}
     return value

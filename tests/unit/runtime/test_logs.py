@@ -65,7 +65,9 @@ def test_no_secret_by_name_or_by_shape(format: str) -> None:
         "sent Bearer abcdefghijklmnop to https://user:hunter2pass@db/x with sk_live_abcdef123 and whsec_qwertyuiop"
     )
     try:
-        raise ValueError("postgresql://ducat:hunter2pass@db:5432 refused ducat_" + TOKEN)
+        raise ValueError(
+            "postgresql://ducat:hunter2pass@db:5432 refused ducat_" + TOKEN + " ?user=d&password=hunter2pass"
+        )
     except ValueError:
         log.exception("failed", room="x")
     logging.getLogger("some.library").warning("got token ducat_%s, not ducat_rpc_server_handled", TOKEN)
@@ -124,6 +126,14 @@ def test_a_reader_that_is_gone_does_not_fail_the_work() -> None:
     stream.close()
     logs.get_logger().info("nobody reads this")
     logs.configure("test")
+
+
+@pytest.mark.parametrize("row", ["(PO-1, two\nlines of jane@example.com).", "(PO-1, two\nlines of jane@exam"])
+def test_a_row_of_several_lines_or_one_that_is_cut_off_is_not_repeated(row: str, stream: io.StringIO) -> None:
+    logs.get_logger("room").warning("a message failed", why=f"breaks a check\nDETAIL:  Failing row contains {row}")
+    (line,) = lines(stream)
+    assert "jane" not in line["why"]
+    assert line["why"].startswith("breaks a check")
 
 
 @pytest.mark.parametrize("format", ["json", "text"])

@@ -146,6 +146,7 @@ def test_looking_for_changes_is_paced(path: str, monkeypatch: pytest.MonkeyPatch
     ("content", "said"),
     [
         ('name = "x"', "only [[token]]"),
+        ("token = [1]", "only [[token]]"),
         ('[[token]]\nname = "Bad Name"\nsha256 = ""\nscopes = []', "name"),
         ('[[token]]\nname = "x"\nsha256 = "short"\nscopes = []', "sha256"),
         (f'[[token]]\nname = "x"\nsha256 = "{"a" * 64}"\nscopes = ["everything"]', "scopes"),

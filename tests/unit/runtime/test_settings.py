@@ -84,6 +84,7 @@ def test_secrets_masked_everywhere_they_could_be_printed() -> None:
             "psps": [psp()],
             "auth_token": "ducat_" + "t" * 30,
             "database_url": "postgresql://ducat:hunter2secret@db:5432/ducat",
+            "redis_url": "redis://valkey:6379?db=0&password=hunter2secret&protocol=3",
         },
         environ={},
     )
@@ -91,6 +92,7 @@ def test_secrets_masked_everywhere_they_could_be_printed() -> None:
     for secret in ("sk_live_0123456789abcdef", "sk_live_fedcba9876543210", SECRET, "t" * 30, "hunter2secret"):
         assert secret not in shown
     assert "postgresql://ducat:****@db:5432/ducat" in shown
+    assert "redis://valkey:6379?db=0&password=****&protocol=3" in shown
     assert "****live" in shown
 
 
