@@ -103,6 +103,9 @@ class Platform:
         listens = {name: split_address(self.settings.listen_of(name)) for name in PROCESSES}
         self.hosts = {name: "127.0.0.1" if free_ports else host for name, (host, _) in listens.items()}
         self.ports = {name: free_port() if free_ports else port or free_port() for name, (_, port) in listens.items()}
+        plays_sandbox = any(psp.adapter == "sandbox" for psp in self.settings.psps)
+        self.names = [name for name in PROCESSES if name != "sandbox" or plays_sandbox]
+        """The processes that are started: a sandbox only where a configured PSP is one."""
         self.executor_count = executor_count
         self.processes: dict[str, ManagedProcess] = {}
         self.postgres: EmbeddedPostgres | None = None
@@ -180,7 +183,7 @@ class Platform:
             await self._start_servers()
             await self._migrate()
             self._watchers.append(asyncio.create_task(self._watch_servers(), name="watch servers"))
-            for name in PROCESSES:
+            for name in self.names:
                 await self._start_group(name)
             for process in self.processes.values():
                 await self._wait_first_ready(process)

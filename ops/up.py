@@ -73,7 +73,11 @@ def _print_addresses(platform: Platform) -> None:
     lines = [
         "",
         f"gateway    {gateway}            (REST; description at {gateway}/openapi.json)",
-        f"sandbox    {platform.sandbox_url}            (a PSP on your own machine)",
+        *(
+            [f"sandbox    {platform.sandbox_url}            (a PSP on your own machine)"]
+            if "sandbox" in platform.names
+            else []
+        ),
         *(
             f"{name:<10} {platform.grpc_address(name)}                  (gRPC)"
             for name in ("payment", "executor", "wallet", "ledger")

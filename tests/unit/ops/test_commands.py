@@ -12,7 +12,7 @@ import pytest
 
 from kernel.errors import Unauthenticated
 from ops.__main__ import COMMANDS, main
-from ops.platform import Platform
+from ops.platform import PROCESSES, Platform
 from runtime.security import TokenStore
 
 
@@ -157,6 +157,16 @@ def test_the_platform_keeps_chosen_addresses_and_says_https_where_it_serves_tls(
     beside = Platform(elsewhere / "other", free_ports=True, env=chosen)
     assert beside.gateway_url == f"https://127.0.0.1:{beside.ports['gateway']}"
     assert beside.grpc_address("ledger") == f"127.0.0.1:{beside.ports['ledger']}"
+
+
+def test_the_platform_starts_a_sandbox_only_where_a_psp_is_one(elsewhere: Path) -> None:
+    """Risk: who configures only a real PSP, as docs/how-to/add-a-psp.md says, cannot start: the sandbox has nothing to play."""
+    psp = {"name": "acme-eu", "adapter": "acme", "base_url": "https://api.acme.example"}
+    secrets = {"api_key": "k", "payout_api_key": "k", "webhook_secret": "s"}
+    real = Platform(elsewhere / "real", env={"DUCAT_PSPS": json.dumps([{**psp, **secrets}])})
+    assert "sandbox" not in real.names
+    assert set(PROCESSES) - set(real.names) == {"sandbox"}
+    assert list(PROCESSES) == Platform(elsewhere / "development", env={}).names
 
 
 def test_demo_names_a_missing_event_file(capsys: pytest.CaptureFixture[str]) -> None:
