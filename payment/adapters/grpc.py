@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from ducat.payment.v1 import payment_pb2, payment_service_pb2_grpc, payout_pb2
-from kernel.errors import Unimplemented
+from kernel.errors import FieldViolation, InvalidArgument, Unimplemented
 from payment.domain.bank_account import BANK_SCHEMES, BankAccount, PostalAddress
 from payment.domain.payment import Buyer, Payment
 from payment.domain.payment_order import PaymentOrder
@@ -288,7 +288,11 @@ def _payment_request(request: payment_pb2.CreatePaymentRequest) -> PaymentReques
 def _payout_request(request: payout_pb2.CreatePayoutRequest) -> PayoutRequest:
     schedule_time: datetime | None = None
     if request.HasField("schedule_time"):
-        schedule_time = request.schedule_time.ToDatetime(UTC)
+        try:
+            schedule_time = request.schedule_time.ToDatetime(UTC)
+        except (ValueError, OverflowError):  # protobuf lets any number of seconds and nanoseconds through
+            violation = FieldViolation("schedule_time", "must be a time of the years 1 to 9999")
+            raise InvalidArgument("schedule_time is not a time", violations=[violation]) from None
     return PayoutRequest(
         reference=request.reference,
         seller_account=request.seller_account,
