@@ -45,7 +45,7 @@ class SandboxPsp(PspBase):
                 return found
             psp_object_id = found.psp_object_id
         path = f"/v1/payment_intents/{quote(psp_object_id, safe='')}/cancel"
-        answered = await self._act(path, f"{payment_order_id}/cancel", b"{}")  # no order id holds a slash
+        answered = await self._act(path, payment_order_id, b"{}", of_key="/cancel")
         if isinstance(answered, Rejected):  # paid or ended meanwhile: say how it stands
             return await self.query_order(payment_order_id, psp_object_id)
         return answered
@@ -73,8 +73,9 @@ class SandboxPsp(PspBase):
     async def close(self) -> None:
         await self._http.close()
 
-    async def _act(self, path: str, idempotency_key: str, body: bytes) -> Answer:
-        headers = {**self._headers, "Idempotency-Key": quote(idempotency_key, safe=":._-/")}
+    async def _act(self, path: str, reference: str, body: bytes, *, of_key: str = "") -> Answer:
+        """Our reference is the idempotency key. What else is done to it has an `of_key` with a slash, which no quoted reference has."""
+        headers = {**self._headers, "Idempotency-Key": quote(reference, safe=":._-") + of_key}
         answered = await self._http.call("POST", path, headers, body)
         return translate.answer(answered, CAPABILITIES) if isinstance(answered, HttpAnswer) else answered
 
