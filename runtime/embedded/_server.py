@@ -50,7 +50,8 @@ def free_port() -> int:
 
 def kept_port(file: Path, wanted: int = 0) -> int:
     """The port of the last run when it is free, so that addresses survive a restart; else a new one, which is then kept."""
-    candidates = [wanted] if wanted else [int(file.read_text())] if file.exists() else []
+    kept = file.read_text() if file.exists() else ""
+    candidates = [wanted] if wanted else [int(kept)] if kept.isdigit() and 1024 <= int(kept) < 65_536 else []
     for port in candidates:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -68,13 +69,16 @@ def kept_port(file: Path, wanted: int = 0) -> int:
 
 
 def kept_secret(file: Path) -> str:
-    """The password in `file` (mode 600), made up on the first call."""
+    """The password in `file` (mode 600), made up on the first call. It is there whole or not at all: with half of one no server starts."""
     if not file.exists():
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        beside = file.with_name(f"{file.name}.new")
+        beside.unlink(missing_ok=True)
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as opened:
             opened.write(secrets.token_urlsafe(24))
             opened.flush()
             os.fsync(opened.fileno())
+        beside.rename(file)
     return file.read_text()
 
 
