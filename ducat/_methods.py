@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
@@ -197,7 +198,7 @@ class AsyncStream(Generic[_Response]):
         self.cancel()
 
 
-class _Method(Generic[_Request, _Response]):
+class _Method(ABC, Generic[_Request, _Response]):
     """A method of the contract. Its name is the attribute's, in the contract's spelling."""
 
     kind = ""
@@ -223,13 +224,13 @@ class _Method(Generic[_Request, _Response]):
         vars(service)[self.attribute] = call  # next time the attribute is found before this descriptor
         return call
 
+    @abstractmethod
     def call_sync(self, multicallable: Any, config: Config, path: str) -> Any:
         """For a sync client."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call_async(self, multicallable: Any, config: Config, path: str) -> Any:
         """For an asyncio client."""
-        raise NotImplementedError
 
     def _message(self, request: _Request | None, fields: dict[str, Any]) -> _Request:
         if request is None:

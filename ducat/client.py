@@ -12,6 +12,7 @@ asyncio.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from types import TracebackType
@@ -27,7 +28,7 @@ __all__ = ["Client"]
 _Channel = TypeVar("_Channel")
 
 
-class BaseClient(Generic[_Channel]):
+class BaseClient(ABC, Generic[_Channel]):
     """What both clients share: what they were told, and one channel an address.
 
     ``address`` serves every service that has no address of its own; with no address at all, those of `ducat up` are
@@ -88,8 +89,9 @@ class BaseClient(Generic[_Channel]):
 
         return self._config.metadata(os.urandom(16).hex())
 
+    @abstractmethod
     def _open(self, address: str) -> _Channel:
-        raise NotImplementedError
+        """A channel to the address: what the sync and the asyncio client do differently."""
 
     def _service(self, cls: type[Any], name: str, service: str) -> Any:
         return cls(name, lambda: self.channel(service), self._config)
