@@ -23,8 +23,6 @@ from runtime.settings import PspSettings, Settings, SettingsInvalid
 
 __all__ = ["adapters_of", "serve"]
 
-STATEMENT_DESCRIPTOR = "DUCAT MARKET"
-"""What the buyer's bank statement shows; at most 22 characters (card schemes)."""
 SENDING_GRACE_S = 10
 """Longer than a call to a PSP may take, a SENDING attempt is taken for abandoned."""
 
@@ -111,7 +109,7 @@ def _config(psp: PspSettings, settings: Settings) -> PspConfig:
         webhook_secret=psp.webhook_secret.get_secret_value(),
         return_url=f"{gateway_url}/payment/return",
         payout_callback_url=f"{gateway_url}/webhooks/{psp.name}/payouts",
-        statement_descriptor=STATEMENT_DESCRIPTOR,
+        statement_descriptor=settings.statement_descriptor,
         timeout_ms=settings.psp_timeout_ms,
         currency_codes=frozenset(psp.currency_codes),
         weight=psp.weight,

@@ -164,6 +164,13 @@ class Settings(BaseSettings):
     # executor
     executor_concurrency: int = Field(32, ge=1, description="orders that one executor runs at once")
     psp_timeout_ms: int = Field(10_000, ge=1, description="deadline of one call to a PSP")
+    statement_descriptor: str = Field(
+        "DUCAT MARKET",
+        min_length=5,
+        max_length=22,
+        pattern=r"^[ !#-&()+-;=?-\[\]-~]*[A-Za-z][ !#-&()+-;=?-\[\]-~]*$",
+        description="what the buyer's bank statement shows: 5 to 22 ASCII characters, one a letter, none of < > \\ ' \" *",
+    )
     psps: list[PspSettings] = Field(
         default_factory=lambda data: development_psps(data.get("sandbox_url", "")),
         description="payment service providers",

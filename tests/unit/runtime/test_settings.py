@@ -39,6 +39,18 @@ def psp(**changes: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize(
+    "wrong", ["SHOP", "S" * 23, "12345678", "Café Paris", 'the "shop"', "a<b>c", "it's a shop", "5 * shop"]
+)
+def test_a_statement_descriptor_that_card_schemes_refuse_is_refused_here(wrong: str) -> None:
+    """Risk: every payment of a shop is refused by its PSP, one by one, after the start."""
+    with pytest.raises(SettingsInvalid, match="statement_descriptor"):
+        Settings.load({"statement_descriptor": wrong}, environ={})
+    assert (
+        Settings.load({"statement_descriptor": "My Shop (EU) & Co."}, environ={}).statement_descriptor[:7] == "My Shop"
+    )
+
+
 def test_layers_flags_over_environment_over_secret_files_over_file_over_defaults(elsewhere: Path) -> None:
     (elsewhere / "level").write_text("error\n")
     (elsewhere / "ducat.toml").write_text('log_level = "warning"\n')
