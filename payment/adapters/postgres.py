@@ -31,6 +31,7 @@ from payment.service.ports import (
     PaymentFilter,
     PayoutFilter,
     Position,
+    PspObjectTaken,
     RecordedNotification,
     StaleState,
     Stored,
@@ -41,6 +42,8 @@ __all__ = ["PostgresStore"]
 _ORDER_IDS_TAKEN = "DU001"
 _STALE = frozenset({"DU002", "40001", "40P01"})
 """Our own code for a changed revision, serialization failure, deadlock: all mean "load and decide again"."""
+_ONE_ORDER_A_PSP_OBJECT = "payment_order_psp_token"
+"""The unique index."""
 
 _ORDER = """payment_order_id, checkout_id, seller_account, currency_code, amount_minor, state, create_time, update_time,
     psp, psp_token, hosted_page_url, failure_reason, attention, refunded_minor, cancel_requested, revision,
@@ -68,6 +71,8 @@ _ORDERS_OF = (
     f"SELECT {_ORDER}, history FROM payment.payment_order WHERE checkout_id = ANY($1) ORDER BY checkout_id, position"
 )
 _READ_PAYOUT = f"SELECT {_PAYOUT}, history FROM payment.payout WHERE reference = $1"
+_PAYMENT_HASH = "SELECT content_hash FROM payment.payment_event WHERE checkout_id = $1"
+_PAYOUT_HASH = "SELECT content_hash FROM payment.payout WHERE reference = $1"
 _TAKEN = "SELECT payment_order_id FROM payment.payment_order WHERE payment_order_id = ANY($1) AND checkout_id <> $2"
 
 _KNOWN_NOTIFICATIONS = """
@@ -180,6 +185,11 @@ class PostgresStore:
             first["event_create_time"],
         )
 
+    async def payment_hash(self, checkout_id: str) -> bytes | None:
+        """The hash of the request that made a payment."""
+        rows = await self._pool.fetch(_PAYMENT_HASH, checkout_id)
+        return rows[0][0] if rows else None
+
     async def list_payments(self, filter: PaymentFilter, after: Position | None, limit: int) -> list[Payment]:
         """Newest first, after a position."""
         conditions, arguments = _Conditions.start(after, "e.create_time", "e.checkout_id")
@@ -246,6 +256,11 @@ class PostgresStore:
         row = await self._pool.fetchrow(_READ_PAYOUT, reference)
         return _payout_of(row, row["history"]) if row else None
 
+    async def payout_hash(self, reference: str) -> bytes | None:
+        """The hash of the request that made a payout."""
+        rows = await self._pool.fetch(_PAYOUT_HASH, reference)
+        return rows[0][0] if rows else None
+
     async def list_payouts(self, filter: PayoutFilter, after: Position | None, limit: int) -> list[Payout]:
         """Newest first, after a position."""
         conditions, arguments = _Conditions.start(after, "create_time", "reference")
@@ -304,6 +319,13 @@ class PostgresStore:
                 if row[0] not in into:
                     into[row[0]] = of(row)
 
+    async def load_holders(self, loaded: Loaded, notifications: Sequence[Notification]) -> None:
+        """One round trip."""
+        tokens = [each.psp for each in notifications], [each.psp_object_id for each in notifications]
+        for row in await self._pool.fetch(_ORDERS_BY_TOKEN, *tokens):
+            if row[0] not in loaded.orders:
+                loaded.orders[row[0]] = _order_of(row)
+
     async def load_for_messages(
         self, consumer: str, message_ids: Sequence[str], order_ids: Sequence[str], references: Sequence[str]
     ) -> Loaded:
@@ -328,6 +350,8 @@ class PostgresStore:
         except asyncpg.PostgresError as error:
             if error.sqlstate in _STALE:
                 raise StaleState(str(error)) from error
+            if isinstance(error, asyncpg.UniqueViolationError) and error.constraint_name == _ONE_ORDER_A_PSP_OBJECT:
+                raise PspObjectTaken(f"the PSP object belongs to another order: {error.detail}") from error
             raise
         return has_parked
 

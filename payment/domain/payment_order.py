@@ -252,8 +252,8 @@ class PaymentOrder:
             self._send_cancel("", now)
         return True
 
-    def notify(self, notification: Notification, now: datetime) -> Outcome:
-        """A PSP tells something about it."""
+    def notify(self, notification: Notification, now: datetime, holder: str = "") -> Outcome:
+        """A PSP tells something about it. `holder` is another order that has the notification's PSP object, if there is one."""
         event = _EVENT_OF_KIND.get(notification.kind)
         if event is None:
             return Outcome.IGNORED
@@ -261,7 +261,7 @@ class PaymentOrder:
             notification.psp == self.psp and notification.psp_object_id in ("", self.psp_token)
         )
         if event is _E.SUCCEEDED:
-            contradiction = self._contradiction(notification, ours)
+            contradiction = self._contradiction(notification, ours, holder)
             if contradiction:
                 self._flag(contradiction, notification.cause, now)
                 return Outcome.FLAGGED
@@ -272,6 +272,7 @@ class PaymentOrder:
         if event is _E.DISPUTE_WON and self.refunded_minor:
             whole = self.refunded_minor >= self.amount_minor
             event = _E.DISPUTE_WON_REFUNDED if whole else _E.DISPUTE_WON_PARTIALLY_REFUNDED
+        was = self.state
         try:
             moved = self._move(event, notification.cause, now)
         except TransitionRefused:
@@ -286,6 +287,8 @@ class PaymentOrder:
         elif event is _E.DISPUTE_OPENED:
             self.facts.append(Fact(FactKind.DISPUTE_OPENED, revision=self.revision))
         else:
+            if was is not _S.DISPUTED:  # the loss is the first that we hear of it: the money went all the same
+                self.facts.append(Fact(FactKind.DISPUTE_OPENED, revision=self.revision))
             self.facts.append(Fact(FactKind.DISPUTE_CLOSED, won=event in _WON, revision=self.revision))
         return Outcome.APPLIED
 
@@ -300,7 +303,7 @@ class PaymentOrder:
         if self._move(_E.REFUNDED_IN_FULL if whole else _E.REFUNDED_IN_PART, cause, now):
             self.refunded_minor = total
 
-    def _contradiction(self, notification: Notification, ours: bool) -> str:
+    def _contradiction(self, notification: Notification, ours: bool, holder: str) -> str:
         if notification.amount_minor is not None and (notification.currency_code, notification.amount_minor) != (
             self.currency_code,
             self.amount_minor,
@@ -308,6 +311,11 @@ class PaymentOrder:
             return (
                 f"{notification.psp} says paid {notification.amount_minor} {notification.currency_code}, "
                 f"the order is {self.amount_minor} {self.currency_code} (minor units): not credited"
+            )
+        if holder:
+            return (
+                f"{notification.psp} says paid by {notification.psp_object_id}, "
+                f"which is the payment of order {holder}: not credited"
             )
         if not ours and self.state in PAID_STATES:
             return (
@@ -319,8 +327,8 @@ class PaymentOrder:
     def _capture(self, notification: Notification, ours: bool, now: datetime) -> None:
         if not ours and not self.cancel_requested:
             self._send_cancel("", now)  # the buyer paid another intent: close the one that is known
-        self.psp = notification.psp
-        self.psp_token = notification.psp_object_id or (self.psp_token if ours else "")
+        token = notification.psp_object_id or (self.psp_token if notification.psp == self.psp else "")
+        self.psp, self.psp_token = notification.psp, token
         self.failure_reason = self.hosted_page_url = self.attention = ""
         self.facts.append(Fact(FactKind.ORDER_SUCCEEDED, psp=self.psp, psp_object_id=self.psp_token))
 

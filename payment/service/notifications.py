@@ -12,24 +12,37 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from kernel.clock import Clock
 from kernel.errors import InvalidArgument
-from payment.domain.notification import Notification, Outcome
+from payment.domain.notification import Notification, NotificationKind, Outcome
+from payment.domain.payment_order import PaymentOrder
 from payment.service.payments import until_fresh
 from payment.service.ports import (
     ChangeSet,
     Loaded,
     NotificationVerifier,
+    PspObjectTaken,
     RecordedNotification,
+    StaleState,
     Store,
     Subject,
     now_of,
 )
 
-__all__ = ["CALLS_MAX", "PARKED_BATCH_MAX", "PARKED_FOR", "Counts", "Notifications", "Report", "decide_notification"]
+__all__ = [
+    "CALLS_MAX",
+    "PARKED_BATCH_MAX",
+    "PARKED_FOR",
+    "Counts",
+    "Notifications",
+    "Report",
+    "claims_of",
+    "decide_notification",
+]
 
 CALLS_MAX = 64
 """Webhook calls of one transaction."""
@@ -62,6 +75,8 @@ class _Call:
 
     notifications: Sequence[Notification]
     done: asyncio.Future[Counts]
+    context: Context = field(default_factory=copy_context)
+    """The caller's: what is reported of this call carries its trace, whoever's task does the work."""
 
 
 class Notifications:
@@ -136,10 +151,14 @@ class Notifications:
         return True
 
     async def _attempt(self, calls: Sequence[_Call]) -> list[Counts]:
-        loaded = await self._store.load_for_notifications([each for call in calls for each in call.notifications])
+        notifications = [each for call in calls for each in call.notifications]
+        loaded = await self._store.load_for_notifications(notifications)
+        claims = claims_of(notifications, loaded)
+        if claims:
+            await self._store.load_holders(loaded, claims)
         changes = ChangeSet(now_of(self._clock))
         seen = set(loaded.known)
-        unusual: list[tuple[Outcome, Notification, Subject | None]] = []
+        unusual: list[tuple[Context, Outcome, Notification, Subject | None]] = []
         touched: dict[int, Subject] = {}
         results: list[Counts] = []
         for call in calls:
@@ -160,13 +179,16 @@ class Notifications:
                 else:
                     counts.ignored += 1
                     if outcome is not Outcome.IGNORED:
-                        unusual.append((outcome, notification, subject))
+                        unusual.append((call.context, outcome, notification, subject))
                 changes.notifications.append(_recorded(notification, outcome, subject, changes.now))
         changes.collect(list(touched.values()))
         if not changes.is_empty:
-            await self._store.apply(changes)
-        for each in unusual:
-            self._report(*each)
+            try:
+                await self._store.apply(changes)
+            except PspObjectTaken as error:
+                raise StaleState(str(error)) from error  # another order got it meanwhile: the next load sees who
+        for context, outcome, notification, subject in unusual:
+            context.run(self._report, outcome, notification, subject)
         return results
 
 
@@ -178,9 +200,42 @@ def decide_notification(
     if subject is None:
         # An unknown type says nothing about anything; a known one waits for what it is about.
         return (Outcome.PARKED if notification.kind.subject else Outcome.IGNORED), None
-    outcome = subject.notify(notification, changes.now)
+    if isinstance(subject, PaymentOrder):
+        outcome = subject.notify(notification, changes.now, _other_holder(notification, subject, loaded))
+    else:
+        outcome = subject.notify(notification, changes.now)
     changes.take_facts(subject)
     return outcome, subject
+
+
+def claims_of(notifications: Sequence[Notification], loaded: Loaded) -> list[Notification]:
+    """The successes that would give their order a PSP object that it does not have: another order may have it."""
+    return [
+        each
+        for each in notifications
+        if (order := loaded.orders.get(each.merchant_reference)) is not None and _is_claim(each, order)
+    ]
+
+
+def _is_claim(notification: Notification, order: PaymentOrder) -> bool:
+    if notification.kind is not NotificationKind.ORDER_SUCCEEDED or not notification.psp_object_id:
+        return False
+    return (notification.psp, notification.psp_object_id) != (order.psp, order.psp_token)
+
+
+def _other_holder(notification: Notification, order: PaymentOrder, loaded: Loaded) -> str:
+    """The other order that has the notification's PSP object, also one that got it a moment ago in the same batch."""
+    if not _is_claim(notification, order):
+        return ""
+    has = (notification.psp, notification.psp_object_id)
+    return next(
+        (
+            each.payment_order_id
+            for each in loaded.orders.values()
+            if each is not order and (each.psp, each.psp_token) == has
+        ),
+        "",
+    )
 
 
 def _subject_of(notification: Notification, loaded: Loaded) -> Subject | None:

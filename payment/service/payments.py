@@ -66,6 +66,8 @@ class Payments:
         """The payment, and whether it was there already. Raises InvalidArgument with every violation, AlreadyExists."""
         wrong = check_payment(request, self._providers, self._orders_max)
         if wrong:
+            if await self._store.payment_hash(request.checkout_id) == payment_hash(request):
+                return await self.get(request.checkout_id), True  # it was right by the settings of its time
             ids = [order.payment_order_id for order in request.orders[: self._orders_max]]
             wrong += used_order_violations(request, await self._store.taken_order_ids(request.checkout_id, ids))
             raise _invalid(wrong)

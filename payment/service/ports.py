@@ -24,6 +24,7 @@ __all__ = [
     "PaymentFilter",
     "PayoutFilter",
     "Position",
+    "PspObjectTaken",
     "RecordedNotification",
     "StaleState",
     "Store",
@@ -57,6 +58,10 @@ class OrderIdsTaken(Exception):
     def __init__(self, payment_order_ids: Sequence[str]) -> None:
         super().__init__(f"taken: {', '.join(payment_order_ids)}")
         self.payment_order_ids = tuple(payment_order_ids)
+
+
+class PspObjectTaken(Exception):
+    """The PSP object that an order would get belongs to another order. Nothing was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +150,19 @@ class Store(Protocol):
 
     async def read_payment(self, checkout_id: str) -> Payment | None: ...
 
+    async def payment_hash(self, checkout_id: str) -> bytes | None:
+        """The hash of the request that made a payment; None where there is none."""
+        ...
+
     async def list_payments(self, filter: PaymentFilter, after: Position | None, limit: int) -> list[Payment]: ...
 
     async def create_payout(self, payout: Payout, content_hash: bytes) -> Stored: ...
 
     async def read_payout(self, reference: str) -> Payout | None: ...
+
+    async def payout_hash(self, reference: str) -> bytes | None:
+        """The hash of the request that made a payout; None where there is none."""
+        ...
 
     async def list_payouts(self, filter: PayoutFilter, after: Position | None, limit: int) -> list[Payout]: ...
 
@@ -160,6 +173,10 @@ class Store(Protocol):
         """
         ...
 
+    async def load_holders(self, loaded: Loaded, notifications: Sequence[Notification]) -> None:
+        """Adds the orders that have the PSP objects of the notifications."""
+        ...
+
     async def load_for_messages(
         self, consumer: str, message_ids: Sequence[str], order_ids: Sequence[str], references: Sequence[str]
     ) -> Loaded:
@@ -167,8 +184,8 @@ class Store(Protocol):
         ...
 
     async def apply(self, changes: ChangeSet) -> bool:
-        """Write it back, in one transaction. Raises StaleState where anything changed since it was loaded. Returns
-        whether notifications are parked that may fit now.
+        """Write it back, in one transaction. Raises StaleState where anything changed since it was loaded, and
+        PspObjectTaken. Returns whether notifications are parked that may fit now.
         """
         ...
 

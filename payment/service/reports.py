@@ -54,6 +54,10 @@ class Reports:
         order_ids = sorted({_order_id(report) for _, report in reports} - {""})
         references = sorted({_reference(report) for _, report in reports} - {""})
         loaded = await self._store.load_for_messages(consumer, [each for each, _ in reports], order_ids, references)
+        found = [report.notification for _, report in reports if isinstance(report, OutcomeFound)]
+        claims = notifications.claims_of(found, loaded)
+        if claims:
+            await self._store.load_holders(loaded, claims)
         changes = ChangeSet(now_of(self._clock), consumer)
         seen = set(loaded.known)
         objects: list[str] = []

@@ -17,7 +17,8 @@ from payment.domain.notification import Notification, NotificationKind, Outcome
 from payment.domain.payment_order import PaymentOrderState
 from payment.domain.reports import OrderRegistered, OrderRejected, OutcomeFound
 from payment.domain.requests import OrderSpec
-from payment.service.ports import PaymentFilter
+from payment.service.payments import Payments
+from payment.service.ports import PaymentFilter, PspObjectTaken
 from runtime.outbox import OutboxRelay
 from runtime.postgres import create_pool
 from tests.integration.payment.conftest import FakeBus, Service, checkout, paid
@@ -107,6 +108,25 @@ async def test_same_content_is_the_same_payment_and_other_content_a_mismatch(ser
         await service.payments.create(checkout(("A", 2)))
     assert caught.value.reason == "IDEMPOTENCY_MISMATCH"
     assert await service.said() == ["execute_order"]
+
+
+async def test_a_replay_gets_its_answer_also_when_the_settings_have_changed(service: Service) -> None:
+    """Risk: the PSP that a caller named leaves the settings, and a retry of an old checkout is called invalid."""
+    request = checkout(("A", 1), ("B", 1))
+    request = replace(request, orders=tuple(replace(order, psp="sandbox2") for order in request.orders))
+    first, _ = await service.payments.create(request)
+    later = Payments(
+        service.store,
+        service.changes,
+        service.clock,
+        providers={"sandbox": frozenset({"EUR"})},
+        orders_max=1,
+        expiry=timedelta(days=1),
+    )
+    assert await later.create(request) == (first, True)
+    for other in (replace(request, checkout_id="CH-2"), replace(request, orders=request.orders[:1])):
+        with pytest.raises(InvalidArgument):
+            await later.create(other)
 
 
 async def test_twenty_creates_at_once_store_one(service: Service) -> None:
@@ -315,6 +335,72 @@ async def test_a_wrong_amount_is_stored_flagged_and_not_credited(service: Servic
     assert await service.pool.fetchval("SELECT outcome FROM payment.psp_notification") == Outcome.FLAGGED
     assert (await service.tell(replace(paid("A", 100, "evt_bad"), **wrong))).duplicate == 1
     assert (await service.tell(paid("A", 100))).applied == 1
+
+
+async def assert_paid_by_another(service: Service, event_id: str) -> None:
+    """B was not credited, an operator sees why, and the notification is stored as flagged."""
+    order = (await service.payments.get("CH-1")).orders[1]
+    assert (order.state in (S.NOT_STARTED, S.EXECUTING), order.attention) == (
+        True,
+        "sandbox says paid by pi_A, which is the payment of order A: not credited",
+    )
+    outcome, told, subject = service.reported[-1]
+    assert (outcome, told.psp_event_id, subject.payment_order_id) == (Outcome.FLAGGED, event_id, "B")  # type: ignore[union-attr]
+    assert (await service.said()).count("payment_order_succeeded") <= 1
+
+
+@pytest.mark.parametrize("registered", [("A",), ("A", "B")])
+async def test_a_success_by_the_payment_of_another_order_is_stored_flagged_and_not_credited(
+    service: Service, registered: tuple[str, ...]
+) -> None:
+    """Risk: the unique index on the PSP's id answers such a webhook with 500, for ever."""
+    await service.payments.create(checkout(("A", 1), ("B", 1)))
+    await service.register(*registered)
+    wrong = paid("B", 1, "evt_wrong", psp_object_id="pi_A")
+    assert (await service.tell(wrong)).ignored == 1
+    await assert_paid_by_another(service, "evt_wrong")
+    assert await service.pool.fetchval("SELECT outcome FROM payment.psp_notification") == Outcome.FLAGGED
+    assert (await service.tell(wrong)).duplicate == 1
+    assert (await service.tell(paid("A", 1), paid("B", 1))).applied == 2
+    assert await states(service) == [S.SUCCESS, S.SUCCESS]
+
+
+async def test_two_orders_that_one_payment_paid_in_one_call_credit_the_first(service: Service) -> None:
+    await service.payments.create(checkout(("A", 1), ("B", 1)))
+    counts = await service.tell(paid("A", 1), paid("B", 1, psp_object_id="pi_A"))
+    assert (counts.applied, counts.ignored) == (1, 1)
+    await assert_paid_by_another(service, "evt_B")
+    assert await states(service) == [S.SUCCESS, S.NOT_STARTED]
+
+
+async def test_two_orders_that_one_payment_paid_at_the_same_moment_credit_one(service: Service) -> None:
+    """Two processes that cannot see each other's decision: the index decides, the loser looks again."""
+    await service.payments.create(checkout(("A", 1), ("B", 1)))
+    calls = [paid(order, 1, f"evt_{order}_{turn}", psp_object_id="pi_X") for turn in range(5) for order in ("A", "B")]
+    processes = [service.another() for _ in calls]
+    results = await asyncio.gather(
+        *(each.notifications.apply([call]) for each, call in zip(processes, calls, strict=True))
+    )
+    assert sum(each.applied for each in results) == 1
+    assert sorted(await states(service)) == [S.NOT_STARTED, S.SUCCESS]
+    flagged = [what for each in processes for what in each.reported]
+    assert len(flagged) == 5
+    assert {outcome for outcome, *_ in flagged} == {Outcome.FLAGGED}
+
+
+async def test_an_outcome_found_by_the_payment_of_another_order_is_flagged(service: Service) -> None:
+    await service.payments.create(checkout(("A", 1), ("B", 1)))
+    await service.register("A")
+    found = OutcomeFound(replace(paid("B", 1), psp_event_id="", psp_object_id="pi_A"))
+    await service.reports.apply("executor.events", [("m1", found)])
+    await assert_paid_by_another(service, "")
+
+
+async def test_a_psp_that_registers_two_orders_under_one_id_is_an_error_with_the_id(service: Service) -> None:
+    await service.payments.create(checkout(("A", 1), ("B", 1)))
+    await service.register("A")
+    with pytest.raises(PspObjectTaken, match="pi_A"):
+        await service.reports.apply("executor.events", [("m1", OrderRegistered("B", "sandbox", "pi_A", "http://x"))])
 
 
 async def test_unknown_types_are_stored_and_change_nothing(service: Service) -> None:

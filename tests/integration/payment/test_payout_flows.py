@@ -15,6 +15,7 @@ from payment.domain.bank_account import BankAccount, PostalAddress
 from payment.domain.notification import Notification, NotificationKind, Outcome
 from payment.domain.payout import PayoutState
 from payment.domain.reports import FundsHeld, FundsRefused, PayoutRejected, PayoutSubmitted
+from payment.service.payouts import Payouts
 from payment.service.ports import PayoutFilter
 
 if TYPE_CHECKING:
@@ -44,6 +45,15 @@ async def submit(service: Service, reference: str = "PO-1") -> None:
     await service.reports.apply(
         "executor.events", [(f"sub-{reference}", PayoutSubmitted(reference, "sandbox", f"po_{reference}"))]
     )
+
+
+async def test_a_replay_gets_its_answer_also_when_the_settings_have_changed(service: Service) -> None:
+    first, _ = await service.payouts.create(payout_request(psp="sandbox2"))
+    later = Payouts(service.store, service.clock, providers={"sandbox": frozenset({"EUR"})})
+    again, replayed = await later.create(payout_request(psp="sandbox2"))
+    assert (again.reference, again.create_time, replayed) == (first.reference, first.create_time, True)
+    with pytest.raises(InvalidArgument, match="sandbox2"):
+        await later.create(payout_request("PO-2", psp="sandbox2"))
 
 
 async def test_held_submitted_completed_returned(service: Service) -> None:

@@ -234,6 +234,34 @@ def test_a_lost_dispute_is_never_marked_won() -> None:
     assert each.state is S.DISPUTE_LOST
 
 
+@pytest.mark.parametrize("opening_comes", [True, False])
+def test_a_lost_dispute_takes_the_money_once_whether_its_opening_came_or_not(opening_comes: bool) -> None:
+    """Risk: a loss whose opening never came is booked nowhere, though the PSP has taken the money."""
+    each = order(S.SUCCESS)
+    if opening_comes:
+        each.notify(told(K.DISPUTE_OPENED), NOW)
+    each.notify(told(K.DISPUTE_LOST, "evt_2"), NOW)
+    each.notify(told(K.DISPUTE_OPENED, "evt_3"), NOW)
+    assert [(fact.kind, fact.won) for fact in each.facts] == [
+        (FactKind.DISPUTE_OPENED, False),
+        (FactKind.DISPUTE_CLOSED, False),
+    ]
+
+
+@pytest.mark.parametrize("state", [S.NOT_STARTED, S.EXECUTING, S.FAILED, S.SUCCESS])
+def test_a_success_by_the_payment_of_another_order_is_flagged_and_moves_nothing(state: PaymentOrderState) -> None:
+    each = order(state)
+    assert each.notify(told(K.ORDER_SUCCEEDED, psp_object_id="pi_9"), NOW, "ORD-9") is Outcome.FLAGGED
+    assert (each.state, each.facts, each.psp_token in ("", "pi_1")) == (state, [], True)
+    assert each.attention == "sandbox says paid by pi_9, which is the payment of order ORD-9: not credited"
+
+
+def test_another_psp_that_names_no_payment_does_not_inherit_the_id_of_the_first() -> None:
+    each = order(S.EXECUTING)
+    assert each.notify(told(K.ORDER_SUCCEEDED, psp="sandbox2", psp_object_id=""), NOW) is Outcome.APPLIED
+    assert (each.psp, each.psp_token) == ("sandbox2", "")
+
+
 def test_dispute_before_the_success_is_parked_and_a_foreign_kind_ignored() -> None:
     each = order(S.EXECUTING)
     assert each.notify(told(K.DISPUTE_OPENED), NOW) is Outcome.PARKED

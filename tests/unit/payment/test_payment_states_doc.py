@@ -35,9 +35,9 @@ of a PSP is parked or flagged.
 - **A notification that fits nothing yet** (its order is unknown here, or a dispute came before the success) is
   parked: stored, answered with 2xx, tried again when its PSP object becomes known and on a schedule for about
   eight days. We do not leave this to the PSP's retries, because some give up early.
-- **A notification that contradicts us** is flagged: another amount or currency than the order has, or a second
-  payment of an order that is paid. Nothing is credited, no event goes out; `attention` (and, unless the order
-  is paid, `failure_reason`) says why, and a line at error level tells operators.
+- **A notification that contradicts us** is flagged: another amount or currency than the order has, a second
+  payment of an order that is paid, or a payment that is another order's. Nothing is credited, no event goes out;
+  `attention` (and, unless the order is paid, `failure_reason`) says why, and a line at error level tells operators.
 - **Another intent of the same order.** After a failover two PSPs may know an order. The end of an intent that
   is not the recorded one says nothing about the order; its success does: the order is captured there, and the
   recorded intent is canceled.
@@ -49,7 +49,7 @@ of a PSP is parked or flagged.
   voids the hold, which has the same sum.
 - **Disputes.** LOST may come without, or before, OPENED. WON counts only while DISPUTED, so that a lost dispute
   is never marked won by an old notification. A refund that was under way when a dispute came is added, and the
-  dispute's state stays.
+  dispute's state stays. A loss whose opening never came tells of the opening too, so that the money is booked.
 """
 
 
