@@ -39,6 +39,8 @@ _FACTS: Mapping[str, tuple[Callable[[Any], FactKind], str]] = {
     "dispute_opened": (lambda body: FactKind.DISPUTE_OPENED, "payment_order_id"),
     "dispute_closed": (lambda body: FactKind.DISPUTE_WON if body.won else FactKind.DISPUTE_LOST, "payment_order_id"),
 }
+_REPEATABLE = frozenset({FactKind.DISPUTE_OPENED, FactKind.DISPUTE_WON, FactKind.DISPUTE_LOST})
+"""Facts that can happen to one order more than once: their event's id tells which."""
 
 
 class LedgerConsumer:
@@ -82,12 +84,14 @@ def fact_of(envelope: event_pb2.Envelope) -> Fact | None:
     kind_of, reference_field = known
     body = getattr(envelope, field)
     time = envelope.occur_time
+    kind = kind_of(body)
     return Fact(
-        kind=kind_of(body),
+        kind=kind,
         merchant_reference=getattr(body, reference_field),
         seller_account=body.seller_account,
         psp=body.psp,
         currency_code=body.amount.currency_code,
         amount_minor=body.amount.amount_minor,
         occur_time_us=time.seconds * 1_000_000 + time.nanos // 1000,
+        occurrence=envelope.event_id if kind in _REPEATABLE else "",
     )

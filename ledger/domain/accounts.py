@@ -4,6 +4,7 @@
     psp/{psp}/payouts/{currency}    ASSET      paid out by a PSP for us (its balance is below zero until it is settled)
     psp/{psp}/fees/{currency}       EXPENSE    what a PSP charges us
     seller/{seller}/{currency}      LIABILITY  what we owe a seller
+    seller/{seller}/disputes/{currency}  ASSET  what a seller owes us for disputed payments that a PSP took back
     fees/{currency}                 REVENUE    what we charge sellers
 
 The names themselves are made by kernel/names.py; the wallet uses the same ones.
@@ -56,6 +57,7 @@ CHART: tuple[tuple[re.Pattern[str], AccountKind], ...] = (
     (re.compile(r"psp/[^/]+/payouts/([A-Z]{3})"), AccountKind.ASSET),
     (re.compile(r"psp/[^/]+/fees/([A-Z]{3})"), AccountKind.EXPENSE),
     (re.compile(r"seller/[^/]+/([A-Z]{3})"), AccountKind.LIABILITY),
+    (re.compile(r"seller/[^/]+/disputes/([A-Z]{3})"), AccountKind.ASSET),
     (re.compile(r"fees/([A-Z]{3})"), AccountKind.REVENUE),
 )
 

@@ -5,9 +5,11 @@ capture            capture         psp clearing       seller wallet
 refund completed   refund          seller wallet      psp clearing
 payout completed   payout          seller wallet      psp payouts
 payout returned    payout_return   psp payouts        seller wallet
-dispute opened     dispute         seller wallet      psp clearing     the PSP takes the money back at once
-dispute won        dispute_won     psp clearing       seller wallet    and gives it back
+dispute opened     dispute         seller disputes    psp clearing     the PSP takes the money back at once
+dispute won        dispute_won     psp clearing       seller disputes  and gives it back
 refund failed, payout released, dispute lost: no money moves, no entry
+
+A dispute is a claim on the seller, in an account of its own: the seller's wallet may be empty by then, and no wallet goes below zero.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from kernel.ids import derived_event_id
-from kernel.names import payout_clearing, psp_clearing, seller_wallet
+from kernel.names import payout_clearing, psp_clearing, seller_disputes, seller_wallet
 from ledger.domain.accounts import Side
 from ledger.domain.journal import JournalEntry, Posting
 
@@ -41,7 +43,9 @@ class FactKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One business fact. ``merchant_reference`` is the payment_order_id, refund_id or payout reference."""
+    """One business fact. ``merchant_reference`` is the payment_order_id, refund_id or payout reference. ``occurrence`` tells apart
+    facts that can happen to it more than once (a dispute after a dispute that was won); else it is empty.
+    """
 
     kind: FactKind
     merchant_reference: str
@@ -50,12 +54,13 @@ class Fact:
     currency_code: str
     amount_minor: int
     occur_time_us: int
+    occurrence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PostingRule:
     """One row of the table. ``purpose`` is also the kind of the entry's id: UUIDv5 of
-    ``{purpose}/{merchant_reference}``.
+    ``{purpose}/{merchant_reference}``, with ``/{occurrence}`` where there is one.
     """
 
     purpose: str
@@ -66,6 +71,10 @@ class PostingRule:
 
 def _seller(fact: Fact) -> str:
     return seller_wallet(fact.seller_account, fact.currency_code)
+
+
+def _disputes(fact: Fact) -> str:
+    return seller_disputes(fact.seller_account, fact.currency_code)
 
 
 def _clearing(fact: Fact) -> str:
@@ -84,8 +93,8 @@ RULES: Mapping[FactKind, PostingRule | None] = MappingProxyType(
         FactKind.PAYOUT_COMPLETED: PostingRule("payout", _seller, _payouts, "Payout {} sent by {}"),
         FactKind.PAYOUT_RELEASED: None,
         FactKind.PAYOUT_RETURNED: PostingRule("payout_return", _payouts, _seller, "Payout {} returned to {}"),
-        FactKind.DISPUTE_OPENED: PostingRule("dispute", _seller, _clearing, "Order {} disputed at {}"),
-        FactKind.DISPUTE_WON: PostingRule("dispute_won", _clearing, _seller, "Dispute of order {} won at {}"),
+        FactKind.DISPUTE_OPENED: PostingRule("dispute", _disputes, _clearing, "Order {} disputed at {}"),
+        FactKind.DISPUTE_WON: PostingRule("dispute_won", _clearing, _disputes, "Dispute of order {} won at {}"),
         FactKind.DISPUTE_LOST: None,
     }
 )
@@ -99,8 +108,9 @@ def entry_of(fact: Fact) -> JournalEntry | None:
     rule = RULES[fact.kind]
     if rule is None:
         return None
+    natural = f"{fact.merchant_reference}/{fact.occurrence}" if fact.occurrence else fact.merchant_reference
     return JournalEntry(
-        journal_entry_id=derived_event_id(rule.purpose, fact.merchant_reference),
+        journal_entry_id=derived_event_id(rule.purpose, natural),
         purpose=rule.purpose,
         merchant_reference=fact.merchant_reference,
         description=rule.description.format(fact.merchant_reference, fact.psp),

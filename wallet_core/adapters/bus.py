@@ -9,6 +9,7 @@ nobody waits for it, the read model and WatchEvents tell the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -134,7 +135,10 @@ def step_of(message: Message) -> Step | None:
         )
     if not event.seller_account or not event.psp:
         raise InvalidArgument(f"event {envelope.event_id} ({body}): seller_account and psp must not be empty")
-    return build(event, money, time_ms)
+    step = build(event, money, time_ms)
+    if step is not None and body in _REPEATABLE:
+        return replace(step, reference=f"{step.reference}/{envelope.event_id}")
+    return step
 
 
 def _capture(event: event_pb2.PaymentOrderSucceeded, money: Money, time_ms: int) -> Step:
@@ -185,6 +189,18 @@ def _refund_completed(event: event_pb2.RefundCompleted, money: Money, time_ms: i
     return flows.refund_void(event.refund_id, event.psp, event.seller_account, currency, time_ms, hold_id)
 
 
+def _dispute_opened(event: event_pb2.DisputeOpened, money: Money, time_ms: int) -> Step:
+    currency, amount = money.currency_code, money.amount_minor
+    return flows.dispute_opened(event.payment_order_id, event.psp, event.seller_account, currency, amount, time_ms)
+
+
+def _dispute_closed(event: event_pb2.DisputeClosed, money: Money, time_ms: int) -> Step | None:
+    if not event.won:
+        return None
+    currency, amount = money.currency_code, money.amount_minor
+    return flows.dispute_won(event.payment_order_id, event.psp, event.seller_account, currency, amount, time_ms)
+
+
 def _hold_id(hold_id: bytes, body: str, reference: str) -> bytes:
     if len(hold_id) != 16:
         raise InvalidArgument(f"{body} of {reference}: hold_id: expected 16 bytes, got {len(hold_id)}")
@@ -199,6 +215,9 @@ _STEPS: dict[str, Callable[..., Step | None]] = {
     "payout_returned": _payout_returned,
     "refund_requested": _refund_requested,
     "refund_completed": _refund_completed,
+    "dispute_opened": _dispute_opened,
+    "dispute_closed": _dispute_closed,
 }
-"""Bodies that move money. Others (payment_completed, payment_order_closed, disputes) need nothing of the
-wallet."""
+"""Bodies that move money. Others (payment_completed, payment_order_closed) need nothing of the wallet."""
+_REPEATABLE = frozenset({"dispute_opened", "dispute_closed"})
+"""What can happen to one order more than once: the event's id tells which."""

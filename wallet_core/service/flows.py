@@ -9,6 +9,8 @@ itself.
     payout_returned           payout clearing → seller wallet                payout-return  a failure
     refund_requested          hold  seller wallet → psp clearing             refund-hold    an answer
     refund_completed          post or void that hold                         refund-post …  a failure
+    dispute_opened            seller disputes → psp clearing                 dispute        a failure
+    dispute_closed, won       psp clearing → seller disputes                 dispute-won    a failure
 
 A replay finds every id applied and changes nothing. A refusal that is a failure (a frozen wallet, say) is
 remembered with its id for as long as the id window lasts, so asking again under the same id could never
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 
 from kernel.errors import FailedPrecondition, Unavailable
 from kernel.ids import account_id, derived_transfer_id
-from kernel.names import payout_clearing, psp_clearing, seller_wallet
+from kernel.names import payout_clearing, psp_clearing, seller_disputes, seller_wallet
 from wallet_core.engine.codes import AccountFlags, AccountResult, TransferFlags, TransferResult
 from wallet_core.service.port import (
     ID_NONE,
@@ -45,6 +47,8 @@ __all__ = [
     "Outcome",
     "Step",
     "capture",
+    "dispute_opened",
+    "dispute_won",
     "payout_hold",
     "payout_post",
     "payout_return",
@@ -61,6 +65,7 @@ KNOWN_ACCOUNT_COUNT_MAX = 50_000
 
 _OK = TransferResult.OK
 _CLEARING = AccountFlags.MAY_OVERDRAW | AccountFlags.STRIPED
+_CLAIM = AccountFlags.MAY_OVERDRAW
 _POSTED = frozenset({TransferResult.HOLD_ALREADY_POSTED})
 _VOIDED = frozenset({TransferResult.HOLD_ALREADY_VOIDED, TransferResult.HOLD_EXPIRED})
 _NONE: frozenset[TransferResult] = frozenset()
@@ -69,7 +74,8 @@ _NONE: frozenset[TransferResult] = frozenset()
 @dataclass(frozen=True, slots=True)
 class Step:
     """One transfer that a business event asks for. `done` are refusals that say that the effect is there
-    already."""
+    already. One side is the seller's, the other a clearing account; `opens_seller`: the seller's is the credit
+    side, and opened where it is missing; `seller_flags`: opened in any case, with these flags."""
 
     kind: str
     reference: str
@@ -81,6 +87,7 @@ class Step:
     flags: int = 0
     pending_id: bytes = ID_NONE
     opens_seller: bool = False
+    seller_flags: int = 0
     refusal_is_answer: bool = False
     done: frozenset[TransferResult] = _NONE
 
@@ -144,6 +151,18 @@ def refund_void(refund: str, psp: str, seller: str, currency: str, time_ms: int,
     return _void("refund-void", refund, psp_clearing(psp, currency), seller, currency, time_ms, hold_id)
 
 
+def dispute_opened(order: str, psp: str, seller: str, currency: str, amount: int, time_ms: int) -> Step:
+    """A PSP took a disputed payment back: the seller owes it, whatever is left in the wallet."""
+    debit, credit = seller_disputes(seller, currency), psp_clearing(psp, currency)
+    return Step("dispute", order, time_ms, debit, credit, currency, amount, seller_flags=_CLAIM)
+
+
+def dispute_won(order: str, psp: str, seller: str, currency: str, amount: int, time_ms: int) -> Step:
+    """The PSP gave it back."""
+    debit, credit = psp_clearing(psp, currency), seller_disputes(seller, currency)
+    return Step("dispute-won", order, time_ms, debit, credit, currency, amount, opens_seller=True, seller_flags=_CLAIM)
+
+
 def _hold(kind: str, reference: str, credit: str, seller: str, currency: str, amount: int, time_ms: int) -> Step:
     debit = seller_wallet(seller, currency)
     flags = TransferFlags.HOLD
@@ -176,7 +195,7 @@ class Flows:
         self._known_max = known_account_count_max
 
     def owns(self, step: Step) -> bool:
-        """Whether the seller's wallet lives on a shard of this process. Clearing accounts are striped: they
+        """Whether the seller's account lives on a shard of this process. Clearing accounts are striped: they
         have a part here."""
         seller = step.credit if step.opens_seller else step.debit
         return slot_of(self._id(seller)) * self._host.shard_count // SLOT_COUNT in self._host.shard_ids
@@ -228,8 +247,8 @@ class Flows:
             seller, clearing = (step.credit, step.debit) if step.opens_seller else (step.debit, step.credit)
             if clearing not in known:
                 missing[clearing] = (step.currency, _CLEARING)
-            if step.opens_seller and seller not in known:
-                missing[seller] = (step.currency, 0)
+            if (step.opens_seller or step.seller_flags) and seller not in known:
+                missing[seller] = (step.currency, step.seller_flags)
         return missing
 
     async def _open_accounts(self, missing: dict[str, tuple[str, int]]) -> None:

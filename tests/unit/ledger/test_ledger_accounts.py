@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernel.names import payout_clearing, psp_clearing, seller_wallet
+from kernel.names import payout_clearing, psp_clearing, seller_disputes, seller_wallet
 from ledger.domain import AccountKind, AccountNameInvalid, account_of_name, balance_minor
 
 
@@ -14,6 +14,7 @@ from ledger.domain import AccountKind, AccountNameInvalid, account_of_name, bala
         (psp_clearing("sandbox", "USD"), AccountKind.ASSET, "USD"),
         (payout_clearing("sandbox", "JPY"), AccountKind.ASSET, "JPY"),
         (seller_wallet("SELL-XYZ-1", "KWD"), AccountKind.LIABILITY, "KWD"),
+        (seller_disputes("SELL-XYZ-1", "USD"), AccountKind.ASSET, "USD"),
         ("psp/sandbox/fees/EUR", AccountKind.EXPENSE, "EUR"),
         ("fees/EUR", AccountKind.REVENUE, "EUR"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kernel.ids import derived_event_id
@@ -10,6 +12,7 @@ from ledger.domain import RULES, AccountNameInvalid, EntryInvalid, Fact, FactKin
 CLEARING = "psp/sandbox/clearing/USD"
 PAYOUTS = "psp/sandbox/payouts/USD"
 SELLER = "seller/SELL-XYZ-1/USD"
+DISPUTES = "seller/SELL-XYZ-1/disputes/USD"
 
 # What each fact must do: purpose, debited account, credited account. None: nothing.
 EXPECTED: dict[FactKind, tuple[str, str, str] | None] = {
@@ -19,8 +22,8 @@ EXPECTED: dict[FactKind, tuple[str, str, str] | None] = {
     FactKind.PAYOUT_COMPLETED: ("payout", SELLER, PAYOUTS),
     FactKind.PAYOUT_RELEASED: None,
     FactKind.PAYOUT_RETURNED: ("payout_return", PAYOUTS, SELLER),
-    FactKind.DISPUTE_OPENED: ("dispute", SELLER, CLEARING),
-    FactKind.DISPUTE_WON: ("dispute_won", CLEARING, SELLER),
+    FactKind.DISPUTE_OPENED: ("dispute", DISPUTES, CLEARING),
+    FactKind.DISPUTE_WON: ("dispute_won", CLEARING, DISPUTES),
     FactKind.DISPUTE_LOST: None,
 }
 
@@ -74,6 +77,14 @@ def test_what_is_undone_comes_back_to_zero() -> None:
                 signed = posting.amount_minor if posting.side is Side.DEBIT else -posting.amount_minor
                 balances[posting.account_name] = balances.get(posting.account_name, 0) + signed
         assert set(balances.values()) == {0}
+
+
+def test_a_second_dispute_of_an_order_is_an_entry_of_its_own() -> None:
+    first, second = (entry_of(replace(fact(FactKind.DISPUTE_OPENED), occurrence=each)) for each in ("e1", "e2"))
+    assert first is not None
+    assert second is not None
+    assert first.journal_entry_id != second.journal_entry_id
+    assert first.merchant_reference == second.merchant_reference == "REF-1"
 
 
 def test_a_malformed_fact_raises_and_makes_no_entry() -> None:
