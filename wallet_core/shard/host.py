@@ -25,7 +25,7 @@ from kernel.errors import (
     OutOfRange,
     Unavailable,
 )
-from wallet_core.engine.codes import TransferFlags
+from wallet_core.engine.codes import AccountFlags, TransferFlags
 from wallet_core.event_log import DiskNearlyFull, LogGap, LogTail, delete_segments_below, segments
 from wallet_core.shard._host import ShardClock, ShardHost
 from wallet_core.shard.port import (
@@ -53,6 +53,7 @@ __all__ = ["WalletHost"]
 
 _TAILS_KEPT = 32  # open positions in logs, for readers that come back for more
 _LINKED = int(TransferFlags.LINKED)
+_STRIPED = int(AccountFlags.STRIPED)
 _CALLS_SEEN = 8  # the last so many single calls …
 _CALLS_WITHIN_S = 0.004  # … within this time: 2,000 a second, more than one caller alone can send
 _GATHER_S = 0.001
@@ -75,6 +76,7 @@ class WalletHost:
         self._gathered_rows = 0
         self._calls: deque[float] = deque(maxlen=_CALLS_SEEN)
         self._turn: deque[asyncio.Future[None]] = deque()
+        self._striping: set[asyncio.Future[Any]] = set()  # striped accounts that are being opened
         self._durable_waiters: list[tuple[int, int, asyncio.Future[int]]] = []
         self._tails: dict[tuple[int, int], LogTail] = {}
         self._tails_lock = threading.Lock()
@@ -165,6 +167,8 @@ class WalletHost:
         rows = len(message) // 56 + 1  # an upper bound: a row has at least 56 bytes
         if self._must_wait(min(rows, ROWS_MAX), len(message)):
             await self._wait_turn(min(rows, ROWS_MAX), len(message))
+        while self._striping:
+            await asyncio.wait(self._striping)
         future = self._future()
         try:
             self._native.submit_message(self._ticket, message, wrapped=wrapped)
@@ -183,6 +187,8 @@ class WalletHost:
         count = len(rows)
         if self._must_wait(count, 128 * count):
             await self._wait_turn(count, 128 * count)
+        while self._striping:
+            await asyncio.wait(self._striping)
         if count == 0 or count > 256 or (rows[-1][4:5] and rows[-1][4] & _LINKED):
             return await self._submit_rows(rows)  # an open chain must not reach into somebody else's rows
         if self._gathered_rows + count > ROWS_MAX:
@@ -196,15 +202,22 @@ class WalletHost:
         return await future
 
     async def create_accounts(self, rows: Sequence[AccountRow], *, update: bool = False) -> bytes:
-        """One AccountResult byte a row; a striped account is opened on every shard of this process."""
+        """One AccountResult byte a row; a striped account is opened on every shard of this process. Until that is done nobody
+        knows where its transfers go, so whatever comes meanwhile waits: its id would be remembered on the wrong shard."""
         if self._must_wait(len(rows), 64 * len(rows)):
             await self._wait_turn(len(rows), 64 * len(rows))
+        while self._striping:
+            await asyncio.wait(self._striping)
+        self._flush()  # what came before stays before
         future = self._future()
         try:
             self._native.submit_accounts(self._ticket, rows, update=update)
         except Exception as error:
             raise self._forget(error) from None
-        result: AccountsResult = await future
+        if self._native.shard_count > 1 and not update and any(row[2:3] and row[2] & _STRIPED for row in rows):
+            self._striping.add(future)
+            future.add_done_callback(self._striping.discard)
+        result: AccountsResult = await asyncio.shield(future)
         return result.codes
 
     async def accounts(self, ids: Sequence[bytes]) -> list[AccountState | None]:
@@ -511,6 +524,9 @@ class WalletHost:
             future.add_done_callback(lambda done: _share(done, gathered))
 
     def _again(self, gathered: list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]]) -> None:
+        if self._striping:
+            self._loop.call_later(0.001, self._again, gathered)
+            return
         for part, one in gathered:
             self._gathered.append((part, one))
             self._gathered_rows += len(part)
@@ -519,6 +535,9 @@ class WalletHost:
         self._flush()
 
     def _submit_alone(self, rows: Sequence[TransferRow], one: asyncio.Future[RowsResult]) -> None:
+        if self._striping:
+            self._loop.call_later(0.001, self._submit_alone, rows, one)
+            return
         try:
             future = self._future()
             self._native.submit_rows(self._ticket, rows)
