@@ -146,6 +146,7 @@ cdef class Engine:
     cdef bint find_account(self, const uint8_t* account_id, AccountState* account) noexcept nogil
     cdef bint account_at(self, uint32_t ordinal, AccountState* account) noexcept nogil
     cdef uint8_t find_result(self, const uint8_t* transfer_id) noexcept nogil    # TransferResult, 0 = not remembered
+    cdef bint has_hold(self, const uint8_t* transfer_id) noexcept nogil          # still held, however old its id is
     cdef void digest(self, uint8_t* out) noexcept nogil       # 16 bytes
     cdef uint64_t sequence(self) noexcept nogil               # of the last event, 0 = none yet
     cdef void counters(self, EngineCounters* out) noexcept nogil

@@ -181,6 +181,9 @@ cdef class Engine:
         cdef const IdEntry* entry = ids_lookup(state(self), du_load64(transfer_id), du_load64(transfer_id + 8))
         return 0 if entry == NULL else entry.meta & 0xFF
 
+    cdef bint has_hold(self, const uint8_t* transfer_id) noexcept nogil:
+        return hold_by_id(state(self), du_load64(transfer_id), du_load64(transfer_id + 8)) != NONE
+
     cdef void digest(self, uint8_t* out) noexcept nogil:
         du_store64(out, state(self).linear)
         du_store64(out + 8, state(self).chain)

@@ -139,9 +139,10 @@ cdef class ShardHost:
                 engine.prepare()       # before anybody waits for an answer
             self._shards[shard] = made
             self._order.append(made)
-            self._striped.collect(engine)
+        engines = {made.shard: made.engine for made in self._order}
         for made in self._order:
             self.core.shards[made.shard] = &made.core
+            self._striped.collect(made.engine, &self.core, engines)
 
     def __dealloc__(self):
         cdef Request* request
@@ -514,7 +515,7 @@ cdef class ShardHost:
                     wanted += 1
         if wanted == 0:
             return self._route(request)
-        # a post or void that does not name its accounts: ask the shards which of them knows the hold
+        # a post or void that does not name both its accounts: ask the shards which of them knows the hold
         located = <uint16_t*>malloc(2 * <size_t>request.count)
         if located == NULL:
             self._unadmit(request)
@@ -535,7 +536,7 @@ cdef class ShardHost:
 
     cdef bint _wants_locating(self, Request* request, uint32_t row) noexcept nogil:
         return ducat_zero_id(request.columns.debit_ids + 16 * <size_t>row) \
-            and ducat_zero_id(request.columns.credit_ids + 16 * <size_t>row)
+            or ducat_zero_id(request.columns.credit_ids + 16 * <size_t>row)
 
     cdef void _unadmit(self, Request* request) noexcept:
         self.core.rows_held -= request.count

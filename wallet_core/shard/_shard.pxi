@@ -332,12 +332,18 @@ cdef class Shard:
         return self.finish_read(work.request, group)
 
     cdef int locate(self, Work* work) noexcept nogil:
-        """Which holds of the batch are known here; rows of other shards are left alone."""
+        """Which holds of the batch are known here, or which posts and voids themselves; rows of other shards are left alone.
+        The id of a hold may be forgotten while it is held, and before that of its post."""
         cdef Request* request = work.request
         cdef uint16_t* located = request.located
+        cdef const uint8_t* hold_id
         cdef uint32_t row
         for row in range(request.count):
-            if located[row] == LOCATE_WANTED and self.engine.find_result(request.columns.pending_ids + 16 * <size_t>row):
+            if located[row] != LOCATE_WANTED:
+                continue
+            hold_id = request.columns.pending_ids + 16 * <size_t>row
+            if self.engine.find_result(hold_id) or self.engine.has_hold(hold_id) \
+                    or self.engine.find_result(request.columns.ids + 16 * <size_t>row):
                 located[row] = self.shard
         request_done(self.host, request, 1)
         return 0

@@ -52,15 +52,20 @@ cdef class StripedSet:
             at = (at + 1) & self.mask
         memcpy(self.ids + 16 * at, id, 16)
 
-    cdef int collect(self, Engine engine) except -1:
-        """Every striped account of a recovered engine."""
+    cdef int collect(self, Engine engine, HostCore* host, dict engines) except -1:
+        """Every striped account of a recovered engine. One that the shard of its slot has as a plain account, or not at all, was
+        refused when somebody asked to stripe it, and routes as a plain one."""
         cdef EngineCounters counters
-        cdef AccountState state
+        cdef AccountState state, home_state
+        cdef Engine home
         cdef uint32_t ordinal
         cdef bint found
         engine.counters(&counters)
         for ordinal in range(<uint32_t>counters.account_count):
             found = engine.account_at(ordinal, &state)
-            if found and state.flags & ACCOUNT_STRIPED:
+            if not found or not state.flags & ACCOUNT_STRIPED:
+                continue
+            home = engines.get(host.shard_of_slot[ducat_slot(state.id)])
+            if home is None or (home.find_account(state.id, &home_state) and home_state.flags & ACCOUNT_STRIPED):
                 self.add(state.id)
         return 0
