@@ -237,12 +237,15 @@ class LogTail:
         self._reader: FrameReader | None = None
 
     def poll(self, durable_sequence: int, frame_limit: int = 256) -> list[Frame]:
-        """At most `frame_limit` further frames, none of them above `durable_sequence`. Raises LogGap,
-        LogDamaged."""
+        """At most `frame_limit` further frames, none of them above `durable_sequence`. Raises LogGap (also where
+        retention has overtaken the reader), LogDamaged."""
         if durable_sequence < self._from:
             return []
         if self._reader is None:
-            self._reader = open_reader(self._folder, self._shard, self._from)
+            try:
+                self._reader = open_reader(self._folder, self._shard, self._from)
+            except FileNotFoundError:  # retention was quicker
+                raise self._gap(self._from) from None
             if self._reader is None:
                 return []
         else:
@@ -253,7 +256,15 @@ class LogTail:
             if frame is None:
                 break
             found.append(frame)
+        if not found and self._reader.next_sequence <= durable_sequence:
+            gap = self._gap(self._reader.next_sequence)
+            if gap.first_sequence > gap.wanted_sequence:
+                raise gap
         return found
+
+    def _gap(self, wanted: int) -> LogGap:
+        oldest = segments(self._folder)[0]
+        return LogGap(str(segment_file(self._folder, oldest)), wanted, oldest)
 
 
 def delete_segments_below(folder: Path, sequence: int) -> list[Path]:

@@ -291,10 +291,13 @@ class WalletHost:
         return self._native.durable_sequence(shard)
 
     async def wait_durable(self, shard: int, above: int, timeout_s: float) -> int:
-        """The durable sequence number once it is above `above`, or as it is after `timeout_s`."""
+        """The durable sequence number once it is above `above`, or as it is after `timeout_s`. Raises Unavailable once a
+        shard has failed: there will be no more."""
         now = self._native.durable_sequence(shard)
-        if now > above or timeout_s <= 0 or self._failure is not None:
+        if now > above or timeout_s <= 0:
             return now
+        if self._failure is not None:
+            raise _mapped(self._failure)
         future: asyncio.Future[int] = self._loop.create_future()
         entry = (shard, above, future)
         self._durable_waiters.append(entry)
@@ -597,6 +600,9 @@ class WalletHost:
         for waiter in self._turn:
             if not waiter.done():
                 waiter.set_exception(_mapped(error))
+        for _, _, waiting in self._durable_waiters:
+            if not waiting.done():
+                waiting.set_exception(_mapped(error))
         if self.on_failure is not None:
             self.on_failure(error)
 

@@ -334,3 +334,37 @@ async def test_no_snapshot_is_taken_unasked_where_that_is_switched_off(
     assert set(await host.transfers([give(n) for n in range(20)])) == {1}
     assert host._snapshots_task is None
     await host.close()
+
+
+async def test_whoever_waits_for_events_hears_of_a_failure(tmp_path: Path) -> None:
+    """A follower that was told "nothing new" at once, again and again, held the event loop: the process never stopped."""
+    host = await opened(tmp_path)
+    durable = host.durable_sequence(0)
+    waiter = asyncio.create_task(host.wait_durable(0, durable, 30))
+    await asyncio.sleep(0.01)
+    host.native.log(0).inject("fdatasync", 1, errno.EIO)
+    with pytest.raises(Unavailable):
+        await host.transfers([give(1)])
+    with pytest.raises(Unavailable, match="fdatasync failed"):
+        await asyncio.wait_for(waiter, 5)
+    with pytest.raises(Unavailable, match="fdatasync failed"):
+        await host.wait_durable(0, durable, 30)
+    await host.close()
+
+
+async def test_a_reader_that_retention_overtook_is_told_so(tmp_path: Path) -> None:
+    """It got no events, though there were some, for ever."""
+    host = await opened(tmp_path, segment_bytes=65536)
+    for turn in range(3):
+        for n in range(20):
+            await host.transfers([give(10_000 * turn + n * 100 + i) for i in range(100)])
+        if turn == 0:
+            position = host.read_events(0, 1, 10)[-1].last_sequence + 1
+        await host.snapshot(0)
+    assert host.first_sequence(0) > position
+    with pytest.raises(OutOfRange):  # noqa: PT012 - the segment that it has open can still be read
+        while position <= host.durable_sequence(0):
+            pages = host.read_events(0, position, 1000)
+            assert pages, "no events and no word"
+            position = pages[-1].last_sequence + 1
+    await host.close()
