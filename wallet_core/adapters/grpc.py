@@ -71,6 +71,7 @@ _LINKED = int(TransferFlags.LINKED)
 _BALANCING_DEBIT = int(TransferFlags.BALANCING_DEBIT)
 _BALANCING_CREDIT = int(TransferFlags.BALANCING_CREDIT)
 _NO_ID = bytes(16)
+_INT64_MAX = 2**63 - 1
 _STATES = {
     "restoring": shard_pb2.SHARD_STATE_RESTORING,
     "serving": shard_pb2.SHARD_STATE_SERVING,
@@ -454,7 +455,13 @@ def _time_ns(time: Timestamp) -> int:
 
 
 def _account(view: AccountView) -> wallet_pb2.Account:
+    """Each shard keeps its figures within 64 bits; of a striped account their sums may be more."""
     state = view.state
+    if not all(-_INT64_MAX <= figure <= _INT64_MAX for figure in (state.balance, state.held_out, state.held_in)):
+        raise OutOfRange(
+            f"account {view.name or state.id.hex()}: a figure, summed over all shards, does not fit 64 bits;"
+            " ask for its parts by position"
+        )
     return wallet_pb2.Account(
         account_id=state.id,
         name=view.name,
@@ -462,7 +469,7 @@ def _account(view: AccountView) -> wallet_pb2.Account:
         balance_minor=state.balance,
         held_out_minor=state.held_out,
         held_in_minor=state.held_in,
-        available_minor=state.available,
+        available_minor=min(state.available, _INT64_MAX),  # the overdraft limit alone may be that much
         overdraft_limit_minor=state.overdraft_limit,
         balance_limit_minor=state.balance_limit,
         frozen=state.has(AccountFlags.FROZEN),

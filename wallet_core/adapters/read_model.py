@@ -6,9 +6,10 @@ Valkey, one script for all of it, so that a batch is there or not:
 
     wallet:{shard}:cursor           number of the last event
     wallet:{shard}:holds            hash: sequence number of a HoldPlaced → its amount, while it is open
-    wallet:balance:<account id>     hash: balance, held_out, held_in, currency; shards add to it, so a
-    striped account is a sum wallet:recent:<account id>      list, newest first: JSON [kind, transfer id,
-    amount, other account, shard, sequence, time_ns]
+    wallet:balance:<account id>     hash: balance, held_out, held_in, currency; shards add to it, so a striped
+                                    account is a sum; "overflow" from where a sum left 64 bits
+    wallet:recent:<account id>      list, newest first: JSON [kind, transfer id, amount, other account, shard,
+                                    sequence, time_ns]
 """
 
 from __future__ import annotations
@@ -109,6 +110,9 @@ local cursor, holds = KEYS[1], KEYS[2]
 if (redis.call('GET', cursor) or '0') ~= ARGV[1] then return 0 end
 local i = 4
 local function take() i = i + 1; return ARGV[i - 1] end
+local function add(key, field, delta)
+  if type(redis.pcall('HINCRBY', key, field, delta)) == 'table' then redis.call('HSET', key, field, 'overflow') end
+end
 for _ = 1, take() do
   local key = 'wallet:balance:' .. take()
   redis.call('HSET', key, 'currency', take())
@@ -117,7 +121,7 @@ for _ = 1, take() do
   local key = 'wallet:balance:' .. take()
   for _, field in ipairs({'balance', 'held_out', 'held_in'}) do
     local delta = take()
-    if delta ~= '0' then redis.call('HINCRBY', key, field, delta) end
+    if delta ~= '0' then add(key, field, delta) end
   end
 end
 for _ = 1, take() do
@@ -128,8 +132,8 @@ for _ = 1, take() do
   local sequence, debit, credit = take(), take(), take()
   local amount = redis.call('HGET', holds, sequence)
   if amount then
-    redis.call('HINCRBY', 'wallet:balance:' .. debit, 'held_out', '-' .. amount)
-    redis.call('HINCRBY', 'wallet:balance:' .. credit, 'held_in', '-' .. amount)
+    add('wallet:balance:' .. debit, 'held_out', '-' .. amount)
+    add('wallet:balance:' .. credit, 'held_in', '-' .. amount)
     redis.call('HDEL', holds, sequence)
   end
 end

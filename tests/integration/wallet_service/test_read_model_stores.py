@@ -218,3 +218,17 @@ async def test_concurrent_followers_of_the_same_stores_do_not_double(pool: Pool,
     one, two = follower(host, pool, valkey), follower(host, pool, valkey)
     await asyncio.gather(until_caught_up(one, host), until_caught_up(two, host))
     assert await balances_in(valkey) == live_sums(host)
+
+
+async def test_a_sum_over_shards_beyond_64_bits_does_not_stop_the_projector(valkey: redis.asyncio.Redis) -> None:
+    """Each shard keeps its part within 2^62; three such parts are more than Valkey's integers hold."""
+    store = ValkeyStore(valkey, no_base)
+    account, other = account_id("psp/a/clearing/USD"), account_id("seller/b/USD")
+    for shard in range(3):
+        changes = Changes(shard, 0, 1)
+        changes.balances[account] = [2**62 - 1, 2**62 - 1, 0]
+        changes.balances[other] = [5, 0, 0]
+        assert await store.apply(changes)
+        assert await store.cursor(shard) == 1
+    assert await valkey.hget(f"wallet:balance:{account.hex()}", "balance") == b"overflow"
+    assert await valkey.hget(f"wallet:balance:{other.hex()}", "balance") == b"15"

@@ -20,9 +20,11 @@ from runtime.errors import from_rpc_error
 from runtime.grpc_server import GrpcServer
 from runtime.settings import Settings
 from tests.unit.wallet_core.service.memory_host import MemoryDirectory, MemoryHost, NoReadModel
+from wallet_core.adapters import grpc as grpc_adapter
 from wallet_core.adapters.grpc import BATCHES_IN_FLIGHT_MAX, SCOPES, ShardServicer, WalletServicer
 from wallet_core.service.history import History
-from wallet_core.service.wallet import Wallet
+from wallet_core.service.port import AccountState
+from wallet_core.service.wallet import AccountView, Wallet
 
 NOW_NS = 1_753_056_000_000_000_000
 NOW_MS = NOW_NS // 1_000_000
@@ -485,3 +487,18 @@ async def test_what_another_process_owns_is_refused_by_shard(half: Served) -> No
     assert done.results == [wallet_pb2.TRANSFER_RESULT_WRONG_SHARD]
     error = await error_of(half.wallet.WatchEvents(wallet_pb2.WatchEventsRequest(shard=1)).read())
     assert (error.reason, error.metadata["shard"]) == ("WRONG_SHARD", "1")
+
+
+async def test_what_is_available_never_leaves_64_bits(served: Served) -> None:
+    limit = 2**63 - 1
+    await served.open(CLEARING, may_overdraw=True, striped=True)
+    await served.open("seller/rich/USD", overdraft_limit_minor=limit)
+    await served.pay("seller/rich/USD", 100)
+    answer = await served.wallet.GetAccounts(wallet_pb2.GetAccountsRequest(names=["seller/rich/USD"]))
+    assert (answer.accounts[0].balance_minor, answer.accounts[0].available_minor) == (100, limit)
+
+
+def test_a_sum_over_shards_beyond_64_bits_is_refused_by_name() -> None:
+    state = AccountState(account_id(CLEARING), "USD", 2**63, 0, 0, 0, 0, 0)
+    with pytest.raises(OutOfRange, match="over all shards"):
+        grpc_adapter._account(AccountView(state, CLEARING, ()))
