@@ -11,6 +11,7 @@ Nothing appears under its final name before all of that went well. A dry run rep
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -23,7 +24,14 @@ from kernel.errors import FailedPrecondition, NotFound
 from wallet_core.event_log import EventLogError, LogDamaged
 from wallet_core.event_log.file import make_folder, sync_folder
 from wallet_core.shard.port import ShardHostConfig, ShardHostError, shard_folder
-from wallet_core.shard.recovery import Progress, rebuild, recover_shard
+from wallet_core.shard.recovery import (
+    Progress,
+    ShardsMismatch,
+    check_manifest,
+    rebuild,
+    recover_shard,
+    write_manifest,
+)
 from wallet_core.snapshot import SnapshotDamaged, check
 
 __all__ = ["restore_shard"]
@@ -55,8 +63,13 @@ def restore_shard(
     """
     target = shard_folder(config.data_dir, shard)
     if target.exists() and any(path.is_file() for path in target.rglob("*")):
-        raise FailedPrecondition(f"{target} is not empty; move it away first, nothing is ever written over")
+        raise _not_empty(target)
     found = _find(source, shard)
+    for data_dir in (source, source.absolute().parent, config.data_dir):
+        try:
+            check_manifest(data_dir, config.shard_count)
+        except ShardsMismatch as error:
+            raise FailedPrecondition(str(error)) from error
     steps: list[str] = []
     snapshot = _choose_snapshot(found, shard, steps, note)
     begin = snapshot[0] + 1 if snapshot else 1
@@ -77,6 +90,7 @@ def restore_shard(
             staging.copy(snapshot, segments, found.mark, lambda at: note("copy", at, size))
             sequence, digest = _recover(staged, shard, steps, note)
             staging.publish(target)
+            write_manifest(config.data_dir, config.shard_count)
     replayed = sequence - begin + 1
     steps.append(f"replay {replayed:,} events, up to event {sequence}: state digest {digest.hex()}")
     return {
@@ -89,6 +103,10 @@ def restore_shard(
         "sequence_number": sequence,
         "digest": digest.hex(),
     }
+
+
+def _not_empty(target: Path) -> FailedPrecondition:
+    return FailedPrecondition(f"{target} is not empty; move it away first, nothing is ever written over")
 
 
 def _find(source: Path, shard: int) -> _Source:
@@ -197,11 +215,17 @@ class _Staging:
             sync_folder(self._place(name))
 
     def publish(self, target: Path) -> None:
+        """Only ever into a place without files: a wallet that was started meanwhile may write there by now."""
         made = shard_folder(self.folder, self._shard)
         sync_folder(made)
-        if target.exists():
-            shutil.rmtree(target)  # holds no file, as was checked
-        made.rename(target)
+        try:
+            for folder in sorted((path for path in target.rglob("*") if path.is_dir()), reverse=True):
+                folder.rmdir()
+            made.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise _not_empty(target) from error
         sync_folder(target.parent)
 
 

@@ -11,7 +11,6 @@ retention does not count on it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -218,18 +217,19 @@ def recover_shard(
         if progress is not None:
             for reason in start.skipped:
                 progress(Progress(shard, "damaged", 0, 0, reason))
+        held, lock = lock, -1  # the log's from here on, and let go of by it
         log = open_log(
             folder / "log",
             shard,
             end=end,
-            lock=lock,
+            lock=held,
             segment_bytes=config.segment_bytes,
             reserve_bytes=config.reserve_bytes,
             sync=config.sync,
             direct=config.direct_io,
         )
     except BaseException:
-        with contextlib.suppress(OSError):
+        if lock >= 0:
             os.close(lock)
         raise
     return RecoveredShard(
@@ -290,7 +290,8 @@ def open_host(
     """Recover this process's shards, several at a time, and make a host of them (not started yet). Raises
     what `recover_shard` raises, and ShardsMismatch."""
     shard_ids = config.shard_ids or tuple(range(config.shard_count))
-    _check_manifest(config)
+    write_manifest(config.data_dir, config.shard_count)
+    check_manifest(config.data_dir, config.shard_count)
     recovered: list[RecoveredShard] = []
     try:
         with ThreadPoolExecutor(max_workers=min(len(shard_ids), os.cpu_count() or 1)) as pool:
@@ -321,21 +322,24 @@ def open_host(
     return host
 
 
-def _check_manifest(config: ShardHostConfig) -> None:
-    """`wallet.json` keeps the number of shards that the folder was made for: slots must not move under
-    existing data."""
-    make_folder(config.data_dir)
-    path = config.data_dir / "wallet.json"
+def write_manifest(data_dir: Path, shard_count: int) -> None:
+    """`wallet.json` keeps the number of shards that the folder was made for: slots must not move under existing data."""
+    make_folder(data_dir)
+    path = data_dir / "wallet.json"
     if not path.exists():
-        temporary = config.data_dir / f"wallet.json.{os.getpid()}"
-        temporary.write_text(json.dumps({"format": 1, "shard_count": config.shard_count}) + "\n")
+        temporary = data_dir / f"wallet.json.{os.getpid()}"
+        temporary.write_text(json.dumps({"format": 1, "shard_count": shard_count}) + "\n")
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.rename(temporary, path)
-        sync_folder(config.data_dir)
-    found = json.loads(path.read_text())
-    if found.get("shard_count") != config.shard_count:
+        sync_folder(data_dir)
+
+
+def check_manifest(data_dir: Path, shard_count: int) -> None:
+    """Nothing where there is no manifest. Raises ShardsMismatch."""
+    path = data_dir / "wallet.json"
+    found = json.loads(path.read_text()).get("shard_count") if path.is_file() else shard_count
+    if found != shard_count:
         raise ShardsMismatch(
-            f"{config.data_dir} was made for {found.get('shard_count')} shards, {config.shard_count} are configured; "
-            f"the number is fixed once data exist"
+            f"{data_dir} was made for {found} shards, {shard_count} are configured; the number is fixed once data exist"
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ops.wallet import add_parser
 from wallet_core.adapters.archive import FileArchive
 from wallet_core.adapters.restore import restore_shard
 from wallet_core.service.port import AccountRow, TransferRow
-from wallet_core.shard import ShardHostConfig, WalletHost
+from wallet_core.shard import ShardHostConfig, ShardsMismatch, WalletHost, open_host
 
 CLEARING, SELLER = account_id("psp/sandbox/clearing/USD"), account_id("seller/A/USD")
 
@@ -152,3 +153,30 @@ async def test_the_command_says_what_it_would_do(
     assert args.run(args) == 0
     report = json.loads(capsys.readouterr().out)
     assert (await state_of(tmp_path / "target"))[1].hex() == report["digest"]
+
+
+def test_a_shard_that_came_to_be_meanwhile_is_not_written_over(source: Path, tmp_path: Path) -> None:
+    """Somebody starts the wallet while a long restore runs: what it has begun to write must survive."""
+    target = tmp_path / "target"
+    written = target / "shard-0000" / "log" / f"{1:020d}.seg"
+
+    def start_the_wallet(what: str, at: int, end: int) -> None:
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_bytes(b"acknowledged")
+
+    with pytest.raises(FailedPrecondition, match="not empty"):
+        restore_shard(config(target), source, 0, dry_run=False, note=start_the_wallet)
+    assert written.read_bytes() == b"acknowledged"
+    assert [path.name for path in target.iterdir()] == ["shard-0000"]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_shard_of_another_number_of_shards_is_refused(source: Path, tmp_path: Path, dry_run: bool) -> None:
+    """Its accounts would be looked for on other shards."""
+    four = replace(config(tmp_path / "target"), shard_count=4)
+    for place in (source, source / "shard-0000"):
+        with pytest.raises(FailedPrecondition, match="1 shards, 4 are configured"):
+            restore_shard(four, place, 0, dry_run=dry_run)
+    restore_shard(config(tmp_path / "target"), source, 0, dry_run=False)
+    with pytest.raises(ShardsMismatch):
+        open_host(four)
