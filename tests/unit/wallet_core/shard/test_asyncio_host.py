@@ -309,7 +309,7 @@ class Busy:
 async def test_a_snapshot_that_fails_is_told_and_hurts_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_module, "_SNAPSHOT_LOOK_S", 0.01)
     monkeypatch.setattr(host_module, "_SNAPSHOT_RETRY_S", 0.02)
-    host = await opened(tmp_path, snapshot_events=10)
+    host = await opened(tmp_path, snapshot_events=20)  # opening the accounts makes 11
     told: list[int] = []
     host.on_snapshot_failure = lambda shard, error: told.append(shard)
     write, full = host._write_snapshot, [DiskNearlyFull("there", 0, 1)] * 2
