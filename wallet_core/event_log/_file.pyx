@@ -19,6 +19,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 include "_checksum.pxi"
 
+import contextlib
 import os
 import threading
 

@@ -34,6 +34,9 @@ cdef class FileLog:
         self._folder_fd = ducat_open(self._folder, O_RDONLY | O_DIRECTORY, 0)
         if self._folder_fd < 0:
             raise OSError(errno, os.strerror(errno), folder)
+        for name in ("next.building", "next.ready"):       # of a life before: their room is needed
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.folder, name))
         self._open_mark()
         if segment_first:
             self._continue_segment(segment_first, end_offset)

@@ -8,8 +8,8 @@ The rules, in the order they are applied (docs/event-log-format.md says why):
 4. The durable mark is the highest of: the side file `durable.mark`, what frame headers name, what intact headers
    behind the damage name, and the name of any later segment (a segment is begun only after the one before is durable).
 5. Damage, or an end, at or below the mark: LogDamaged(file, offset, reason). Nothing is changed.
-6. Damage above the mark is a torn tail that nobody was told of: a copy is kept as `<segment>.damaged-<n>`, the rest
-   of the segment becomes zeros and is synced.
+6. Damage above the mark, in the last segment, is a torn tail that nobody was told of: a copy is kept as
+   `<segment>.damaged-<n>`, the rest of the segment becomes zeros and is synced. In an earlier one: LogDamaged.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def settle_end(
         durable = max(durable, later[-1] - 1)
     if reader.damage is not None:
         durable = max(durable, reader.later_mark())
+        if later:  # no torn tail: this segment was whole when the next one was begun, and that one would be lost
+            raise LogDamaged(reader.file, reader.offset, f"{reader.damage}, and a later segment begins at {later[0]}")
     if reader.next_sequence <= durable:
         reason = reader.damage or "the log ends here"
         raise LogDamaged(

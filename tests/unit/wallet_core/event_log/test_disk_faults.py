@@ -144,3 +144,13 @@ def test_buffered_io_works_where_direct_io_is_refused(tmp_path: Path) -> None:
         log.sync()
     log.close()
     assert events(tmp_path) == 2000
+
+
+def test_a_segment_that_was_prepared_before_a_restart_does_not_take_up_room(tmp_path: Path) -> None:
+    """On a disk that is nearly full the next one could not be had for it, and the shard came back read-only."""
+    open_log(tmp_path, 0, segment_bytes=65536, reserve_bytes=0).close()
+    for name in ("next.ready", "next.building"):
+        (tmp_path / name).write_bytes(bytes(65536))
+    log = open_log(tmp_path, 0, segment_bytes=65536, reserve_bytes=0)
+    assert not list(tmp_path.glob("next.*"))
+    log.close()

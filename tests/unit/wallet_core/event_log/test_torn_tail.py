@@ -203,3 +203,25 @@ def test_a_damaged_mark_file_alone_loses_nothing(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "durable.mark").write_bytes(b"\xff" * 1024)
     assert acknowledged(tmp_path) == sum(COUNTS)
+
+
+def test_damage_behind_the_last_frame_of_a_segment_does_not_cut_off_the_segments_after_it(tmp_path: Path) -> None:
+    """Without the mark file the log went on there, and the later segment was lost without a word."""
+    log = open_log(tmp_path, 0, segment_bytes=SEGMENT, reserve_bytes=0)
+    while len(segments(tmp_path)) < 3:
+        append(log, 100)
+        log.sync()
+        log.wait_prepared()
+    log.close()
+    (tmp_path / "durable.mark").unlink()
+    older, newest = segments(tmp_path)[-2:]
+    end = sum(96 + 48 * frame.count for frame in read_frames(tmp_path, 0, older) if frame.first_sequence < newest)
+    assert end < SEGMENT
+    with open(tmp_path / f"{older:020d}.seg", "r+b") as segment:
+        segment.seek(end)
+        assert segment.read(1) == bytes(1)
+        segment.seek(end)
+        segment.write(b"x")
+    with pytest.raises(LogDamaged, match=f"a later segment begins at {newest}") as refused:
+        open_log(tmp_path, 0, segment_bytes=SEGMENT, reserve_bytes=0)
+    assert (refused.value.file, refused.value.offset) == (str(tmp_path / f"{older:020d}.seg"), end)
