@@ -122,6 +122,7 @@ cdef enum:
     DELIVERY_ROWS_MAX = 8190         # credits in one delivery
     REFUSALS_REPEATED_MAX = 256      # refusals of earlier deliveries that an outcome names again
     UNSETTLED_MAX = 1048576          # sends under way a shard; above it new transfers wait for settlements
+    AWAY_AFTER_NS = 2000000000       # a destination that settles nothing for so long is not waited for
 
 cdef enum WorkKind:
     WORK_TRANSFERS
@@ -243,6 +244,7 @@ cdef struct ShardCore:
     int sync_stopped
     int applying
     int stopped                      # poisoned: nothing further is applied
+    int away_count                   # destinations that are not waited for; the apply thread's
     int wants_memory                 # under the host's mutex: the engine asks for new memory to be touched
     int tick
     int apply_stopped

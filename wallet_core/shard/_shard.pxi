@@ -55,6 +55,9 @@ cdef class Shard:
     cdef uint64_t seen_settled[SHARDS_MAX]   # when the relay last asked whether a destination is stalled
     cdef uint64_t seen_last[SHARDS_MAX]
     cdef uint32_t stalled_count[SHARDS_MAX]  # times that it asked since anything was settled
+    cdef int64_t stands_since_ns[SHARDS_MAX] # nothing has been settled since, though something was sent; 0 = it goes on
+    cdef uint64_t stands_at[SHARDS_MAX]
+    cdef uint8_t away[SHARDS_MAX]            # it stands for so long that nobody waits for it
     cdef LateWait* late
     cdef uint32_t late_count, late_capacity
     cdef PendingSend* sends
@@ -134,7 +137,7 @@ cdef class Shard:
             elif core.tick:
                 core.tick = 0
                 work = work_new(WORK_TICK, NULL)
-            elif core.head != NULL and (core.closing or core.counters.unsettled_count < UNSETTLED_MAX):
+            elif core.head != NULL and (core.closing or core.away_count or core.counters.unsettled_count < UNSETTLED_MAX):
                 work = core.head
                 core.head = work.next
                 if core.head == NULL:
@@ -396,6 +399,43 @@ cdef class Shard:
             return self.note_late(work)
         return 0
 
+    cdef int look_whether_it_stands(self, uint16_t destination, uint64_t settled, uint64_t last, Group* group) noexcept nogil:
+        """After AWAY_AFTER_NS without progress its process is taken to be away: rows that wait for it are answered IN_FLIGHT
+        (which they are), new ones at once, and the shard no longer waits for settlements before it takes further work."""
+        cdef int64_t now = self.clock.now()
+        if settled == last or settled != self.stands_at[destination] or self.stands_since_ns[destination] == 0:
+            self.stands_at[destination] = settled
+            self.stands_since_ns[destination] = now if settled < last else 0
+            return 0
+        if self.away[destination] or now - self.stands_since_ns[destination] < AWAY_AFTER_NS:
+            return 0
+        self.away[destination] = 1
+        self.core.away_count += 1
+        return self.let_go(destination, group)
+
+    cdef int let_go(self, uint16_t destination, Group* group) noexcept nogil:
+        cdef WaitRing* ring = &self.waiting[destination]
+        cdef Waiting* waiting
+        cdef uint64_t number = ring.first
+        cdef uint32_t i
+        while ring.size and number <= ring.last:
+            waiting = &ring.entries[number & (ring.size - 1)]
+            if waiting.request != NULL and group_done(group, waiting.request, 1) < 0:
+                return -1
+            waiting.request = NULL
+            number += 1
+        for i in range(self.late_count):       # whichever destination they wait for
+            if group_done(group, self.late[i].request, 1) < 0:
+                return -1
+        self.late_count = 0
+        return 0
+
+    cdef void is_back(self, uint16_t destination) noexcept nogil:
+        self.stands_since_ns[destination] = 0
+        if self.away[destination]:
+            self.away[destination] = 0
+            self.core.away_count -= 1
+
     cdef int send_to(self, uint16_t destination, Work* work, Group* group) noexcept nogil:
         cdef uint64_t settled, last, number
         cdef uint32_t count, i, at = 0, row
@@ -425,7 +465,7 @@ cdef class Shard:
             for i in range(count):
                 waiting = &ring.entries[(number + i) & (ring.size - 1)]
                 waiting.request = NULL
-                if request != NULL and request.settled:
+                if request != NULL and request.settled and not self.away[destination]:
                     while at < work.columns.count:
                         row = work.columns.rows[at] if work.columns.rows != NULL else at
                         at += 1
@@ -474,7 +514,7 @@ cdef class Shard:
             row = work.columns.rows[at] if work.columns.rows != NULL else at
             if request.results[row] == IN_FLIGHT_WAITING:
                 request.results[row] = IN_FLIGHT
-            elif request.results[row] == IN_FLIGHT:
+            elif request.results[row] == IN_FLIGHT and self.core.away_count == 0:
                 if self.late_count == self.late_capacity:
                     capacity = 2 * self.late_capacity if self.late_capacity else 64
                     larger = <LateWait*>realloc(self.late, capacity * sizeof(LateWait))
@@ -490,11 +530,13 @@ cdef class Shard:
     cdef int apply_credits(self, Work* work, Group* group) noexcept nogil:
         """Saga step 2: credit or refuse, answer the source once that is durable. Outcomes can get lost between processes, so
         an outcome says from which number on it names every refusal: from what the source had settled, that is, also those of
-        earlier deliveries; if they are many, from this delivery on, which is of use only to a source that has come so far."""
+        earlier deliveries; if they are many, from this delivery on, which is of use only to a source that has come so far.
+        It reaches up to the cursor: a source whose log is older than that (restored from a copy) must not take what it sends
+        now for what was credited before."""
         cdef CreditColumns columns
         cdef size_t offset = group.events.length, n = work.count
         cdef uint32_t count_before = group.events.count, refused
-        cdef uint64_t upto = work.number + work.count - 1, after = work.after
+        cdef uint64_t upto, after = work.after
         cdef int code
         cdef Work* outcome
         self.engine.forget_refusals(work.peer, after)      # a FORGET may have got lost, and a recovery knows of none
@@ -513,8 +555,9 @@ cdef class Shard:
                 or (refused > REFUSALS_REPEATED_MAX and self.refusals[REFUSALS_REPEATED_MAX].number < work.number):
             after = work.number - 1
             refused = self.engine.read_refusals(work.peer, work.number, DELIVERY_ROWS_MAX, self.refusals)
-        while refused and self.refusals[refused - 1].number > upto:
-            refused -= 1
+        upto = self.engine.credit_cursor(work.peer)
+        if refused == DELIVERY_ROWS_MAX:
+            upto = self.refusals[refused - 1].number       # there may be more behind it
         outcome = work_new(WORK_OUTCOMES, NULL)
         if outcome == NULL:
             return -1
@@ -551,6 +594,8 @@ cdef class Shard:
             return 0
         if code < 0 or self.close_frame(group, offset, count_before) < 0:
             return -1
+        if work.number > settled:
+            self.is_back(work.peer)
         while ring.size and ring.first <= ring.last and ring.first <= work.number:
             waiting = &ring.entries[ring.first & (ring.size - 1)]
             result = TRANSFER_OK
@@ -568,7 +613,9 @@ cdef class Shard:
         i = 0
         while i < self.late_count:
             result = self.engine.find_result(self.late[i].id)
-            if result == IN_FLIGHT:
+            if result == 0:
+                result = IN_FLIGHT         # its id was forgotten meanwhile: that is all that is known of it
+            elif result == IN_FLIGHT:
                 i += 1
                 continue
             self.late[i].request.results[self.late[i].row] = result
@@ -589,6 +636,8 @@ cdef class Shard:
         that lost its connection, or if nothing comes back."""
         cdef uint64_t settled, last
         self.engine.send_span(work.peer, &settled, &last)
+        if self.look_whether_it_stands(work.peer, settled, last, group) < 0:
+            return -1
         if work.number and not self.stalled(work.peer, settled, last):
             return 0
         if self.waiting[work.peer].size == 0:

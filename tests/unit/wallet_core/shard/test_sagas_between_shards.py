@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -460,3 +461,62 @@ def test_holds_expire_on_every_shard(driver: Driver) -> None:
             break
         driver.take(5)
     assert sum(one.hold_count for one in driver.host.shards()) == 0
+
+
+def test_a_debit_shard_that_went_back_in_time_does_not_take_old_credits_for_new_ones(processes: TwoProcesses) -> None:
+    """Restored from an older copy it counts its sends from there again; the credit shard knows those numbers already and
+    would answer that all is well, with nobody credited."""
+    processes.one.close()
+    shutil.copytree(processes.folder / "0", processes.folder / "old")
+    processes.one = processes.opened(0)
+    lost = [TransferRow(transfer_id(n), processes.rich, processes.poor, 10) for n in range(3)]
+    processes.send(lost, lose=False)
+    processes.check(lost, [TransferResult.OK] * 3)
+    processes.one.close()
+    shutil.rmtree(processes.folder / "0")
+    (processes.folder / "old").rename(processes.folder / "0")
+    processes.one = processes.opened(0)
+    row = TransferRow(transfer_id(100), processes.rich, processes.poor, 50)
+    processes.send([row], lose=False)
+    for _ in range(500):
+        if processes.one.host.gap_count(0) or processes.unsettled == 0:
+            break
+        processes.one.take(5)
+    assert (processes.one.host.gap_count(0), processes.unsettled) == (1, 1)
+    assert processes.one.transfers([row], settled=False) == [TransferResult.IN_FLIGHT]
+    assert processes.two.balances([processes.poor]) == [30]
+
+
+def test_nobody_waits_for_ever_for_a_process_that_is_away(processes: TwoProcesses) -> None:
+    """Rows that wait hold the room of all others, of every shard."""
+    one = processes.one
+    rows = [TransferRow(transfer_id(n), processes.rich, processes.poor, 1) for n in range(10)]
+    waiting = one.submit(rows)
+    (sent,) = processes.carry(one, processes.two, "credits", lose=True)
+    repeated = one.submit(rows[:3])
+    one.host.resend(0, 1)
+    processes.carry(one, processes.two, "credits", lose=True)
+    assert not one.answers
+    one.clock.set(NOW_NS + 3 * 10**9)
+    one.host.resend(0, 1)
+    assert list(one.wait(waiting).codes) == [TransferResult.IN_FLIGHT] * 10
+    assert list(one.wait(repeated).codes) == [TransferResult.IN_FLIGHT] * 3
+    assert one.transfers([TransferRow(transfer_id(10), processes.rich, processes.poor, 1)]) == [
+        TransferResult.IN_FLIGHT
+    ]
+    assert one.host.rows_in_flight == 0
+    processes.two.host.deliver(*sent)
+    processes.carry(processes.two, one, "outcomes")
+    again = one.submit([TransferRow(transfer_id(11), processes.rich, processes.poor, 1)])
+    one.take(50)
+    assert again not in one.answers
+    for _ in range(500):
+        if again in one.answers:
+            break
+        for sender, receiver in ((one, processes.two), (processes.two, one)):
+            for delivery in sender.host.outbound():
+                receiver.host.deliver(*delivery)
+            sender.take(5)
+    assert list(one.wait(again).codes) == [TransferResult.OK]
+    processes.settle()
+    assert processes.two.balances([processes.poor]) == [12]
