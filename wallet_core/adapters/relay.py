@@ -196,7 +196,7 @@ class RelayServicer(RelayServiceServicer):
                     one.payload,
                     one.after_number,
                 )
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 raise InvalidArgument(f"deliveries[{place}]: {error}") from error
         return relay_pb2.DeliverResponse()
 

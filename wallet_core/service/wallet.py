@@ -76,7 +76,8 @@ class Wallet:
                 continue
             if spec.name and len(spec.currency) == 3 and _CURRENCY_LETTERS.issuperset(spec.currency):
                 names.append(NamedAccount(account, spec.name, spec.currency))
-            rows.append(AccountRow(account, spec.currency, spec.flags, spec.overdraft_limit, spec.balance_limit))
+            currency = spec.currency if spec.currency.isascii() else "?"  # a result like any other, not an error of all
+            rows.append(AccountRow(account, currency, spec.flags, spec.overdraft_limit, spec.balance_limit))
             places.append(place)
         if names:
             await self._directory.add(names)

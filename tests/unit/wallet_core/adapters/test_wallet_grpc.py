@@ -143,13 +143,15 @@ async def test_each_account_row_stands_for_itself(served: Served) -> None:
                 wallet_pb2.AccountSpec(name="seller/C/USD", currency_code="USD", striped=True),
                 wallet_pb2.AccountSpec(name="seller/D/USD", currency_code="USD", overdraft_limit_minor=-1),
                 wallet_pb2.AccountSpec(account_id=bytes(16), currency_code="USD"),
+                wallet_pb2.AccountSpec(account_id=b"y" * 16, currency_code="ÜSD"),
+                wallet_pb2.AccountSpec(account_id=b"y" * 16, currency_code="US\0"),
             ]
         )
     )
     names = [wallet_pb2.AccountResult.Name(result).removeprefix("ACCOUNT_RESULT_") for result in answer.results]
     assert names == [
         "OK", "OK", "ID_INVALID", "ID_INVALID", "ID_INVALID", "ALREADY_EXISTS",
-        "CURRENCY_INVALID", "FLAGS_INVALID", "LIMIT_INVALID", "ID_INVALID",
+        "CURRENCY_INVALID", "FLAGS_INVALID", "LIMIT_INVALID", "ID_INVALID", "CURRENCY_INVALID", "CURRENCY_INVALID",
     ]  # fmt: skip
 
 

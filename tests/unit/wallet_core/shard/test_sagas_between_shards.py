@@ -7,11 +7,15 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from host_fixtures import NOW_NS, Driver, account, config, message, on_shard, transfer_id
 
+from ducat.wallet.v1 import relay_pb2
+from kernel.errors import InvalidArgument
+from wallet_core.adapters.relay import RelayServicer
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.event_log import LogPoisoned
 from wallet_core.service.port import AccountRow, TransferRow
@@ -417,6 +421,14 @@ def test_deliveries_that_contradict_themselves_are_refused(
     count = int(kind == "credits")
     with pytest.raises(ValueError, match="number"):
         processes.two.host.deliver(1, kind, 0, number, 0, count, bytes(46 * count), after)
+
+
+async def test_a_delivery_with_a_number_beyond_all_shards_is_the_peers_mistake(processes: TwoProcesses) -> None:
+    servicer = RelayServicer(SimpleNamespace(shard_ids=(1,), native=processes.two.host))  # type: ignore[arg-type]
+    delivery = relay_pb2.Delivery(destination_shard=1, kind=1, source_shard=2**32 - 1, number=1, count=1)  # type: ignore[arg-type]
+    delivery.payload = bytes(46)
+    with pytest.raises(InvalidArgument, match=r"deliveries\[0\]"):
+        await servicer.Deliver(relay_pb2.DeliverRequest(deliveries=[delivery]), None)
 
 
 def test_a_message_is_split_and_merged(driver: Driver) -> None:
