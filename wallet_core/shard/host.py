@@ -29,6 +29,7 @@ from wallet_core.engine.codes import AccountFlags, TransferFlags
 from wallet_core.event_log import DiskNearlyFull, LogGap, LogTail, delete_segments_below, segments
 from wallet_core.shard._host import ShardClock, ShardHost
 from wallet_core.shard.port import (
+    MESSAGE_BYTES_MAX,
     ROWS_MAX,
     AccountRow,
     AccountsResult,
@@ -164,6 +165,8 @@ class WalletHost:
         """A serialized TransferBatch in, a serialized TransferBatchResult out, once everything in it is
         durable (and settled, unless the message says DURABLE). wrapped: SubmitTransfersRequest and -Response
         around them. Raises InvalidArgument BATCH_INVALID, Unavailable SHARD_READ_ONLY."""
+        if len(message) > MESSAGE_BYTES_MAX:  # before it waits for its turn, and is kept meanwhile
+            raise _mapped(BatchInvalid("message", f"{len(message)} bytes, at most {MESSAGE_BYTES_MAX} are allowed"))
         rows = len(message) // 56 + 1  # an upper bound: a row has at least 56 bytes
         if self._must_wait(min(rows, ROWS_MAX), len(message)):
             await self._wait_turn(min(rows, ROWS_MAX), len(message))

@@ -25,6 +25,7 @@ from wallet_core.service.port import (
 )
 
 __all__ = [
+    "MESSAGE_BYTES_MAX",
     "ROWS_MAX",
     "SLOT_COUNT",
     "AccountRow",
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 ROWS_MAX = 8190  # rows of one message: 8190 * 48 bytes of events stay below 384 KiB
+MESSAGE_BYTES_MAX = 1 << 20  # of one serialized batch; all columns of 8,190 rows have 655,200
+assert MESSAGE_BYTES_MAX > 80 * ROWS_MAX
 SLOT_COUNT = 4096
 
 

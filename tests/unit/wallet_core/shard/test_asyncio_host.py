@@ -110,6 +110,14 @@ async def test_a_malformed_message_is_an_invalid_argument(host: WalletHost) -> N
     assert refused.value.violations[0].field == "ids"
 
 
+async def test_a_message_too_large_for_any_batch_does_not_wait_for_its_turn(host: WalletHost) -> None:
+    """32 of them are read ahead on every stream, each of up to 8 MiB."""
+    with pytest.raises(InvalidArgument, match="1048577 bytes, at most 1048576"):
+        await host.transfer_batch(
+            message([give(1)]) + b"\x7a\xfd\xff\x3f" + bytes(1_048_577 - len(message([give(1)])) - 4)
+        )
+
+
 async def test_a_poisoned_log_fails_everyone_and_is_reported_once(tmp_path: Path) -> None:
     failures: list[Exception] = []
     host = await opened(tmp_path)
