@@ -71,7 +71,7 @@ class Wallet:
         names: list[NamedAccount] = []
         for place, spec in enumerate(specs):
             account = resolve_id(spec.id, spec.name)
-            if account is None:
+            if account is None or "\0" in spec.name:  # which no directory can keep
                 results[place] = AccountResult.ID_INVALID
                 continue
             if spec.name and len(spec.currency) == 3 and _CURRENCY_LETTERS.issuperset(spec.currency):
@@ -157,6 +157,8 @@ class Wallet:
 
     async def list_accounts(self, prefix: str, after: str, limit: int) -> tuple[list[AccountView], str]:
         """A page of accounts by name, and the name to go on after ("" = that was the last page)."""
+        if "\0" in prefix or "\0" in after:  # no name has one
+            return [], ""
         page = await self._directory.page(prefix, after, limit + 1)
         more = len(page) > limit
         page = page[:limit]

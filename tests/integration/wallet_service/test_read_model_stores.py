@@ -15,6 +15,7 @@ from runtime.bus import is_transient
 from runtime.postgres import Pool, create_pool
 from tests.unit.wallet_core.service.memory_host import MemoryHost
 from tests.unit.wallet_core.service.test_projection import NAMES, busy_host, live_sums, until_caught_up
+from wallet_core.adapters.alone import NoReadModel
 from wallet_core.adapters.directory import PostgresDirectory
 from wallet_core.adapters.read_model import (
     PostgresStore,
@@ -24,10 +25,11 @@ from wallet_core.adapters.read_model import (
     reset_valkey,
 )
 from wallet_core.adapters.snapshot_base import newest_base
-from wallet_core.engine.codes import AccountFlags, TransferFlags
+from wallet_core.engine.codes import AccountFlags, AccountResult, TransferFlags
 from wallet_core.projection import Changes
 from wallet_core.service.port import AccountRow, NamedAccount, TransferRow
 from wallet_core.service.projector import Projector
+from wallet_core.service.wallet import AccountSpec, Wallet
 from wallet_core.shard import ShardHostConfig, WalletHost
 
 
@@ -232,3 +234,14 @@ async def test_a_sum_over_shards_beyond_64_bits_does_not_stop_the_projector(valk
         assert await store.cursor(shard) == 1
     assert await valkey.hget(f"wallet:balance:{account.hex()}", "balance") == b"overflow"
     assert await valkey.hget(f"wallet:balance:{other.hex()}", "balance") == b"15"
+
+
+async def test_a_name_that_postgresql_cannot_keep_is_refused_row_by_row(pool: Pool, tmp_path: Path) -> None:
+    host = await WalletHost.open(ShardHostConfig(tmp_path, segment_bytes=1 << 20, reserve_bytes=0))
+    wallet = Wallet(host, PostgresDirectory(pool), NoReadModel())
+    specs = [AccountSpec(b"", name, "USD", 0, 0, 0) for name in ("seller/a\0/USD", "seller/b/USD")]
+    assert list(await wallet.open_accounts(specs)) == [AccountResult.ID_INVALID, AccountResult.OK]
+    views, _ = await wallet.list_accounts("seller/", "", 10)
+    assert [view.name for view in views] == ["seller/b/USD"]
+    assert await wallet.list_accounts("seller/\0", "", 10) == ([], "")
+    await host.close()
