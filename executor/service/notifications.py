@@ -16,6 +16,7 @@ __all__ = ["SETTLE_COUNT_MAX", "SETTLE_INTERVAL_S", "Notifications"]
 SETTLE_INTERVAL_S = 1.0
 SETTLE_COUNT_MAX = 512
 """So many are noted in one statement; more than that at once are left to the poller, which only asks once too often."""
+REFERENCE_LENGTH_MAX = 128
 
 _OBJECTS = {"order": AttemptKind.ORDER, "refund": AttemptKind.REFUND, "payout": AttemptKind.PAYOUT}
 
@@ -76,9 +77,11 @@ class Notifications:
             raise
 
     def _note(self, notification: Notification) -> None:
-        kind = _OBJECTS.get(_object_of(notification.kind))
-        if kind is not None and notification.merchant_reference and len(self._settled) < SETTLE_COUNT_MAX:
-            self._settled.add((kind, notification.merchant_reference))
+        kind, reference = _OBJECTS.get(_object_of(notification.kind)), notification.merchant_reference
+        is_ours = reference.isprintable() and 0 < len(reference) <= REFERENCE_LENGTH_MAX
+        # What could not be stored would spoil the whole group, again and again.
+        if kind is not None and is_ours and len(self._settled) < SETTLE_COUNT_MAX:
+            self._settled.add((kind, reference))
             self._changed.set()
 
 

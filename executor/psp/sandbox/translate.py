@@ -196,10 +196,12 @@ def notifications(body: bytes, capabilities: Capabilities) -> tuple[Notification
     )
 
 
-def _accepted(psp_object_id: str, thing: Mapping[str, Any], capabilities: Capabilities) -> Accepted:
+def _accepted(psp_object_id: str, thing: Mapping[str, Any], capabilities: Capabilities) -> Accepted | NoAnswer:
+    if len(psp_object_id) > ID_LENGTH_MAX:
+        return NoAnswer(f"the PSP's id of the object has more than {ID_LENGTH_MAX} characters")
     kind = STATUS_KINDS.get((_text(thing, "object"), _text(thing, "status")), NotificationKind.UNSPECIFIED)
     return Accepted(
-        psp_object_id,
+        _whole(psp_object_id),
         hosted_page_url=_text(thing, "hosted_page_url"),
         kind=kind,
         amount=_amount(thing, capabilities) if kind.is_final else None,
@@ -239,8 +241,9 @@ def _text(values: Mapping[str, Any], key: str) -> str:
 
 
 def _whole(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON can spell and UTF-8 cannot: nothing could pass it on."""
-    return text if text.isascii() else text.encode(errors="replace").decode()
+    """The text without what JSON can spell and nobody can pass on or store: halves of surrogate pairs (UTF-8) and NUL (PostgreSQL)."""
+    whole = text if text.isascii() else text.encode(errors="replace").decode()
+    return whole.replace("\0", "\ufffd") if "\0" in whole else whole
 
 
 def _is_time(created: object) -> bool:

@@ -540,6 +540,26 @@ class TestWebhookNeverComes:
         await world.notifications.flush()
         assert world.due_in_s() is None
 
+    async def test_a_reference_that_cannot_be_stored_spoils_no_group(self) -> None:
+        """It was tried again each second for ever, and nothing else was noted any more."""
+        from executor.domain.outcome import Notification
+
+        psp = FakePsp()
+        psp.told = [
+            Notification(f"evt_{number}", NotificationKind.ORDER_SUCCEEDED, "pi_1", reference, "x")
+            for number, reference in enumerate(["a\0b", "x" * 129, "ORD-1"])
+        ]
+        world = World(psp)
+        noted: list[Any] = []
+
+        async def settle(references: Sequence[tuple[AttemptKind, str]], now_ns: int) -> None:
+            noted.extend(references)
+
+        world.store.settle = settle  # type: ignore[method-assign]
+        world.notifications.verify("a", {}, b"", Channel.PAYMENT)
+        await world.notifications.flush()
+        assert noted == [(AttemptKind.ORDER, "ORD-1")]
+
     async def test_an_unknown_psp_is_not_found(self) -> None:
         with pytest.raises(NotFoundError) as unknown:
             World(FakePsp()).notifications.verify("b", {}, b"", Channel.PAYMENT)

@@ -150,6 +150,17 @@ def test_half_a_surrogate_pair_does_not_make_a_webhook_fail_for_ever() -> None:
         text.encode()
 
 
+def test_a_nul_in_a_psps_words_does_not_make_an_attempt_fail_for_ever() -> None:
+    answer = translate.answer(
+        answered(402, {"error": {"type": "card\0error", "code": "de\0clined", "message": "no\0"}}), CAPABILITIES
+    )
+    assert isinstance(answer, Rejected)
+    assert "\0" not in answer.code + answer.reason
+    taken = translate.answer(answered(200, {"id": "pi\0", "hosted_page_url": "http://x/\0"}), CAPABILITIES)
+    assert isinstance(taken, Accepted)
+    assert "\0" not in taken.psp_object_id + taken.hosted_page_url
+
+
 def test_an_answer_nested_without_end_is_no_crash() -> None:
     with pytest.raises(InvalidArgument):
         translate.notifications(b"[" * 200_000, CAPABILITIES)
