@@ -36,6 +36,19 @@ async def test_the_sample_checkout_goes_from_json_to_a_payout(platform: Platform
     assert again.as_json()["wallets"]["seller/SELL-XYZ-1/USD"] == 3750
 
 
+async def test_the_first_example_of_the_client_page_runs(
+    platform: Platform, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Risk: the first thing that a new user copies answers UNIMPLEMENTED."""
+    page = (EXAMPLE.parents[1] / "client.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    code = code.replace("payments.internal:443", platform.grpc_address("payment"))
+    code = code.replace("wallet.internal:443", platform.grpc_address("wallet"))
+    code = "\n".join(line for line in code.splitlines() if "tls=" not in line).replace("token=token", 'token=""')
+    await asyncio.to_thread(exec, code, {})
+    assert capsys.readouterr().out == f"{platform.gateway_url}/checkout/CHK-1\n"
+
+
 async def test_forty_orders_in_four_currencies_over_two_psps(platform: Platform) -> None:
     body = checkout(40, currencies=("JPY", "KWD", "USD", "EUR"), sellers=5)
     outcome = await run_checkout(platform, body, log=print)

@@ -46,7 +46,8 @@ of a PSP is parked or flagged.
 - **Payouts** ask for a hold first. A cancel is possible until the hold stands; a hold that arrives after the
   cancel is released. FAILED after COMPLETED means that the bank refused what the PSP had called paid: RETURNED.
   COMPLETED after FAILED, REJECTED or CANCELED is flagged, because the hold is gone. RETURNED before COMPLETED
-  voids the hold, which has the same sum.
+  voids the hold, which has the same sum. What a PSP tells of a second payout under our reference is flagged:
+  it may have been paid twice, and its failure must not give back what the first one took.
 - **Disputes.** LOST may come without, or before, OPENED. WON counts only while DISPUTED, so that a lost dispute
   is never marked won by an old notification. A refund that was under way when a dispute came is added, and the
   dispute's state stays. A loss whose opening never came tells of the opening too, so that the money is booked.
