@@ -37,7 +37,9 @@ class Sandbox:
         self.psp.faults.update({psp: faults_from(body) for psp, body in self.store.faults().items()})
 
         def advance(task: Task) -> None:
-            self.psp.advance(by_name[task.psp], task)
+            name = by_name.get(task.psp)
+            if name is not None:  # of a PSP that has left the settings: kept, and taken up when it is back
+                self.psp.advance(name, task)
 
         self.deliveries = Deliveries(self.store, {name.name: name.webhook_secret for name in names}, advance)
         self.api = SandboxApi(self.psp, by_name, self.store, self.deliveries)

@@ -126,10 +126,10 @@ class Deliveries:
 
     async def _post(self, task: Task, body: bytes) -> str:
         """An empty text for a 2xx, else what went wrong. A redirect is a failure."""
-        headers = {
-            "Content-Type": "application/json",
-            HEADER: sign(self._secrets[task.psp], body, int(time.time())),
-        }
+        secret = self._secrets.get(task.psp)
+        if secret is None:
+            return f"no PSP {task.psp!r} is configured any more"
+        headers = {"Content-Type": "application/json", HEADER: sign(secret, body, int(time.time()))}
         try:
             pool, target = self._pool_of(task.url)
             reply = await pool.request("POST", target, headers, body)

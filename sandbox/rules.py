@@ -71,7 +71,9 @@ def object_from_json(body: bytes) -> Json:
     """The body as a JSON object."""
     try:
         value = json.loads(body)
-    except ValueError as error:
+        if b"\\u" in body:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not be stored
+    except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_request_error", "body_invalid", f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ApiError(400, "invalid_request_error", "body_invalid", "the body must be a JSON object")

@@ -209,6 +209,25 @@ class TestControl:
         assert (await client.create("ORD-fault", metadata={"sandbox_fault": "error_after"})).status == 200
 
 
+async def test_tasks_of_a_psp_that_left_the_settings_do_not_end_the_sandbox(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Risk: a renamed PSP with a payout under way, and the sandbox dies at each start."""
+    store = client.sandbox.store
+    task = store.add_task(0, "gone", "po_1", "", "processing")
+    store.add_task(0, "gone", "pi_1", "http://127.0.0.1:9/webhooks/gone", "{}")
+    postpone, postponed = store.postpone, asyncio.Event()
+    monkeypatch.setattr(store, "postpone", lambda task: (postpone(task), postponed.set()))
+    running = asyncio.create_task(client.sandbox.deliveries.run())
+    await asyncio.wait(
+        {running, asyncio.create_task(postponed.wait())}, timeout=10, return_when=asyncio.FIRST_COMPLETED
+    )
+    assert not running.done()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert task.id in [each.id for each in store.tasks()], "it is taken up again when the PSP is back"
+
+
 async def test_an_event_and_its_change_are_one_transaction(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     created = await client.create()
 

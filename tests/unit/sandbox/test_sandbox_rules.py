@@ -54,6 +54,13 @@ def test_the_calls_of_the_requirements_are_good() -> None:
     assert "1234567890" not in str(fields)
 
 
+@pytest.mark.parametrize("body", [b"[" * 60_000, b'{"description": "\\ud800"}', b"\xff", b"[]", b"nothing"])
+def test_what_is_no_json_object_is_the_callers_mistake(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        object_from_json(body)
+    assert caught.value.status == 400
+
+
 @pytest.mark.parametrize(
     ("path", "value", "param"),
     [
