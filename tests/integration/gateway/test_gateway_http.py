@@ -26,6 +26,7 @@ from kernel.errors import (
     Unimplemented,
 )
 from runtime.security import create_token
+from tests.integration.gateway import fake_payment
 from tests.integration.gateway.fake_payment import GOOD_SIGNATURE, FakePayment, serving
 
 EVENT: dict[str, Any] = json.loads(
@@ -400,6 +401,53 @@ async def test_a_head_that_does_not_end_is_cut_off(url: str, monkeypatch: pytest
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.05)
     assert (await exchange_raw(url, b"GET / HT")).startswith(b"HTTP/1.1 408")
     assert (await exchange_raw(url)).startswith(b"HTTP/1.1 408")
+
+
+def problem_of_raw(answer: bytes) -> dict[str, Any]:
+    """The problem document of a raw answer, checked as `problem_in` does."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    assert headers["content-type"] == "application/problem+json"
+    assert int(headers["content-length"]) == len(body)
+    problem: dict[str, Any] = json.loads(body)
+    assert (problem["status"], problem["trace_id"]) == (int(status.split()[1]), headers["x-trace-id"])
+    assert len(problem["trace_id"]) == 32
+    return problem
+
+
+async def test_what_is_refused_before_it_is_a_request_is_a_problem_document_too(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_http = problem_of_raw(await exchange_raw(url, b"\x00\x01\x02\r\n\r\n"))
+    assert (no_http["status"], no_http["reason"]) == (400, "INVALID_ARGUMENT")
+    assert no_http["trace_id"] != problem_of_raw(await exchange_raw(url, b"nonsense\r\n\r\n"))["trace_id"]
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.05)
+    assert problem_of_raw(await exchange_raw(url, b"GET / HT"))["detail"].endswith("within 0.05 s")
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 10.0)
+    monkeypatch.setattr(http_protocol, "HEAD_BYTES_MAX", 1_000)
+    assert problem_of_raw(await exchange_raw(url, b"GET / HTTP/1.1\r\nX-A: " + b"a" * 2_000))["status"] == 431
+
+
+async def test_too_many_connections_get_a_problem_document_until_some_leave(
+    fake: FakePayment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_payment, "CONNECTIONS_MAX", 3)
+    request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with serving(fake) as address:
+        host, port = address.removeprefix("http://").split(":")
+        idle = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+        refused = await exchange_raw(address, request)
+        problem = problem_of_raw(refused)
+        assert (problem["status"], problem["reason"]) == (503, "OVERLOADED")
+        assert b"retry-after: 2" in refused.lower()
+        for _, writer in idle:
+            writer.close()
+            await writer.wait_closed()
+        last = request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        async with asyncio.timeout(3):
+            while not (await exchange_raw(address, last)).startswith(b"HTTP/1.1 200"):  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0.01)
 
 
 async def test_the_second_head_of_a_connection_is_bounded_too(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
