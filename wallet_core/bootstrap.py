@@ -18,7 +18,7 @@ from wallet_core.adapters.alone import NoDirectory, NoReadModel
 from wallet_core.adapters.archive import FileArchive
 from wallet_core.adapters.bus import GROUP, PaymentEvents
 from wallet_core.adapters.directory import PostgresDirectory
-from wallet_core.adapters.grpc import SCOPES, ShardServicer, WalletServicer
+from wallet_core.adapters.grpc import SCOPES, UNSHIELDED, ShardServicer, WalletServicer
 from wallet_core.adapters.read_model import REBUILD_CHANNEL, PostgresStore, ReadModelReader, ValkeyStore
 from wallet_core.adapters.relay import Relay, RelayServicer, parse_peers, peer_shards
 from wallet_core.adapters.snapshot_base import SnapshotBase, newest_base
@@ -77,6 +77,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
             ],
             scopes=SCOPES,
             raw_handlers=servicer.raw_handlers(),
+            unshielded=UNSHIELDED,
         )
 
 

@@ -20,9 +20,12 @@ import numpy as np
 from ducat.wallet.v1 import wallet_pb2
 from loadtest.bench.limits import CHANNEL_OPTIONS
 
+Column = np.ndarray[Any, Any]
+
 __all__ = ["Plan", "account_ids", "main", "transfer_id_column"]
 
 BATCH_ROWS = 8190
+UNARY_TURNS = 10
 ID_OFFSET = 1 << 20
 CREATE = "/ducat.wallet.v1.WalletService/CreateAccounts"
 SUBMIT = "/ducat.wallet.v1.WalletService/SubmitTransfers"
@@ -47,13 +50,13 @@ class Plan:
     submit: str = SUBMIT
 
 
-def account_ids(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def account_ids(numbers: Column) -> Column:
     """16 bytes a row: big-endian account numbers from ID_OFFSET, so that slots, and with them shards, are used
     evenly.
     """
-    ids = np.zeros((len(numbers), 2), dtype=">u8")
+    ids = np.empty((len(numbers), 2), dtype=">u8")
     ids[:, 0] = 0xACC0_0000_0000_0000
-    ids[:, 1] = numbers + ID_OFFSET
+    ids[:, 1] = numbers + np.uint64(ID_OFFSET)
     return ids.view(np.uint8).reshape(len(numbers), 16)
 
 
@@ -75,47 +78,85 @@ def varint(number: int) -> bytes:
 
 
 class Generator:
-    """Makes batches and remembers what every balance must be."""
+    """Makes batches, and knows what every balance must be afterwards: it draws the same numbers again, so that nothing is
+    remembered and summed while the clock runs.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.random = np.random.default_rng(plan.seed)
-        self.ids = account_ids(np.arange(plan.accounts, dtype=np.uint64))
-        self.expected = np.zeros(plan.accounts, dtype=np.int64)
         self.sent = 0
+        self.counts: list[int] = []
+
+    def draw(self, random: np.random.Generator, count: int) -> tuple[Column, Column, Column]:
+        """Numbers of the debit and the credit accounts, and amounts, of the next `count` transfers."""
+        plan = self.plan
+        if plan.pattern == "hot":
+            others = random.integers(1, plan.accounts, count, dtype=np.uint32)
+            into = random.random(count, dtype=np.float32) < 0.5
+            debit, credit = np.where(into, others, np.uint32(0)), np.where(into, np.uint32(0), others)
+        else:
+            debit = random.integers(0, plan.accounts, count, dtype=np.uint32)
+            credit = (debit + random.integers(1, plan.accounts, count, dtype=np.uint32)) % np.uint32(plan.accounts)
+        return debit, credit, random.integers(1, 1000, count, dtype=np.uint16)
 
     def batch(self, count: int) -> bytes:
         """A serialized SubmitTransfersRequest of `count` rows."""
-        plan = self.plan
-        if plan.pattern == "hot":
-            others = self.random.integers(1, plan.accounts, count)
-            into = self.random.random(count) < 0.5
-            debit = np.where(into, others, 0)
-            credit = np.where(into, 0, others)
-        else:
-            debit = self.random.integers(0, plan.accounts, count)
-            credit = (debit + self.random.integers(1, plan.accounts, count)) % plan.accounts
-        amounts = self.random.integers(1, 1000, count)
-        np.subtract.at(self.expected, debit, amounts)
-        np.add.at(self.expected, credit, amounts)
-        first = plan.first_number + self.sent
+        debit, credit, amounts = self.draw(self.random, count)
+        first = self.plan.first_number + self.sent
         self.sent += count
+        self.counts.append(count)
         columns = (
-            (0x12, transfer_id_column(first, count, time.time_ns() // 1_000_000)),
-            (0x1A, self.ids[debit].tobytes()),
-            (0x22, self.ids[credit].tobytes()),
-            (0x2A, amounts.astype("<i8").tobytes()),
+            (b"\x12", transfer_id_column(first, count, time.time_ns() // 1_000_000)),
+            (b"\x1a", account_ids(debit).data),
+            (b"\x22", account_ids(credit).data),
+            (b"\x2a", amounts.astype("<i8").data),
         )
-        parts = [b"\x08", varint(first // BATCH_ROWS + 1)]
+        parts: list[Any] = [b"\x08", varint(first // BATCH_ROWS + 1)]
         for tag, column in columns:
-            parts += (bytes([tag]), varint(len(column)), column)
-        body = b"".join(parts)
-        return b"".join((b"\x0a", varint(len(body)), body))
+            parts += (tag, varint(memoryview(column).nbytes), column)
+        length = sum(memoryview(part).nbytes for part in parts)
+        return b"".join((b"\x0a", varint(length), *parts))
+
+    def unary_request(self) -> bytes:
+        """One serialized CreateTransfersRequest of one row."""
+        number = self.plan.first_number + self.sent
+        self.sent += 1
+        debit, credit = self.unary_sides(number)
+        ids = account_ids(np.array((debit, credit)))
+        transfer = wallet_pb2.Transfer(
+            transfer_id=transfer_id_column(number, 1, time.time_ns() // 1_000_000),
+            debit_account_id=ids[0].tobytes(),
+            credit_account_id=ids[1].tobytes(),
+            amount_minor=1,
+        )
+        return wallet_pb2.CreateTransfersRequest(transfers=[transfer]).SerializeToString()
+
+    def unary_sides(self, number: int) -> tuple[int, int]:
+        accounts = self.plan.accounts
+        debit = number * 7919 % accounts
+        return debit, (debit + 1 + number % (accounts - 1)) % accounts
+
+    def expected(self) -> Column:
+        """The balance of every account after all that was sent."""
+        balances = np.zeros(self.plan.accounts, dtype=np.int64)
+        if self.plan.pattern == "unary":
+            for number in range(self.plan.first_number, self.plan.first_number + self.sent):
+                debit, credit = self.unary_sides(number)
+                balances[debit] -= 1
+                balances[credit] += 1
+            return balances
+        random = np.random.default_rng(self.plan.seed)
+        for count in self.counts:
+            debits, credits, amounts = self.draw(random, count)
+            np.subtract.at(balances, debits, amounts.astype(np.int64))
+            np.add.at(balances, credits, amounts.astype(np.int64))
+        return balances
 
 
 async def create_accounts(channel: grpc.aio.Channel, generator: Generator) -> None:
     call: Any = channel.unary_unary(CREATE, None, wallet_pb2.CreateAccountsResponse.FromString)
-    ids = generator.ids
+    ids = account_ids(np.arange(generator.plan.accounts, dtype=np.uint64))
     for start in range(0, len(ids), BATCH_ROWS):
         request = wallet_pb2.CreateAccountsRequest(
             accounts=[
@@ -181,25 +222,60 @@ async def stream(
     return {"seconds": seconds, "transfers": total, "failed": failed, "batch_ms": percentiles(took_ms)}
 
 
-async def unary(call: Any, make: Any, total: int, window: int) -> dict[str, Any]:
-    """`total` unary calls, `window` under way at once."""
-    took_ms: list[float] = []
-    failed = 0
-    left = total
+class Unary:
+    """Unary calls, `window` under way at once. Requests are made before the clock starts, answers are looked at after it
+    has stopped: what is measured is the calls.
+    """
 
-    async def worker() -> None:
-        nonlocal left, failed
-        while left > 0:
-            left -= 1
-            request = make()
-            started = time.perf_counter()
-            answer = await call(request)
-            took_ms.append((time.perf_counter() - started) * 1000)
-            failed += answer is None
+    def __init__(self, call: Any, window: int) -> None:
+        self.call, self.window = call, window
+        self.answers: list[bytes] = []
+        self.took_ms: list[float] = []
+        self.seconds = 0.0
 
-    started = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(window)))
-    return {"seconds": time.perf_counter() - started, "calls": total, "failed": failed, "call_ms": percentiles(took_ms)}
+    async def run(self, requests: list[bytes]) -> None:
+        left = iter(requests)
+        call, answers, took_ms = self.call, self.answers, self.took_ms
+
+        async def worker() -> None:
+            for request in left:
+                started = time.perf_counter()
+                answers.append(await call(request, timeout=30))
+                took_ms.append((time.perf_counter() - started) * 1000)
+
+        started = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(self.window)))
+        self.seconds += time.perf_counter() - started
+
+    def report(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "calls": len(self.answers), "call_ms": percentiles(self.took_ms)}
+
+
+async def unary_beside_echo(channel: grpc.aio.Channel, generator: Generator) -> dict[str, Any]:
+    """Single transfers and, in turn, as many empty echoes of requests of the same length: the machine is not the same from
+    one second to the next, so what is compared must be.
+    """
+    plan = generator.plan
+    requests = [generator.unary_request() for _ in range(plan.transfers)]
+    async with grpc.aio.insecure_channel(plan.echo_address, options=CHANNEL_OPTIONS) as echo_channel:
+        transfers = Unary(channel.unary_unary(TRANSFER, None, None), plan.window)
+        echoes = Unary(echo_channel.unary_unary("/bench.Echo/Unary", None, None), plan.window)
+        size = -(-len(requests) // UNARY_TURNS)
+        cpu_s = 0.0
+        for start in range(0, len(requests), size):
+            await echoes.run([bytes(len(each)) for each in requests[start : start + size]])
+            before = cpu_seconds()
+            await transfers.run(requests[start : start + size])
+            cpu_s += cpu_seconds() - before
+    parse = wallet_pb2.CreateTransfersResponse.FromString
+    failed = sum(list(parse(answer).results) != [wallet_pb2.TRANSFER_RESULT_OK] for answer in transfers.answers)
+    return {**transfers.report(), "failed": failed, "cpu_seconds": cpu_s, "echo": echoes.report()}
+
+
+def cpu_seconds() -> float:
+    """Of this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -214,58 +290,30 @@ def percentiles(values: list[float]) -> dict[str, float]:
 async def check_balances(channel: grpc.aio.Channel, generator: Generator) -> bool:
     """Every account has the balance that the transfers make."""
     call: Any = channel.unary_unary(GET, None, wallet_pb2.GetAccountsResponse.FromString)
+    ids, expected = account_ids(np.arange(generator.plan.accounts, dtype=np.uint64)), generator.expected()
     for start in range(0, generator.plan.accounts, BATCH_ROWS):
-        rows = generator.ids[start : start + BATCH_ROWS]
+        rows = ids[start : start + BATCH_ROWS]
         request = wallet_pb2.GetAccountsRequest(account_ids=[row.tobytes() for row in rows])
         answer = await call(request.SerializeToString(), timeout=60)
         seen = np.fromiter((account.balance_minor for account in answer.accounts), np.int64, len(answer.accounts))
-        if len(seen) != len(rows) or not np.array_equal(seen, generator.expected[start : start + len(rows)]):
+        if len(seen) != len(rows) or not np.array_equal(seen, expected[start : start + len(rows)]):
             return False
     return True
 
 
-def unary_request(generator: Generator) -> bytes:
-    """One serialized CreateTransfersRequest of one row."""
-    plan = generator.plan
-    number = plan.first_number + generator.sent
-    generator.sent += 1
-    debit = number * 7919 % plan.accounts
-    credit = (debit + 1 + number % (plan.accounts - 1)) % plan.accounts
-    generator.expected[debit] -= 1
-    generator.expected[credit] += 1
-    transfer = wallet_pb2.Transfer(
-        transfer_id=transfer_id_column(number, 1, time.time_ns() // 1_000_000),
-        debit_account_id=generator.ids[debit].tobytes(),
-        credit_account_id=generator.ids[credit].tobytes(),
-        amount_minor=1,
-    )
-    return wallet_pb2.CreateTransfersRequest(transfers=[transfer]).SerializeToString()
-
-
-OK_ANSWER = wallet_pb2.TRANSFER_RESULT_OK
-
-
 async def run(plan: Plan) -> dict[str, Any]:
     generator = Generator(plan)
-    report: dict[str, Any] = {}
     async with grpc.aio.insecure_channel(plan.address, options=CHANNEL_OPTIONS) as channel:
         if plan.create_accounts:
             await create_accounts(channel, generator)
-        cpu = resource.getrusage(resource.RUSAGE_SELF)
+        before = cpu_seconds()
         print("started", flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
         if plan.pattern == "unary":
-            transfer: Any = channel.unary_unary(TRANSFER, None, wallet_pb2.CreateTransfersResponse.FromString)
-
-            async def call(request: bytes) -> Any:
-                answer = await transfer(request, timeout=30)
-                return answer if list(answer.results) == [OK_ANSWER] else None
-
-            report |= await unary(call, lambda: unary_request(generator), plan.transfers, plan.window)
+            report = await unary_beside_echo(channel, generator)
         else:
-            report |= await stream(channel, generator, plan.submit, plan.transfers, plan.window)
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        report["cpu_seconds"] = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
+            report = await stream(channel, generator, plan.submit, plan.transfers, plan.window)
+            report["cpu_seconds"] = cpu_seconds() - before
         print("measured", flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
         if plan.check_balances:
@@ -275,12 +323,12 @@ async def run(plan: Plan) -> dict[str, Any]:
 
 async def run_echo(plan: Plan) -> dict[str, Any]:
     """The same load on a server that does nothing: unary echo, or the stream with the engine left out."""
-    generator = Generator(plan)
     async with grpc.aio.insecure_channel(plan.echo_address, options=CHANNEL_OPTIONS) as channel:
         if plan.pattern != "unary":
-            return await stream(channel, generator, "/bench.Echo/Stream", plan.transfers, plan.window)
-        echo: Any = channel.unary_unary("/bench.Echo/Unary", None, None)
-        return await unary(lambda request: echo(request, timeout=30), lambda: b"x" * 80, plan.transfers, plan.window)
+            return await stream(channel, Generator(plan), "/bench.Echo/Stream", plan.transfers, plan.window)
+        echoes = Unary(channel.unary_unary("/bench.Echo/Unary", None, None), plan.window)
+        await echoes.run([bytes(80)] * plan.transfers)
+        return echoes.report()
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 cdef class FileLog:
     """One shard's segments, open for appending at a known end. Made by `wallet_core.event_log.file.open_log`, which has
-    read the log, settled the tail and taken the lock. `append` and `sync` belong to one thread."""
+    read the log, settled the tail and taken the lock. `append` and `sync` belong to one thread at a time."""
 
     def __cinit__(self):
         self._fd = self._mark_fd = self._folder_fd = self._prepared_fd = self._lock_fd = -1

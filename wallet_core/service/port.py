@@ -158,6 +158,10 @@ class Host(Protocol):
         the column; nothing is applied then.
         """
 
+    def transfer_call(self, message: bytes) -> Awaitable[bytes] | None:
+        """A serialized CreateTransfersRequest in, a serialized CreateTransfersResponse out, settled. None where the rows must
+        be looked at one by one: `transfer_rows`."""
+
     def transfer_rows(self, rows: Sequence[TransferRow]) -> Awaitable[RowsAnswer]:
         """One TransferResult byte a row, settled, and the positions that include them."""
 

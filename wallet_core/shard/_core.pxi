@@ -1,14 +1,16 @@
-# What the pipeline is made of: plain C memory, shared by the loop thread, the apply threads and the sync threads of all
+# What the pipeline is made of: plain C memory, shared by the loop thread and the threads of all
 # shards. Included by _host.pyx.
 #
-#   loop thread --Work--> queue --apply thread--> Group (events, done entries, deliveries) --sync thread--> disk
-#        ^                                                                                       |
-#        +---- completion list + eventfd <------------------------- done entries ---------------+
-#                                        other shards' queues <---- deliveries -----------------+
+#   loop thread --Work--> queue --applying thread--> Group (events, done entries, deliveries) --committing thread--> disk
+#        ^                                                                                             |
+#        +---- completion list + eventfd <------------------------------- done entries ---------------+
+#                                              other shards' queues <---- deliveries -----------------+
 #
-# Ownership: a Work belongs to the queue, then to the apply thread, which frees it. A Group belongs to the apply thread
-# while it is `current`, to the sync thread while it is `syncing`. A Request belongs to whoever brings `remaining` to 0,
-# then to the completion list, then to the loop thread, which frees it. Locks are held for pointer work only.
+# A shard has two threads; either may apply and either may commit, one of each at a time (_shard.pxi).
+#
+# Ownership: a Work belongs to the queue, then to the thread that applies it, which frees it. A Group belongs to the thread
+# that applies while it is `current`, to the one that commits while it is `syncing`. A Request belongs to whoever brings
+# `remaining` to 0, then to the completion list, then to the loop thread, which frees it. Locks are held for pointer work only.
 
 cdef extern from *:
     """
@@ -117,8 +119,9 @@ cdef enum:
     SHARDS_MAX = SHARD_COUNT_MAX
     SLOT_COUNT = 4096
     ROWS_MAX = 8190                  # rows of one message
-    GROUP_BYTES_MAX = 8388608        # events of one group commit; the apply thread waits for the disk above this
+    GROUP_BYTES_MAX = 8388608        # events of one group commit; nothing is applied above this until the disk is done
     GROUP_FRAMES_MAX = 4096
+    CALL_ROWS_MAX = 256              # rows of one CreateTransfersRequest that travels with others
     DELIVERY_ROWS_MAX = 8190         # credits in one delivery
     REFUSALS_REPEATED_MAX = 256      # refusals of earlier deliveries that an outcome names again
     UNSETTLED_MAX = 1048576          # sends under way a shard; above it new transfers wait for settlements
@@ -156,6 +159,7 @@ cdef enum RequestShape:
     SHAPE_TOTALS = 6
     SHAPE_CHECK = 7
     SHAPE_IMAGE = 8
+    SHAPE_CALLS = 9                  # CreateTransfersRequests in, CreateTransfersResponses out
 
 cdef struct Request:
     uint64_t ticket
@@ -232,27 +236,25 @@ cdef struct LateWait:                # a repeated id whose saga is still under w
 
 cdef struct ShardCore:
     pthread_mutex_t mutex
-    pthread_cond_t work_ready        # the apply thread waits here
-    pthread_cond_t group_ready       # the sync thread waits here
+    pthread_cond_t work_ready        # both threads wait here
     Work* urgent_head
     Work* urgent_tail
     Work* head
     Work* tail
     int present                      # this process owns the shard
     int closing
-    int sync_idle
-    int sync_stopped
-    int applying
+    int idle                         # threads that wait
+    int applying                     # one thread is
+    int committing                   # the other (or the only busy) one is
     int stopped                      # poisoned: nothing further is applied
     int away_count                   # destinations that are not waited for; the apply thread's
     int wants_memory                 # under the host's mutex: the engine asks for new memory to be touched
     int tick
-    int apply_stopped
     uint16_t shard
     Group groups[2]
     Group* current
-    Group* syncing
-    # published by the apply thread after each piece of work, for status
+    Group* syncing                   # is being made durable, or waits for a thread that does
+    # published after each piece of work, for status
     EngineCounters counters
     uint8_t digest[16]
     uint64_t queued
@@ -303,7 +305,7 @@ cdef Work* work_new(int kind, Request* request) noexcept nogil:
 
 
 cdef void shard_push(ShardCore* core, Work* work, bint urgent) noexcept nogil:
-    """Hand work to a shard's apply thread."""
+    """Hand work to a shard's threads."""
     work.next = NULL
     pthread_mutex_lock(&core.mutex)
     if urgent:

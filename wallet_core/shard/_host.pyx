@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""The native pipeline of a process's shards: apply threads, sync threads, group commit, sagas between shards.
+"""The native pipeline of a process's shards: threads that apply and commit, group commit, sagas between shards.
 
-One loop thread submits and takes completions; each shard has an apply thread (engine) and a sync thread (disk). While a
-group of frames is written and synced, the next one is being applied. A result is completed only after the frame that it
+One loop thread submits and takes completions; each shard has two threads. While one of them writes and syncs
+a group of frames, the other applies the next one; a single transfer is applied and committed by the same thread. A result is completed only after the frame that it
 depends on is durable; so is everything a read saw. No Python object is touched per transfer: messages are parsed in
 place, split by gather indexes, and their results written into one array.
 
@@ -86,6 +86,10 @@ cdef class ShardHost:
     cdef object _memory_thread
     cdef int _images                 # being taken
     cdef volatile int _images_stopped
+    cdef CallRow* _call_rows         # of the calls that are being gathered
+    cdef uint32_t _call_row_count, _call_row_capacity
+    cdef list _call_counts           # rows of each of them
+    cdef list _callers               # who waits for each of them
     cdef readonly uint32_t shard_count
     cdef readonly int64_t rows_in_flight_max
     cdef readonly int64_t bytes_in_flight_max
@@ -121,6 +125,7 @@ cdef class ShardHost:
         self.config = config
         self._clock = clock if clock is not None else ShardClock()
         self._striped = StripedSet()
+        self._call_counts, self._callers = [], []
         self._shards, self._order = {}, []
         for shard, engine, log in shards:
             if shard in self._shards or not 0 <= shard < shard_count:
@@ -157,6 +162,7 @@ cdef class ShardHost:
             work = self.core.outbound_head
             self.core.outbound_head = work.next
             work_free(work)
+        free(self._call_rows)
         if self.core.event_fd >= 0:
             c_close(self.core.event_fd)
         pthread_mutex_destroy(&self.core.mutex)
@@ -176,10 +182,9 @@ cdef class ShardHost:
         self._memory_thread = threading.Thread(target=self._memory_loop, name="memory", daemon=True)
         self._memory_thread.start()
         for shard in self._order:
-            shard.apply_thread = threading.Thread(target=shard.apply_loop, name=f"apply-{shard.shard}", daemon=True)
-            shard.sync_thread = threading.Thread(target=shard.sync_loop, name=f"sync-{shard.shard}", daemon=True)
-            shard.sync_thread.start()
-            shard.apply_thread.start()
+            shard.threads = [threading.Thread(target=shard.work_loop, name=f"shard-{shard.shard}", daemon=True) for _ in range(2)]
+            for thread in shard.threads:
+                thread.start()
         if self.shard_count > 1:
             for shard in self._order:
                 for destination in range(self.shard_count):
@@ -201,12 +206,11 @@ cdef class ShardHost:
                 pthread_mutex_lock(&shard.core.mutex)
                 shard.core.closing = 1
                 pthread_cond_broadcast(&shard.core.work_ready)
-                pthread_cond_broadcast(&shard.core.group_ready)
                 pthread_mutex_unlock(&shard.core.mutex)
         if self._started:
             for shard in self._order:
-                shard.apply_thread.join()
-                shard.sync_thread.join()
+                for thread in shard.threads:
+                    thread.join()
             with nogil:
                 pthread_mutex_lock(&self.core.mutex)
                 pthread_cond_broadcast(&self.core.memory_wanted)
@@ -273,7 +277,7 @@ cdef class ShardHost:
 
     @property
     def clock(self):
-        """The clock of the apply threads."""
+        """The clock of the shards' threads."""
         return self._clock
 
     @property
@@ -478,12 +482,83 @@ cdef class ShardHost:
             self._drop(request)
             raise
         request.settled = settled
-        request.columns.count = count
+        self._point_columns(request, data)
+        self._submit_transfers(request)
+
+    def gather_call(self, bytes message not None, caller):
+        """Take the rows of a serialized CreateTransfersRequest to those that `submit_calls` will submit; the number of its rows.
+        0: nothing was taken, since a row is linked or malformed, or there are more than 256, or it does not wait for sagas."""
+        cdef uint32_t count, capacity
+        cdef CallRow* larger
+        if self._call_row_count + CALL_ROWS_MAX > self._call_row_capacity:
+            if self._call_row_count + CALL_ROWS_MAX > ROWS_MAX:
+                return 0
+            capacity = 2 * self._call_row_capacity + CALL_ROWS_MAX
+            larger = <CallRow*>realloc(self._call_rows, capacity * sizeof(CallRow))
+            if larger == NULL:
+                raise MemoryError()
+            self._call_rows, self._call_row_capacity = larger, capacity
+        count = parse_call(<const uint8_t*>PyBytes_AS_STRING(message), <uint64_t>len(message),
+                           self._call_rows + self._call_row_count, CALL_ROWS_MAX)
+        if count:
+            self._call_row_count += count
+            self._call_counts.append(count)
+            self._callers.append(caller)
+        return count
+
+    @property
+    def gathered_rows(self):
+        """Rows of calls that are gathered and not submitted yet."""
+        return self._call_row_count
+
+    def drop_calls(self):
+        """Forget what was gathered; returns the callers."""
+        cdef list callers = self._callers
+        self._call_counts, self._callers, self._call_row_count = [], [], 0
+        return callers
+
+    def submit_calls(self, uint64_t ticket):
+        """Submit what was gathered as one request; returns the callers. The completion's result is a list of serialized
+        CreateTransfersResponses in their order. Raises HostBusy, HostClosed: everything stays gathered then."""
+        cdef Request* request
+        cdef uint32_t count = self._call_row_count, i
+        cdef size_t n = count
+        cdef uint8_t* data
+        cdef CallRow* row
+        cdef uint32_t* counts
+        request = self._new(ticket, SHAPE_CALLS, count, 128 * <uint64_t>count, None, count)
+        data = request.spare = <uint8_t*>malloc(80 * n + 8)
+        counts = <uint32_t*>malloc(4 * <size_t>len(self._call_counts) + 4)
+        request.extra = counts
+        if data == NULL or counts == NULL:
+            self._drop(request)
+            raise MemoryError()
+        for i in range(count):
+            row = &self._call_rows[i]
+            memcpy(data + 8 * <size_t>i, &row.amount, 8)
+            memcpy(data + 8 * n + 16 * <size_t>i, row.id, 16)
+            memcpy(data + 24 * n + 16 * <size_t>i, row.debit_id, 16)
+            memcpy(data + 40 * n + 16 * <size_t>i, row.credit_id, 16)
+            memcpy(data + 56 * n + 16 * <size_t>i, row.pending_id, 16)
+            memcpy(data + 72 * n + 4 * <size_t>i, &row.timeout_s, 4)
+            memcpy(data + 76 * n + 2 * <size_t>i, &row.flags, 2)
+            memcpy(data + 78 * n + 2 * <size_t>i, &row.code, 2)
+        for i in range(<uint32_t>len(self._call_counts)):
+            counts[i] = self._call_counts[i]
+        request.entry_count = <uint32_t>len(self._call_counts)
+        request.settled = 1
+        self._point_columns(request, data)
+        self._submit_transfers(request)
+        return self.drop_calls()
+
+    cdef void _point_columns(self, Request* request, uint8_t* data) noexcept:
+        """The columns of rows that were gathered: amounts, ids, debits, credits, holds, timeouts, flags, codes."""
+        cdef size_t n = request.count
+        request.columns.count = request.count
         request.columns.amounts, request.columns.ids = data, data + 8 * n
         request.columns.debit_ids, request.columns.credit_ids = data + 24 * n, data + 40 * n
         request.columns.pending_ids, request.columns.timeouts_s = data + 56 * n, data + 72 * n
         request.columns.flags, request.columns.codes = data + 76 * n, data + 78 * n
-        self._submit_transfers(request)
 
     cdef int _put_id(self, uint8_t* out, object value, uint32_t row, str name) except -1:
         if type(value) is not bytes or len(<bytes>value) != 16:
@@ -871,6 +946,8 @@ cdef class ShardHost:
                 result = port.RowsResult(
                     PyBytes_FromStringAndSize(<char*>request.results, request.count), self._positions(request),
                     request.replayed)
+            elif request.shape == SHAPE_CALLS:
+                result = build_call_results(request, self.shard_count)
             elif request.shape == SHAPE_ACCOUNTS:
                 result = self._finish_accounts(request)
             elif request.shape == SHAPE_READ:

@@ -18,7 +18,7 @@ cdef struct ReadEntry:
 
 
 cdef class ShardClock:
-    """Where apply threads get their time from: the machine's clock, or a time that a test sets. Never backwards."""
+    """Where shards get their time from: the machine's clock, or a time that a test sets. Never backwards."""
 
     cdef int64_t fixed_ns
 
@@ -31,7 +31,7 @@ cdef class ShardClock:
 
     @property
     def now_ns(self):
-        """The time apply threads would see now."""
+        """The time that shards would see now."""
         return self.now()
 
     cdef int64_t now(self) noexcept nogil:
@@ -63,15 +63,13 @@ cdef class Shard:
     cdef PendingSend* sends
     cdef uint8_t* credit_results
     cdef Refusal* refusals
-    cdef object apply_thread
-    cdef object sync_thread
+    cdef list threads
     cdef object snapshot_sequence
 
     def __cinit__(self):
         memset(&self.core, 0, sizeof(ShardCore))
         pthread_mutex_init(&self.core.mutex, NULL)
         pthread_cond_init(&self.core.work_ready, NULL)
-        pthread_cond_init(&self.core.group_ready, NULL)
         self.core.current = &self.core.groups[0]
         self.sends = <PendingSend*>malloc(DELIVERY_ROWS_MAX * sizeof(PendingSend))
         self.credit_results = <uint8_t*>malloc(DELIVERY_ROWS_MAX)
@@ -106,72 +104,116 @@ cdef class Shard:
         free(self.refusals)
         pthread_mutex_destroy(&self.core.mutex)
         pthread_cond_destroy(&self.core.work_ready)
-        pthread_cond_destroy(&self.core.group_ready)
 
-    # ---- the apply thread ----
+    # ---- the two threads ----
+    #
+    # Both do the same: apply work, or make a group durable. One thing of each kind at a time, so the engine and the log have
+    # one user each. Whoever has applied and finds nothing further to apply commits by itself: a single transfer is handed over
+    # to no other thread. Where there is more to apply, the other one commits meanwhile.
 
-    def apply_loop(self):
-        ducat_name_thread(b"apply", self.shard)
+    def work_loop(self):
+        ducat_name_thread(b"shard", self.shard)
         with nogil:
-            self.apply_run()
+            self.work_run()
 
-    cdef void apply_run(self) noexcept nogil:
+    cdef void work_run(self) noexcept nogil:
         cdef ShardCore* core = &self.core
-        cdef Work* work
-        cdef uint64_t deadline
-        cdef EngineCounters counters
-        cdef uint8_t digest[16]
+        cdef bint more, room
         pthread_mutex_lock(&core.mutex)
         while not core.stopped:
-            self.hand_over()
-            if core.current.sealed or core.current.events.length >= GROUP_BYTES_MAX \
-                    or core.current.frame_count >= GROUP_FRAMES_MAX:
-                pthread_cond_wait(&core.work_ready, &core.mutex)      # for the disk
+            if core.syncing == NULL and not core.applying and not group_empty(core.current):
+                core.syncing = core.current
+                core.current = &core.groups[1] if core.current == &core.groups[0] else &core.groups[0]
+            room = not (core.current.sealed or core.current.events.length >= GROUP_BYTES_MAX
+                        or core.current.frame_count >= GROUP_FRAMES_MAX)
+            more = room and not core.applying and (
+                core.urgent_head != NULL or core.tick or (core.head != NULL and self.may_begin()))
+            if core.syncing != NULL and not core.committing:
+                if not (more and core.idle):
+                    self.commit_group()
+                    continue
+                pthread_cond_signal(&core.work_ready)
+            if more:
+                self.apply_next()
                 continue
-            work = NULL
-            if core.urgent_head != NULL:
-                work = core.urgent_head
-                core.urgent_head = work.next
-                if core.urgent_head == NULL:
-                    core.urgent_tail = NULL
-            elif core.tick:
-                core.tick = 0
-                work = work_new(WORK_TICK, NULL)
-            elif core.head != NULL and (core.closing or core.away_count or core.counters.unsettled_count < UNSETTLED_MAX):
-                work = core.head
-                core.head = work.next
-                if core.head == NULL:
-                    core.tail = NULL
-            if work == NULL:
-                if core.closing and core.head == NULL and group_empty(core.current) and core.syncing == NULL:
-                    break
-                deadline = self.engine.next_deadline_ns()
-                if deadline and not core.closing and self.clock.fixed_ns == 0:
-                    if self.clock.now() >= <int64_t>deadline:
-                        core.tick = 1
-                    else:
-                        ducat_cond_wait_ns(&core.work_ready, &core.mutex, <int64_t>deadline - self.clock.now())
-                else:
-                    pthread_cond_wait(&core.work_ready, &core.mutex)
-                continue
-            if work.kind != WORK_TICK:
-                core.queued -= 1
-            core.applying = 1
-            pthread_mutex_unlock(&core.mutex)
-            if self.apply_one(work) < 0:
-                self.fail()
-            if self.engine.wants_memory():
-                self.ask_memory()
-            work_free(work)
-            self.engine.counters(&counters)
-            self.engine.digest(digest)
-            pthread_mutex_lock(&core.mutex)
-            core.applying = 0
-            core.counters = counters
-            memcpy(core.digest, digest, 16)
-        core.apply_stopped = 1
-        pthread_cond_broadcast(&core.group_ready)
+            if core.closing and core.head == NULL and core.urgent_head == NULL and not core.applying \
+                    and group_empty(core.current) and core.syncing == NULL:
+                break
+            self.rest()
+        pthread_cond_broadcast(&core.work_ready)
         pthread_mutex_unlock(&core.mutex)
+
+    cdef inline bint may_begin(self) noexcept nogil:
+        return self.core.closing or self.core.away_count or self.core.counters.unsettled_count < UNSETTLED_MAX
+
+    cdef void rest(self) noexcept nogil:
+        """Wait for work, for the other thread, or until a hold expires. The mutex is held."""
+        cdef ShardCore* core = &self.core
+        cdef uint64_t deadline = 0
+        cdef int64_t left
+        if not core.applying and not core.tick and not core.closing and self.clock.fixed_ns == 0:
+            deadline = self.engine.next_deadline_ns()
+        if deadline:
+            left = <int64_t>deadline - self.clock.now()
+            if left <= 0:
+                core.tick = 1
+                return
+        core.idle += 1
+        if deadline:
+            ducat_cond_wait_ns(&core.work_ready, &core.mutex, left)
+        else:
+            pthread_cond_wait(&core.work_ready, &core.mutex)
+        core.idle -= 1
+
+    cdef void apply_next(self) noexcept nogil:
+        """One piece of work. The mutex is held."""
+        cdef ShardCore* core = &self.core
+        cdef Work* work = NULL
+        cdef EngineCounters counters
+        cdef uint8_t digest[16]
+        if core.urgent_head != NULL:
+            work = core.urgent_head
+            core.urgent_head = work.next
+            if core.urgent_head == NULL:
+                core.urgent_tail = NULL
+            core.queued -= 1
+        elif core.tick:
+            core.tick = 0
+            work = work_new(WORK_TICK, NULL)
+            if work == NULL:
+                return
+        else:
+            work = core.head
+            core.head = work.next
+            if core.head == NULL:
+                core.tail = NULL
+            core.queued -= 1
+        core.applying = 1
+        pthread_mutex_unlock(&core.mutex)
+        if self.apply_one(work) < 0:
+            self.fail()
+        if self.engine.wants_memory():
+            self.ask_memory()
+        work_free(work)
+        self.engine.counters(&counters)
+        self.engine.digest(digest)
+        pthread_mutex_lock(&core.mutex)
+        core.applying = 0
+        core.counters = counters
+        memcpy(core.digest, digest, 16)
+
+    cdef void commit_group(self) noexcept nogil:
+        """Make `syncing` durable. The mutex is held."""
+        cdef ShardCore* core = &self.core
+        core.committing = 1
+        if core.idle and (core.urgent_head != NULL or core.head != NULL or core.tick):
+            pthread_cond_signal(&core.work_ready)
+        pthread_mutex_unlock(&core.mutex)
+        if self.commit(core.syncing) < 0:
+            self.fail()
+        pthread_mutex_lock(&core.mutex)
+        core.syncing = NULL
+        core.committing = 0
 
     cdef void ask_memory(self) noexcept nogil:
         """Let the memory thread touch what the engine will need next: page faults cost more than transfers."""
@@ -181,15 +223,6 @@ cdef class Shard:
         self.core.wants_memory = 1
         pthread_cond_signal(&self.host.memory_wanted)
         pthread_mutex_unlock(&self.host.mutex)
-
-    cdef void hand_over(self) noexcept nogil:
-        """Give the current group to an idle sync thread. The mutex is held."""
-        cdef ShardCore* core = &self.core
-        if core.sync_idle and core.syncing == NULL and not group_empty(core.current):
-            core.syncing = core.current
-            core.current = &core.groups[1] if core.current == &core.groups[0] else &core.groups[0]
-            core.sync_idle = 0
-            pthread_cond_signal(&core.group_ready)
 
     cdef int64_t now(self) noexcept nogil:
         cdef int64_t now = self.clock.now()
@@ -678,42 +711,7 @@ cdef class Shard:
             number += count
         return 0
 
-    # ---- the sync thread ----
-
-    def sync_loop(self):
-        ducat_name_thread(b"sync", self.shard)
-        with nogil:
-            self.sync_run()
-
-    cdef void sync_run(self) noexcept nogil:
-        cdef ShardCore* core = &self.core
-        cdef Group* group
-        pthread_mutex_lock(&core.mutex)
-        while True:
-            if core.syncing == NULL:
-                if core.stopped or (core.apply_stopped and group_empty(core.current)):
-                    break
-                core.sync_idle = 1
-                if not core.applying:
-                    self.hand_over()
-                if core.syncing == NULL:
-                    pthread_cond_wait(&core.group_ready, &core.mutex)
-                    continue
-            core.sync_idle = 0
-            group = core.syncing
-            pthread_mutex_unlock(&core.mutex)
-            if self.commit(group) < 0:
-                self.fail()
-                pthread_mutex_lock(&core.mutex)
-                break
-            pthread_mutex_lock(&core.mutex)
-            core.syncing = NULL
-            if core.current.sealed or core.closing or core.current.events.length >= GROUP_BYTES_MAX \
-                    or core.current.frame_count >= GROUP_FRAMES_MAX:
-                pthread_cond_signal(&core.work_ready)
-        core.sync_stopped = 1
-        pthread_cond_broadcast(&core.work_ready)
-        pthread_mutex_unlock(&core.mutex)
+    # ---- group commit ----
 
     cdef int commit(self, Group* group) noexcept nogil:
         """Make a group durable, then tell everyone who waits for it."""
@@ -748,7 +746,6 @@ cdef class Shard:
         pthread_mutex_lock(&self.core.mutex)
         self.core.stopped = 1
         pthread_cond_broadcast(&self.core.work_ready)
-        pthread_cond_broadcast(&self.core.group_ready)
         pthread_mutex_unlock(&self.core.mutex)
         pthread_mutex_lock(&self.host.mutex)
         pthread_cond_broadcast(&self.host.finished)
