@@ -1,4 +1,4 @@
-"""A shard's event log: the port, the frame format, and the file backend."""
+"""A shard's event log: the port, the frame format, the file backend, and (in `kafka`, imported by who needs it) Kafka's."""
 
 from wallet_core.event_log._file import FileLog, FrameReader, crc32c, frame_hash
 from wallet_core.event_log.file import (
@@ -19,10 +19,15 @@ from wallet_core.event_log.port import (
     EventLog,
     EventLogError,
     Frame,
+    FrameStore,
     LogDamaged,
+    LogFenced,
     LogGap,
     LogLocked,
+    LogNotCommitted,
     LogPoisoned,
+    StoreDamaged,
+    StoreUnusable,
 )
 
 __all__ = [
@@ -34,12 +39,17 @@ __all__ = [
     "Frame",
     "FrameInvalid",
     "FrameReader",
+    "FrameStore",
     "LogDamaged",
     "LogEnd",
+    "LogFenced",
     "LogGap",
     "LogLocked",
+    "LogNotCommitted",
     "LogPoisoned",
     "LogTail",
+    "StoreDamaged",
+    "StoreUnusable",
     "crc32c",
     "delete_segments_below",
     "durable_position",

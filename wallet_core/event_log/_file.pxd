@@ -93,12 +93,16 @@ cdef class FileLog:
     cdef volatile int _closing
     cdef volatile int _sync_held            # tests: fdatasync waits while set
     cdef bint _closed
+    cdef readonly object store              # where frames become durable (port.FrameStore); None: in these files
+    cdef bint _stored                       # there is one
+    cdef object _store_error                # what it failed with
 
     cdef int append_frame(self, const FrameInfo* info, const uint8_t* body) noexcept nogil
     cdef int sync_frames(self) noexcept nogil
     cdef bint writable(self) noexcept nogil
     cdef void retry_space(self) noexcept nogil
     cdef int _flush(self) noexcept nogil
+    cdef int _store_frames(self) noexcept nogil
     cdef int _roll(self, uint64_t needed) noexcept nogil
     cdef int _reserve_stage(self, uint64_t length) noexcept nogil
     cdef int _poison(self, int call, int error_number) noexcept nogil

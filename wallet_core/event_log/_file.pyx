@@ -9,8 +9,12 @@
 - After each sync, and before anything is acknowledged, the durable sequence number goes to the side file `durable.mark`
   (two slots in turn). Each frame header carries it as well. Damage at or below the mark is refused, never cut off.
 - The first failed or short write, or failed sync, poisons the log: no retry, no further acknowledgement.
+- With a store (port.FrameStore, such as Kafka) a group's frames are made durable there first, and only then written here,
+  without a sync: these files are then what readers read, and never hold a frame that the store does not.
 """
 
+from cpython.buffer cimport PyBUF_READ
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport EINVAL, EIO, ENOENT, ENOMEM, ENOSPC, errno
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free
@@ -112,6 +116,7 @@ cdef enum:
     CALL_WRITE = 0
     CALL_SYNC = 1
     CALL_ALLOCATE = 2
+    CALL_STORE = 3                # not one of the system calls: its error is an object
 
 cdef enum:
     PREPARE_IDLE = 0

@@ -12,7 +12,8 @@ cdef class FileLog:
 
     def __init__(self, folder, *, int shard, uint32_t epoch, uint32_t record_bytes, uint64_t next_sequence,
                  bytes previous_hash, uint64_t segment_first, uint64_t end_offset, int lock_fd=-1,
-                 uint64_t segment_bytes=268435456, uint64_t reserve_bytes=268435456, bint sync=True, bint direct=True):
+                 uint64_t segment_bytes=268435456, uint64_t reserve_bytes=268435456, bint sync=True, bint direct=True,
+                 store=None):
         cdef bytes path = os.fsencode(folder)
         cdef const uint8_t* hash_bytes = previous_hash
         cdef int64_t size
@@ -31,6 +32,7 @@ cdef class FileLog:
         memcpy(self._durable_hash, hash_bytes, 16)
         self._lock_fd = lock_fd
         self._closed = False
+        self.store, self._stored = store, store is not None
         self._folder_fd = ducat_open(self._folder, O_RDONLY | O_DIRECTORY, 0)
         if self._folder_fd < 0:
             raise OSError(errno, os.strerror(errno), folder)
@@ -163,6 +165,8 @@ cdef class FileLog:
     cdef int _flush(self) noexcept nogil:
         cdef uint64_t length = _align_up(self._stage_length), kept
         if self._dirty:
+            if self._stored and self._store_frames() < 0:
+                return -1
             memset(self._stage + self._stage_length, 0, length - self._stage_length)
             if self._call_write(self._fd, self._stage, length, self._stage_base) < 0:
                 return -1
@@ -182,6 +186,19 @@ cdef class FileLog:
         self._durable_sequence = self._staged_sequence
         self.sync_count += 1
         return self._write_mark()
+
+    cdef int _store_frames(self) noexcept nogil:
+        """Give the frames since the last flush to the store; 0 once they are durable there. The only place where an appending
+        thread takes the GIL: once a group."""
+        cdef int code = 0
+        with gil:
+            try:
+                self.store.append(PyMemoryView_FromMemory(
+                    <char*>self._stage + (self._stage_length - self._dirty), <Py_ssize_t>self._dirty, PyBUF_READ))
+            except BaseException as error:
+                self._store_error = error
+                code = -1
+        return code if code == 0 else self._poison(CALL_STORE, 0)
 
     cdef int _write_mark(self) noexcept nogil:
         cdef Mark mark
@@ -443,7 +460,9 @@ cdef class FileLog:
                 self._durable_hash[:16])
 
     def error(self):
-        """The LogPoisoned to raise."""
+        """What to raise once poisoned: LogPoisoned, or what the store failed with."""
+        if self._store_error is not None:
+            return self._store_error
         return LogPoisoned(os.path.join(self.folder, f"{self._segment_first:020d}.seg"),
                            _CALL_NAMES[self._poison_call], self._poison_errno)
 
@@ -468,8 +487,49 @@ cdef class FileLog:
         if code < 0:
             raise self.error()
 
+    def append_copy(self, const uint8_t[::1] frame):
+        """Stage a whole frame (header, body, padding) as another writer made it: byte for byte, with its epoch. It must be a
+        frame of this shard that continues the hash chain, else ValueError. Raises LogPoisoned."""
+        cdef uint64_t length = <uint64_t>frame.shape[0]
+        cdef const Header* header = <const Header*>&frame[0] if length >= FRAME_HEADER_BYTES else NULL
+        cdef uint8_t* at
+        cdef int code = 0
+        if self._closed:
+            raise ValueError("the event log is closed")
+        if header == NULL or header.magic != MAGIC or header.version != VERSION or header.header_bytes != FRAME_HEADER_BYTES \
+                or header.count == 0 or <uint64_t>header.count * header.record_bytes != header.body_length \
+                or length != FRAME_HEADER_BYTES + ((<uint64_t>header.body_length + 7) & ~<uint64_t>7) \
+                or ducat_crc32c(0, &frame[0], FRAME_HEADER_BYTES - 4) != header.header_crc \
+                or ducat_crc32c(0, &frame[FRAME_HEADER_BYTES], header.body_length) != header.body_crc:
+            raise ValueError(f"these {length} bytes are no frame")
+        if header.shard != self.shard or header.record_bytes != self.record_bytes \
+                or header.first_sequence != self._next_sequence or memcmp(header.previous_hash, self._previous_hash, 16) != 0:
+            raise ValueError(f"a frame of shard {header.shard} that begins with event {header.first_sequence} does not continue "
+                             f"the log of shard {self.shard} at event {self._next_sequence}")
+        with nogil:
+            if self._poisoned:
+                code = -1
+            elif self._tail + length > self._segment_size and self._roll(length) < 0:
+                code = -1
+            elif self._reserve_stage(_align_up(self._stage_length + length)) < 0:
+                code = self._poison(CALL_WRITE, ENOMEM)
+            else:
+                at = self._stage + self._stage_length
+                memcpy(at, &frame[0], length)
+                ducat_sha256_16(at, FRAME_HEADER_BYTES, self._previous_hash)
+                self._stage_length += length
+                self._dirty += length
+                self._tail += length
+                self._next_sequence += header.count
+                self._staged_sequence = self._next_sequence - 1
+                self.frame_count += 1
+                self.appended_bytes += length
+        if code < 0:
+            raise self.error()
+
     def sync(self):
-        """Make everything appended durable; returns the durable position as `position` does. Raises LogPoisoned."""
+        """Make everything appended durable; returns the durable position as `position` does. Raises LogPoisoned, or what the
+        store raises."""
         cdef int code
         if self._closed:
             raise ValueError("the event log is closed")
@@ -519,6 +579,8 @@ cdef class FileLog:
             with nogil:
                 c_fsync(self._mark_fd)
         self._release()
+        if self.store is not None:
+            self.store.close()
 
     cdef void _release(self) noexcept:
         if self._fd >= 0:

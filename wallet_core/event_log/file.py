@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from wallet_core.event_log._file import FileLog, FrameReader, read_mark
-from wallet_core.event_log.port import DurablePosition, Frame, LogDamaged, LogGap, LogLocked
+from wallet_core.event_log.port import DurablePosition, Frame, FrameStore, LogDamaged, LogGap, LogLocked
 
 SEGMENT_BYTES = 256 * 1024 * 1024
 RESERVE_BYTES = 256 * 1024 * 1024
@@ -167,10 +167,11 @@ def open_log(
     record_bytes: int = RECORD_BYTES,
     sync: bool = True,
     direct: bool = True,
+    store: FrameStore | None = None,
 ) -> FileLog:
     """Open a folder for appending (it is created if missing). `end` and `lock` come from a recovery that has
-    read the log already; without them the log is locked and checked here. Raises LogDamaged, LogLocked,
-    DiskNearlyFull, OSError."""
+    read the log already; without them the log is locked and checked here. With a `store` frames become durable there and
+    the folder is the readable copy (sync=False then). Raises LogDamaged, LogLocked, DiskNearlyFull, OSError."""
     if not folder.is_dir():
         make_folder(folder)
     descriptor = lock_folder(folder) if lock is None else lock
@@ -192,6 +193,7 @@ def open_log(
             reserve_bytes=reserve_bytes,
             sync=sync,
             direct=direct,
+            store=store,
         )
     except BaseException:
         with contextlib.suppress(OSError):

@@ -2,10 +2,14 @@
 
 EventLogError
 ├── LogDamaged(file, offset, reason)   bytes at or below the last durable mark do not read back
+│   └── StoreDamaged(place, offset, …) the same of a store beyond this machine
 ├── LogPoisoned(file, call, errno)     a write or sync failed: what the disk holds is unknown until a restart
 ├── DiskNearlyFull(folder, free, …)    writes refused while reads go on; clears when room is made
 ├── LogLocked(folder)                  another opener, in this process or another, owns the shard folder
-└── LogGap(file, wanted, found)        the wanted sequence number is below what retention kept
+├── LogGap(file, wanted, found)        the wanted sequence number is below what retention kept
+├── LogFenced(place)                   another owner has taken the shard over: this one must stop
+├── LogNotCommitted(place, reason)     the store did not say that frames are durable: unknown until a restart
+└── StoreUnusable(place, reason)       the store cannot be reached, or is not set up so that a log is safe in it
 """
 
 from __future__ import annotations
@@ -30,6 +34,18 @@ class LogDamaged(EventLogError):
             f"stays closed. Restore this segment from a copy, or the shard from a snapshot and good segments."
         )
         self.file, self.offset, self.reason = file, offset, reason
+
+
+class StoreDamaged(LogDamaged):
+    """What a store holds does not continue the shard's history. `file` is the place in the store."""
+
+    def __init__(self, place: str, offset: int, reason: str) -> None:
+        EventLogError.__init__(
+            self,
+            f"{place} at offset {offset}: {reason}; acknowledged events would be lost or changed, so the shard stays "
+            f"closed and nothing was changed on disk.",
+        )
+        self.file, self.offset, self.reason = place, offset, reason
 
 
 class LogPoisoned(EventLogError):
@@ -75,6 +91,35 @@ class LogGap(EventLogError):
         self.file, self.wanted_sequence, self.first_sequence = file, wanted_sequence, first_sequence
 
 
+class LogFenced(EventLogError):
+    """Another process owns the shard now. What was not acknowledged here was not written."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(
+            f"{place}: another owner has taken this shard over; this process may not write to it any more and must stop"
+        )
+        self.place = place
+
+
+class LogNotCommitted(EventLogError):
+    """The store did not answer that frames are durable. They may be or not; the next opening finds out."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(
+            f"{place}: frames were not made durable ({reason}); whether they are is unknown, so this process must stop; "
+            f"a restart finds out"
+        )
+        self.place, self.reason = place, reason
+
+
+class StoreUnusable(EventLogError):
+    """The store is out of reach, or its settings would let it lose acknowledged events."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(f"{place}: {reason}")
+        self.place, self.reason = place, reason
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One durable batch of events. `body` is `count` fixed-size records; sequence number = first_sequence +
@@ -105,6 +150,23 @@ class DurablePosition:
     file: str
     offset: int
     hash: bytes
+
+
+class FrameStore(Protocol):
+    """Where one shard's frames become durable when that is not the local disk. The local segments are then the copy that
+    readers read: a frame is written to them after `append` has returned, never before."""
+
+    @property
+    def place(self) -> str:
+        """The place for people, such as "topic ducat.wallet.log, partition 3"."""
+
+    def append(self, frames: memoryview) -> int:
+        """Make whole frames, one behind the other, durable in order, all or none; returns the offset of the last. Called by
+        one thread, once a group commit; the memory is only valid during the call. Raises LogFenced, LogNotCommitted, after
+        which only `close` is allowed."""
+
+    def close(self) -> None:
+        """Let go of threads and connections."""
 
 
 class EventLog(Protocol):
