@@ -1,6 +1,6 @@
 """Durable transfers through the shard host without gRPC: what engine, log and disk do together.
 
-    python -m loadtest.bench.host [--accounts 10000] [--transfers 2000000] [--shards 1] [--window 8] [--json]
+    python -m loadtest.bench.host [--accounts 10000] [--transfers 2000000] [--shards 1] [--window 8] [--kafka HOST:PORT] [--json]
 
 Messages are built beforehand; all ids are distinct; fdatasync is on. Afterwards every balance is checked against a sum
 made outside, every transfer is looked up in the log, and a restart must give the same digest.
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from wallet_core.event_log import read_frames
 from wallet_core.service.port import AccountRow
 from wallet_core.shard import ShardHost, ShardHostConfig, open_host
 from wallet_core.shard.port import shard_folder
+
+if TYPE_CHECKING:
+    from wallet_core.event_log.kafka import KafkaLogConfig
 
 ROWS = 8190
 OVERDRAFT = 10**12
@@ -173,6 +176,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         shard_count=options.shards,
         reserve_bytes=1 << 26,
         sync=not options.no_sync,
+        kafka=kafka_log(options.kafka),
         rows_in_flight_max=(options.window + 1) * ROWS,
         bytes_in_flight_max=1 << 30,
     )
@@ -253,6 +257,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def kafka_log(bootstrap: str) -> KafkaLogConfig | None:
+    """A topic of its own for each run; nobody deletes it."""
+    if not bootstrap:
+        return None
+    from wallet_core.event_log.kafka import KafkaLogConfig
+
+    return KafkaLogConfig(bootstrap, topic=f"ducat.bench.{os.getpid()}.{time.time_ns()}", timeout_ms=60_000)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accounts", type=int, default=10_000)
@@ -264,6 +277,9 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true", help="do not look every id up in the log")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", default=None, help="where the log is written (default: the temporary folder)")
+    parser.add_argument(
+        "--kafka", default="", help="brokers, host:port: the log is in Kafka, a topic of its own each run"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     result = run(options)
