@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     database_url: str = Field("", repr=False, description="PostgreSQL URL; empty = the embedded one of `ducat up`")
     redis_url: str = Field("", repr=False, description="Valkey or Redis URL; empty = the embedded one of `ducat up`")
     bus: Literal["valkey", "kafka"] = Field("valkey", description="engine of the bus")
-    kafka_bootstrap: str = Field("", description="host:port,… of Kafka; needed with bus = kafka")
+    kafka_bootstrap: str = Field("", description="host:port,… of Kafka; needed with bus = kafka and wallet_log = kafka")
 
     # addresses
     gateway_listen: str = Field("127.0.0.1:8080", description="HTTP address of the gateway; port 0 = any free one")
@@ -192,6 +192,18 @@ class Settings(BaseSettings):
     wallet_segment_bytes: int = Field(
         64 * 1024 * 1024, ge=1024 * 1024, description="size of one event log segment file"
     )
+    wallet_log: Literal["file", "kafka"] = Field(
+        "file", description="where a shard's frames become durable; with kafka any node can take a shard over"
+    )
+    wallet_kafka_topic: str = Field(
+        "ducat.wallet.log", min_length=1, description="topic of the shards' logs, a partition a shard"
+    )
+    wallet_kafka_min_insync_replicas: int = Field(
+        0, ge=0, description="replicas that must have a frame before it counts; 0 = 2, or 1 where there is one broker"
+    )
+    wallet_kafka_timeout_ms: int = Field(
+        30_000, ge=2_000, le=600_000, description="how long an append waits for Kafka before the wallet stops"
+    )
     wallet_disk_reserve_bytes: int = Field(
         256 * 1024 * 1024, ge=0, description="free disk below which writes are refused"
     )
@@ -258,6 +270,8 @@ class Settings(BaseSettings):
     def _consistent(self) -> Settings:
         if self.bus == "kafka" and not self.kafka_bootstrap:
             raise ValueError("bus = kafka needs kafka_bootstrap (host:port)")
+        if self.wallet_log == "kafka" and not self.kafka_bootstrap:
+            raise ValueError("wallet_log = kafka needs kafka_bootstrap (host:port)")
         if bool(self.tls_cert_file) != bool(self.tls_key_file):
             raise ValueError("tls_cert_file and tls_key_file belong together; set both or neither")
         if self.tls_client_auth and not (self.tls_ca_file and self.tls_cert_file):

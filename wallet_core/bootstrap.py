@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ducat.wallet.v1 import relay_pb2_grpc, wallet_service_pb2_grpc
 from kernel.clock import Clock, SystemClock
@@ -27,6 +27,9 @@ from wallet_core.service.history import History
 from wallet_core.service.projector import Projector, Store
 from wallet_core.service.wallet import Wallet
 from wallet_core.shard import Progress, ShardHostConfig, WalletHost
+
+if TYPE_CHECKING:
+    from wallet_core.event_log.kafka import KafkaLogConfig
 
 __all__ = ["host_config", "main"]
 
@@ -121,6 +124,21 @@ def host_config(settings: Settings) -> ShardHostConfig:
         id_window_ms=settings.wallet_id_window_ms,
         snapshot_events=settings.wallet_snapshot_events,
         keep_history=settings.wallet_keep_history,
+        kafka=_kafka_log(settings),
+    )
+
+
+def _kafka_log(settings: Settings) -> KafkaLogConfig | None:
+    """Where the logs are if they are in Kafka."""
+    if settings.wallet_log != "kafka":
+        return None
+    from wallet_core.event_log.kafka import KafkaLogConfig  # the driver is not loaded for nothing
+
+    return KafkaLogConfig(
+        settings.kafka_bootstrap,
+        topic=settings.wallet_kafka_topic,
+        min_insync_replicas=settings.wallet_kafka_min_insync_replicas,
+        timeout_ms=settings.wallet_kafka_timeout_ms,
     )
 
 
@@ -198,6 +216,6 @@ def _log_snapshot_failure(shard: int, error: Exception) -> None:
 
 def _log_progress(progress: Progress) -> None:
     if progress.stage == "damaged":
-        _log.warning("a snapshot was set aside", shard=progress.shard, problem=progress.problem)
+        _log.warning("damaged files were set aside", shard=progress.shard, problem=progress.problem)
         return
     _log.debug("recovering", shard=progress.shard, stage=progress.stage, done=progress.done, total=progress.total)

@@ -82,7 +82,7 @@ def restore_shard(
         steps.append("begin with an empty shard, there is no snapshot")
     steps.append(f"copy {len(segments)} log segments, {size / 2**20:,.1f} MiB in all, to {target}")
     with _Staging(config, shard, keep_near_target=not dry_run) as staging:
-        staged = replace(config, data_dir=staging.folder, shard_ids=(shard,))
+        staged = replace(config, data_dir=staging.folder, shard_ids=(shard,), kafka=None)  # no owner is disturbed
         if dry_run:
             staging.link(snapshot, segments, found.mark)
             sequence, digest = _replay_in_place(staged, shard, steps, note)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from wallet_core.service.port import (
     AccountRow,
@@ -23,6 +23,9 @@ from wallet_core.service.port import (
     TransferRow,
     slot_of,
 )
+
+if TYPE_CHECKING:
+    from wallet_core.event_log.kafka import KafkaLogConfig  # the driver is loaded by who uses it
 
 __all__ = [
     "MESSAGE_BYTES_MAX",
@@ -114,6 +117,7 @@ class ShardHostConfig:
     shard_map: tuple[int, ...] = ()  # slot → shard; empty = equal ranges
     segment_bytes: int = 256 * 1024 * 1024
     reserve_bytes: int = 256 * 1024 * 1024
+    kafka: KafkaLogConfig | None = None  # where frames become durable; None: in the local files
     sync: bool = True  # False only for measurements: without it nothing is durable
     direct_io: bool = True  # past the page cache where the file system can; False costs CPU
     id_window_ms: int = 7 * 24 * 3600 * 1000

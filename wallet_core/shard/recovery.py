@@ -11,6 +11,7 @@ retention does not count on it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -18,11 +19,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wallet_core.engine._engine import Engine
-from wallet_core.event_log import FileLog, FrameReader, LogDamaged, LogGap, lock_folder, open_log, settle_end
+from wallet_core.event_log import (
+    FileLog,
+    FrameReader,
+    FrameStore,
+    LogDamaged,
+    LogGap,
+    lock_folder,
+    open_log,
+    settle_end,
+)
 from wallet_core.event_log._file import read_mark
-from wallet_core.event_log.file import LogEnd, make_folder, open_reader, sync_folder
+from wallet_core.event_log.file import RECORD_BYTES, LogEnd, make_folder, open_reader, sync_folder
 from wallet_core.shard._host import (
     MemoryThread,
     ShardClock,
@@ -47,6 +58,9 @@ from wallet_core.snapshot import (
     snapshot_files,
 )
 
+if TYPE_CHECKING:
+    from wallet_core.event_log.kafka import KafkaLogConfig
+
 __all__ = ["Progress", "RecoveredShard", "ShardsMismatch", "load_snapshot", "open_host", "rebuild", "recover_shard"]
 
 _REPLAY_STEP_BYTES = 64 * 1024 * 1024
@@ -55,7 +69,8 @@ _REPLAY_STEP_BYTES = 64 * 1024 * 1024
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a recovery is. `stage`: "snapshot" (done and total are bytes), "replay" (events done; total
-    0 = unknown), or "damaged" (a snapshot was set aside; `problem` says why)."""
+    0 = unknown), "fetch" (events copied from the log's store), or "damaged" (a snapshot, or a copy of the log, was set aside;
+    `problem` says why)."""
 
     shard: int
     stage: str
@@ -179,16 +194,20 @@ def _replay(
 def recover_shard(
     config: ShardHostConfig, shard: int, *, progress: Callable[[Progress], None] | None = None
 ) -> RecoveredShard:
-    """Lock, load, replay, settle the tail, open for appending. Raises LogLocked, LogDamaged, LogGap,
-    RecoveryFailed, DiskNearlyFull, OSError."""
+    """Lock, load, replay, settle the tail, open for appending. With a log in Kafka the shard is taken over first, and the folder
+    brought up to date with the partition. Raises LogLocked, LogDamaged, LogGap, LogFenced, StoreUnusable, RecoveryFailed,
+    DiskNearlyFull, OSError."""
     began = time.monotonic()
     folder = shard_folder(config.data_dir, shard)
     make_folder(folder / "log")
     lock = lock_folder(folder)
+    store: FrameStore | None = None
     try:
         start = _start_from(config, shard, folder, progress)
         engine, header = start.engine, start.header
         events = 0
+        if config.kafka is not None:
+            store = _take_over(config, config.kafka, shard, folder, start, progress)
 
         def visit(reader: FrameReader) -> None:
             nonlocal events
@@ -225,10 +244,13 @@ def recover_shard(
             lock=held,
             segment_bytes=config.segment_bytes,
             reserve_bytes=config.reserve_bytes,
-            sync=config.sync,
+            sync=config.sync and store is None,
             direct=config.direct_io,
+            store=store,
         )
     except BaseException:
+        if store is not None:
+            store.close()
         if lock >= 0:
             os.close(lock)
         raise
@@ -236,6 +258,49 @@ def recover_shard(
         *(shard, engine, log, header.sequence if header else 0, events, time.monotonic() - began),
         *(end.tail_kept, start.skipped),
     )
+
+
+def _take_over(
+    config: ShardHostConfig,
+    kafka: KafkaLogConfig,
+    shard: int,
+    folder: Path,
+    start: _Start,
+    progress: Callable[[Progress], None] | None,
+) -> FrameStore:
+    """Own the shard's partition and bring the local log up to date with it."""
+    from wallet_core.event_log.kafka import KafkaFrames, fetch_missing  # the driver is not loaded for nothing
+
+    header = start.header
+    begin = oldest = _end_at(header) if header else LogEnd(1, bytes(16), 0, 0, 0, 0, None)
+    if header is not None:
+        for one in snapshot_files(folder / "snapshots"):
+            with contextlib.suppress(SnapshotDamaged):
+                if one.path not in start.damaged and one.sequence < header.sequence:
+                    oldest = _end_at(read_header(one.path))
+    store = KafkaFrames(kafka, shard)
+    try:
+        aside = fetch_missing(
+            store,
+            folder / "log",
+            begin,
+            oldest,
+            segment_bytes=config.segment_bytes,
+            reserve_bytes=config.reserve_bytes,
+            record_bytes=RECORD_BYTES,
+            direct=config.direct_io,
+            progress=None if progress is None else lambda done: progress(Progress(shard, "fetch", done, 0)),
+        )
+    except BaseException:
+        store.close()
+        raise
+    if aside is not None and progress is not None:
+        progress(Progress(shard, "damaged", 0, 0, f"the local log could not be used and is now {aside}"))
+    return store
+
+
+def _end_at(header: SnapshotHeader) -> LogEnd:
+    return LogEnd(header.sequence + 1, header.frame_hash, header.epoch, header.timestamp_ns, 0, 0, None)
 
 
 def rebuild(
@@ -288,10 +353,14 @@ def open_host(
     progress: Callable[[Progress], None] | None = None,
 ) -> ShardHost:
     """Recover this process's shards, several at a time, and make a host of them (not started yet). Raises
-    what `recover_shard` raises, and ShardsMismatch."""
+    what `recover_shard` raises, StoreUnusable and ShardsMismatch."""
     shard_ids = config.shard_ids or tuple(range(config.shard_count))
     write_manifest(config.data_dir, config.shard_count)
     check_manifest(config.data_dir, config.shard_count)
+    if config.kafka is not None:
+        from wallet_core.event_log.kafka import ensure_topic
+
+        ensure_topic(config.kafka, config.shard_count)
     recovered: list[RecoveredShard] = []
     try:
         with ThreadPoolExecutor(max_workers=min(len(shard_ids), os.cpu_count() or 1)) as pool:
