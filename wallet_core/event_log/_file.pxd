@@ -12,6 +12,8 @@ cdef extern from "<pthread.h>" nogil:
 cdef enum:
     FRAME_HEADER_BYTES = 96
     BLOCK_BYTES = 4096
+    AHEAD_PIECES = 4
+    AHEAD_THREADS = 2             # two reads under way: one leaves the disk idle between them
 
 # what `append` is told of a frame; the log adds shard, epoch, marks, hashes and checksums
 cdef struct FrameInfo:
@@ -35,6 +37,14 @@ cdef struct FrameView:
     const uint8_t* body
     const uint8_t* digest
     uint8_t hash[16]
+
+# a piece of a segment that a FrameReader reads ahead
+cdef struct AheadPiece:
+    uint8_t* raw          # HEADROOM_BYTES, then the bytes read
+    uint64_t base         # their offset in the segment
+    int64_t length        # < 0: reading failed
+    uint64_t sound        # every frame that ends at or below matches its checksums
+    int state             # AHEAD_*
 
 cdef struct Fault:
     int64_t calls         # calls made so far
@@ -146,16 +156,26 @@ cdef class FrameReader:
     cdef int _damage_code
     cdef int _io_errno
     cdef bint _live                          # reads the tail piece by piece
-    # the piece behind the buffered one, read by a thread of its own while this one is being replayed
+    # the pieces behind the buffered one, read and checked by threads of their own while this one is being replayed
     cdef pthread_mutex_t _mutex
     cdef pthread_cond_t _changed
-    cdef object _ahead_thread
-    cdef uint8_t* _ahead_raw
-    cdef uint64_t _ahead_base
-    cdef int64_t _ahead_length               # what was read, < 0: errno
-    cdef uint64_t _ahead_wanted
-    cdef int _ahead_fd
-    cdef int _ahead_state                    # AHEAD_*
+    cdef object _ahead_threads
+    cdef AheadPiece _ahead[AHEAD_PIECES]     # a ring: _ahead_count of them from _ahead_head on are asked for
+    cdef int _ahead_head
+    cdef int _ahead_count
+    cdef int _ahead_done                     # of those, from the head on, read and checked
+    cdef int _ahead_busy                     # threads at work
+    cdef int _ahead_checking
+    cdef int _ahead_on
+    cdef int _ahead_stop
+    cdef uint64_t _ahead_base                # of the piece to read next
+    cdef uint64_t _sound                     # frames in the buffer that end at or below match their checksums
+    # the frame that is being summed, see _sum
+    cdef uint64_t _sum_sound                 # where it begins: all before match
+    cdef uint64_t _sum_have                  # bytes of it seen so far
+    cdef uint32_t _sum_crc
+    cdef int _sum_lost
+    cdef uint8_t _sum_header[FRAME_HEADER_BYTES]
 
     cdef int next(self, FrameView* out, uint64_t limit_sequence) noexcept nogil
     cdef void unread(self, const FrameView* view) noexcept nogil
@@ -163,6 +183,9 @@ cdef class FrameReader:
     cdef const uint8_t* _need(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _rest_is_zero(self) noexcept nogil
     cdef void _ahead_run(self) noexcept nogil
-    cdef void _ahead_request(self) noexcept nogil
+    cdef void _ahead_read(self, AheadPiece* piece) noexcept nogil
+    cdef void _ahead_check(self) noexcept nogil
+    cdef void _ahead_begin(self) noexcept nogil
     cdef void _ahead_settle(self) noexcept nogil
     cdef bint _ahead_take(self, uint64_t base, uint64_t end) noexcept nogil
+    cdef void _sum(self, const uint8_t* data, uint64_t length) noexcept nogil

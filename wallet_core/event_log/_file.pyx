@@ -132,10 +132,9 @@ cdef enum:
     PREPARE_FIRST = 2             # at once
 
 cdef enum:
-    AHEAD_IDLE = 0
-    AHEAD_WANTED = 1
-    AHEAD_DONE = 2
-    AHEAD_STOP = 3
+    AHEAD_READING = 1
+    AHEAD_READ = 2
+    AHEAD_DONE = 3                # and checked
 
 cdef enum:
     DAMAGE_NONE = 0

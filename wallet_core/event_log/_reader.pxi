@@ -13,6 +13,7 @@ cdef class FrameReader:
     def __init__(self, folder, *, int shard, uint64_t first_segment, uint64_t from_sequence=1, bint direct=True,
                  bytes from_hash=None, bint ahead=False):
         cdef bytes path = os.fsencode(folder)
+        cdef int i
         if len(path) > 3700:
             raise ValueError(f"the folder name is longer than 3700 bytes: {folder}")
         memcpy(self._folder, <const char*>path, len(path) + 1)
@@ -32,116 +33,190 @@ cdef class FrameReader:
         if self._raw == NULL:
             raise MemoryError()
         self._buffer = self._raw + HEADROOM_BYTES
-        if ahead:
-            self._ahead_raw = <uint8_t*>ducat_aligned(HEADROOM_BYTES + READ_BYTES)
-            if self._ahead_raw == NULL:
+        for i in range(AHEAD_PIECES if ahead else 0):
+            self._ahead[i].raw = <uint8_t*>ducat_aligned(HEADROOM_BYTES + READ_BYTES)
+            if self._ahead[i].raw == NULL:
                 raise MemoryError()
         if self._open_segment(first_segment) != 1:
             raise OSError(self._io_errno or ENOENT, "the first segment cannot be opened", self.file)
 
     def __dealloc__(self):
+        cdef int i
         if self._fd >= 0:
             c_close(self._fd)
         free(self._raw)
-        free(self._ahead_raw)
+        for i in range(AHEAD_PIECES):
+            free(self._ahead[i].raw)
         pthread_mutex_destroy(&self._mutex)
         pthread_cond_destroy(&self._changed)
 
     def read_ahead(self, bint on):
-        """Start or stop the thread that reads the next piece meanwhile (only a reader made with ahead=True has one). It must
-        be stopped before the reader is let go of."""
-        if on and self._ahead_raw != NULL and self._ahead_thread is None:
-            self._ahead_state = AHEAD_IDLE
-            self._ahead_thread = threading.Thread(target=self._ahead_loop, name="read-ahead", daemon=True)
-            self._ahead_thread.start()
-        elif not on and self._ahead_thread is not None:
+        """Start or stop the threads that read and check the next pieces meanwhile (only a reader made with ahead=True has
+        them). They must be stopped before the reader is let go of."""
+        if on and self._ahead[0].raw != NULL and self._ahead_threads is None:
+            self._ahead_stop = 0
+            self._ahead_threads = [threading.Thread(target=self._ahead_loop, name="read-ahead", daemon=True)
+                                   for _ in range(AHEAD_THREADS)]
+            for thread in self._ahead_threads:
+                thread.start()
+        elif not on and self._ahead_threads is not None:
             with nogil:
                 self._ahead_settle()
                 pthread_mutex_lock(&self._mutex)
-                self._ahead_state = AHEAD_STOP
+                self._ahead_stop = 1
                 pthread_cond_broadcast(&self._changed)
                 pthread_mutex_unlock(&self._mutex)
-            self._ahead_thread.join()
-            self._ahead_thread = None
+            for thread in self._ahead_threads:
+                thread.join()
+            self._ahead_threads = None
 
     def _ahead_loop(self):
         with nogil:
             self._ahead_run()
 
     cdef void _ahead_run(self) noexcept nogil:
-        cdef uint64_t done
-        cdef ssize_t part
+        """One of the threads: reads the next piece that nobody reads yet, then checks what has come, in order."""
+        cdef AheadPiece* piece
         pthread_mutex_lock(&self._mutex)
-        while self._ahead_state != AHEAD_STOP:
-            if self._ahead_state != AHEAD_WANTED:
+        while not self._ahead_stop:
+            if not self._ahead_on or self._ahead_count == AHEAD_PIECES or self._ahead_base >= self._segment_size:
                 pthread_cond_wait(&self._changed, &self._mutex)
                 continue
+            piece = &self._ahead[(self._ahead_head + self._ahead_count) % AHEAD_PIECES]
+            piece.base, piece.state = self._ahead_base, AHEAD_READING
+            piece.length = <int64_t>_align_up(self._segment_size - self._ahead_base)
+            if piece.length > READ_BYTES:
+                piece.length = READ_BYTES
+            self._ahead_base += <uint64_t>piece.length
+            self._ahead_count += 1
+            self._ahead_busy += 1
             pthread_mutex_unlock(&self._mutex)
-            done, part = 0, 0
-            while done < self._ahead_wanted:
-                part = c_pread(self._ahead_fd, self._ahead_raw + HEADROOM_BYTES + done, self._ahead_wanted - done,
-                               <off_t>(self._ahead_base + done))
-                if part <= 0:
-                    break
-                done += part
-                if done & (BLOCK_BYTES - 1):
-                    break
+            self._ahead_read(piece)
             pthread_mutex_lock(&self._mutex)
-            self._ahead_length = <int64_t>done if part >= 0 else -1
-            if self._ahead_state == AHEAD_WANTED:
-                self._ahead_state = AHEAD_DONE
+            piece.state = AHEAD_READ
+            if not self._ahead_checking:
+                self._ahead_check()
+            self._ahead_busy -= 1
             pthread_cond_broadcast(&self._changed)
         pthread_mutex_unlock(&self._mutex)
 
-    cdef void _ahead_request(self) noexcept nogil:
-        """Begin to read what follows the buffer."""
+    cdef void _ahead_read(self, AheadPiece* piece) noexcept nogil:
+        """`length` bytes at `base`; length becomes what was read, -1 for an error."""
+        cdef int64_t done = 0
+        cdef ssize_t part = 0
+        while done < piece.length:
+            part = c_pread(self._fd, piece.raw + HEADROOM_BYTES + done, <size_t>(piece.length - done),
+                           <off_t>(piece.base + <uint64_t>done))
+            if part <= 0:
+                break
+            done += part
+            if done & (BLOCK_BYTES - 1):
+                break           # the file's ragged end
+        piece.length = done if part >= 0 else -1
+
+    cdef void _ahead_check(self) noexcept nogil:
+        """Checks the pieces that have been read, in order. The mutex is held, and let go of meanwhile."""
+        cdef AheadPiece* piece
+        self._ahead_checking = 1
+        while self._ahead_done < self._ahead_count:
+            piece = &self._ahead[(self._ahead_head + self._ahead_done) % AHEAD_PIECES]
+            if piece.state != AHEAD_READ:
+                break
+            pthread_mutex_unlock(&self._mutex)
+            if piece.length > 0:
+                self._sum(piece.raw + HEADROOM_BYTES, <uint64_t>piece.length)
+            pthread_mutex_lock(&self._mutex)
+            piece.sound = self._sum_sound
+            piece.state = AHEAD_DONE
+            self._ahead_done += 1
+            pthread_cond_broadcast(&self._changed)
+        self._ahead_checking = 0
+
+    cdef void _sum(self, const uint8_t* data, uint64_t length) noexcept nogil:
+        """The next bytes of the segment: walks from frame to frame and sums their bodies. Every frame that ends at or below
+        `_sum_sound` matches its checksums; at the first that does not it stops for good, and `next` looks itself."""
+        cdef const Header* header = <const Header*>self._sum_header
+        cdef uint64_t part, end
+        while length and not self._sum_lost:
+            if self._sum_have < FRAME_HEADER_BYTES:
+                part = FRAME_HEADER_BYTES - self._sum_have
+                part = length if length < part else part
+                memcpy(self._sum_header + self._sum_have, data, part)
+                if self._sum_have + part == FRAME_HEADER_BYTES:
+                    self._sum_crc = 0
+                    self._sum_lost = header.magic != MAGIC \
+                        or ducat_crc32c(0, self._sum_header, FRAME_HEADER_BYTES - 4) != header.header_crc
+            else:
+                end = FRAME_HEADER_BYTES + <uint64_t>header.body_length
+                if self._sum_have < end:
+                    part = end - self._sum_have
+                    part = length if length < part else part
+                    self._sum_crc = ducat_crc32c(self._sum_crc, data, part)
+                    self._sum_lost = self._sum_have + part == end and self._sum_crc != header.body_crc
+                else:
+                    part = ((end + 7) & ~<uint64_t>7) - self._sum_have
+                    part = length if length < part else part
+                    self._sum_lost = not ducat_all_zero(data, part)
+            self._sum_have += part
+            data += part
+            length -= part
+            if not self._sum_lost and self._sum_have >= FRAME_HEADER_BYTES:
+                end = FRAME_HEADER_BYTES + ((<uint64_t>header.body_length + 7) & ~<uint64_t>7)
+                if self._sum_have == end:
+                    self._sum_sound += end
+                    self._sum_have = 0
+
+    cdef void _ahead_begin(self) noexcept nogil:
+        """Let the threads read what follows the buffer. The next frame begins in it."""
         cdef uint64_t base = self._buffer_base + self._buffer_length
-        if self._ahead_raw == NULL or self._ahead_thread is None or self._ahead_state != AHEAD_IDLE \
-                or base >= self._segment_size or base & (BLOCK_BYTES - 1):
+        if self._ahead_threads is None or self._ahead_on or base >= self._segment_size or base & (BLOCK_BYTES - 1):
             return
         pthread_mutex_lock(&self._mutex)
-        self._ahead_base, self._ahead_fd = base, self._fd
-        self._ahead_wanted = READ_BYTES if self._segment_size - base > READ_BYTES else _align_up(self._segment_size - base)
-        self._ahead_state = AHEAD_WANTED
+        self._sum_sound, self._sum_have, self._sum_lost = self._offset, 0, 0
+        self._sum(self._buffer + (self._offset - self._buffer_base), base - self._offset)
+        self._sound = self._sum_sound
+        self._ahead_base, self._ahead_on = base, 1
         pthread_cond_broadcast(&self._changed)
         pthread_mutex_unlock(&self._mutex)
 
     cdef void _ahead_settle(self) noexcept nogil:
         """Wait for what is being read, and forget it."""
-        if self._ahead_raw == NULL:
-            return
         pthread_mutex_lock(&self._mutex)
-        while self._ahead_state == AHEAD_WANTED:
+        self._ahead_on = 0
+        while self._ahead_busy:
             pthread_cond_wait(&self._changed, &self._mutex)
-        if self._ahead_state == AHEAD_DONE:
-            self._ahead_state = AHEAD_IDLE
+        self._ahead_head = self._ahead_count = self._ahead_done = 0
         pthread_mutex_unlock(&self._mutex)
 
     cdef bint _ahead_take(self, uint64_t base, uint64_t end) noexcept nogil:
-        """Make the piece read ahead the buffer, if it and the rest of the buffer hold base..end."""
-        cdef uint64_t rest
+        """Make the next piece read ahead the buffer, if it and the rest of the buffer hold base..end."""
+        cdef uint64_t rest, follows = self._buffer_base + self._buffer_length
         cdef uint8_t* raw
-        if self._ahead_raw == NULL or self._ahead_state == AHEAD_IDLE:
+        cdef AheadPiece* piece = &self._ahead[self._ahead_head]
+        if not self._ahead_on:
             return False
         pthread_mutex_lock(&self._mutex)
-        while self._ahead_state == AHEAD_WANTED:
+        while self._ahead_done == 0 and (self._ahead_count or self._ahead_base < self._segment_size):
             pthread_cond_wait(&self._changed, &self._mutex)
-        pthread_mutex_unlock(&self._mutex)
-        if self._ahead_state != AHEAD_DONE:
+        if self._ahead_done == 0 or piece.length <= 0 or piece.base != follows or base < self._buffer_base \
+                or base > follows or follows - base > HEADROOM_BYTES or end > follows + <uint64_t>piece.length:
+            pthread_mutex_unlock(&self._mutex)
+            self._ahead_settle()
             return False
-        self._ahead_state = AHEAD_IDLE
-        if self._ahead_length <= 0 or self._ahead_base != self._buffer_base + self._buffer_length or base < self._buffer_base \
-                or base > self._ahead_base or self._ahead_base - base > HEADROOM_BYTES \
-                or end > self._ahead_base + <uint64_t>self._ahead_length or self._capacity != READ_BYTES:
-            return False
-        rest = self._ahead_base - base
-        memcpy(self._ahead_raw + HEADROOM_BYTES - rest, self._buffer + (base - self._buffer_base), rest)
+        rest = follows - base
+        memcpy(piece.raw + HEADROOM_BYTES - rest, self._buffer + (base - self._buffer_base), rest)
         raw = self._raw
-        self._raw, self._ahead_raw = self._ahead_raw, raw
+        self._raw, piece.raw = piece.raw, raw
+        self._capacity = READ_BYTES
         self._buffer = self._raw + HEADROOM_BYTES - rest
-        self._buffer_base, self._buffer_length = base, rest + <uint64_t>self._ahead_length
-        self.bytes_read += <uint64_t>self._ahead_length
-        self._ahead_request()
+        self._buffer_base, self._buffer_length = base, rest + <uint64_t>piece.length
+        self._sound = piece.sound
+        self.bytes_read += <uint64_t>piece.length
+        self._ahead_head = (self._ahead_head + 1) % AHEAD_PIECES
+        self._ahead_count -= 1
+        self._ahead_done -= 1
+        pthread_cond_broadcast(&self._changed)
+        pthread_mutex_unlock(&self._mutex)
         return True
 
     cdef int _open_segment(self, uint64_t first) noexcept nogil:
@@ -169,7 +244,7 @@ cdef class FrameReader:
             c_close(self._fd)
         self._fd = fd
         self._segment_first, self._segment_size = first, <uint64_t>size
-        self._offset = self._buffer_base = self._buffer_length = 0
+        self._offset = self._buffer_base = self._buffer_length = self._sound = 0
         return 1
 
     cdef const uint8_t* _need(self, uint64_t offset, uint64_t length) noexcept nogil:
@@ -221,8 +296,8 @@ cdef class FrameReader:
         self.bytes_read += done
         if offset + length > base + done:
             return NULL
-        if wanted >= READ_BYTES:
-            self._ahead_request()
+        if wanted >= READ_BYTES and offset == self._offset:
+            self._ahead_begin()
         return self._buffer + (offset - base)
 
     cdef int next(self, FrameView* out, uint64_t limit_sequence) noexcept nogil:
@@ -296,9 +371,10 @@ cdef class FrameReader:
                 self._damage_code = DAMAGE_READ if self._io_errno else DAMAGE_SHORT
                 return -1
             header = <const Header*>at
-            if ducat_crc32c(0, at + FRAME_HEADER_BYTES, header.body_length) != header.body_crc \
-                    or not ducat_all_zero(at + FRAME_HEADER_BYTES + header.body_length,
-                                          length - FRAME_HEADER_BYTES - header.body_length):
+            if self._offset + length > self._sound \
+                    and (ducat_crc32c(0, at + FRAME_HEADER_BYTES, header.body_length) != header.body_crc
+                         or not ducat_all_zero(at + FRAME_HEADER_BYTES + header.body_length,
+                                               length - FRAME_HEADER_BYTES - header.body_length)):
                 self._damage_code = DAMAGE_BODY
                 return -1
             ducat_sha256_16(at, FRAME_HEADER_BYTES, self._hash)
