@@ -176,6 +176,7 @@ async def stream(
     call: Any = channel.stream_stream(method, None, None)()
     sent_at: list[float] = []
     took_ms: list[float] = []
+    spans: list[tuple[float, float]] = []  # when each batch was sent and answered, by the machine's monotonic clock
     failed = 0
     left = total
     started = time.perf_counter()
@@ -212,14 +213,16 @@ async def stream(
             result = wallet_pb2.SubmitTransfersResponse.FromString(answer).result
             failed += len(result.failed_results)
             number = result.batch_id - generator.plan.first_number // BATCH_ROWS
-            took_ms.append((now - waiting.pop(number, sent_at[answered - 1])) * 1000)
+            spans.append((waiting.pop(number, sent_at[answered - 1]), now))
+            took_ms.append((now - spans[-1][0]) * 1000)
         else:
             took_ms.append((now - sent_at[answered - 1]) * 1000)
         if left:
             await send_numbered()
     seconds = time.perf_counter() - started
     await call.done_writing()
-    return {"seconds": seconds, "transfers": total, "failed": failed, "batch_ms": percentiles(took_ms)}
+    report = {"seconds": seconds, "transfers": total, "failed": failed, "batch_ms": percentiles(took_ms)}
+    return {**report, "spans": spans}
 
 
 class Unary:

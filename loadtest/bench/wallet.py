@@ -14,22 +14,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 
-from loadtest.bench.client import BATCH_ROWS, Plan
-from loadtest.bench.limits import disk_limits
+from ducat.wallet.v1 import shard_pb2, wallet_pb2, wallet_service_pb2_grpc
+from loadtest.bench.client import BATCH_ROWS, Plan, account_ids, percentiles
+from loadtest.bench.limits import CHANNEL_OPTIONS, disk_limits
 from wallet_core.event_log.file import read_frames
 from wallet_core.event_log.format import HEADER_BYTES
 from wallet_core.event_log.port import Frame
 
-__all__ = ["SCENARIOS", "Scenario", "print_report", "run"]
+__all__ = ["SCENARIOS", "Scenario", "print_report", "run", "tigerbeetle_ratio"]
 
 READY_S_MAX = 120.0
+POLL_S = 0.01
+SAMPLE_ACCOUNTS = 8190
 RECORD = np.dtype([("id", "V16"), ("rest", "V30"), ("kind", "u1"), ("flags", "u1")])
 KIND_MOVED, KIND_SENT = 3, 9
 
@@ -61,7 +66,7 @@ class Counts:
 class Server:
     """A wallet server of its own: no read model, no bus, one folder."""
 
-    def __init__(self, folder: Path, shards: int) -> None:
+    def __init__(self, folder: Path, shards: int, *, snapshots: bool = True) -> None:
         environment = {
             **os.environ,
             "DUCAT_WALLET_LISTEN": "127.0.0.1:0",
@@ -69,6 +74,7 @@ class Server:
             "DUCAT_WALLET_ALONE": "true",
             "DUCAT_DATA_DIR": str(folder),
             "DUCAT_LOG_LEVEL": "warning",
+            **({} if snapshots else {"DUCAT_WALLET_SNAPSHOT_EVENTS": "0"}),
         }
         self.started = time.perf_counter()
         self.child = subprocess.Popen(
@@ -96,8 +102,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, shards: int) -> Iterator[Server]:
-    server = Server(folder, shards)
+def serving(folder: Path, shards: int, *, snapshots: bool = True) -> Iterator[Server]:
+    """A server while the block runs. `snapshots`: it takes some by itself."""
+    server = Server(folder, shards, snapshots=snapshots)
     try:
         yield server
     finally:
@@ -218,7 +225,7 @@ def measure_stream(scenario: Scenario, folder: Path, counts: Counts) -> dict[str
         "ratios": {
             "engine_left_out": per_second / limits["stream_transfers_per_second"],
             "disk_bandwidth": per_second * 48 / limits["fdatasync_1m_bytes_per_second"],
-            **_tigerbeetle_ratio(per_second, counts),
+            **tigerbeetle_ratio(folder, per_second, counts),
         },
         "checks": {
             "balances": report["failed"] == 0 and report["balances"],
@@ -258,38 +265,141 @@ def measure_unary(scenario: Scenario, folder: Path, counts: Counts) -> dict[str,
     }
 
 
-def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
-    """How fast a shard is back: replay of the whole log."""
+def measure_snapshot(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
+    """A stream under full load, and a snapshot of the shard in the middle of it. Every batch is a commit that somebody waits
+    for. `snapshot.batch_ms` is of the batches that were under way while the snapshot was being written, `batch_ms` of all
+    others; `delay_ms` is the difference, so its `max` is the longest commit beside the snapshot less the longest without.
+    """
     limits = disk_limits(folder)
-    with serving(folder, scenario.shards) as server:
+    with serving(folder, scenario.shards, snapshots=False) as server:
         plan = Plan(
             address=server.address,
             echo_address="",
             accounts=counts.accounts,
             transfers=counts.transfers,
-            check_balances=False,
+            window=scenario.window,
         )
-        report = load(server, plan)
-    with serving(folder, scenario.shards) as empty_start:
-        restore_seconds, cpu = empty_start.start_seconds, empty_start.cpu_seconds()
-        check = Client(
-            Plan(**{**asdict(plan), "address": empty_start.address, "transfers": 0, "create_accounts": False})
-        )
-        del check
+        with _shards(server) as shards, ThreadPoolExecutor(1) as beside:
+            taking = beside.submit(_snapshot_at, shards, counts.accounts + counts.transfers // 3)
+            report = load(server, plan)
+            taken = taking.result()
+    spans = np.array(report["spans"])
+    under_way = (spans[:, 1] >= taken["began"]) & (spans[:, 0] <= taken["ended"])
+    took_ms = (spans[:, 1] - spans[:, 0]) * 1000
+    without, beside_ms = percentiles(list(took_ms[~under_way])), percentiles(list(took_ms[under_way]))
+    seconds = taken["ended"] - taken["began"]
+    rows = int(under_way.sum()) * BATCH_ROWS
+    limits["fdatasync_beside_nothing_ms"] = 1000 / limits["fdatasync_4k_per_second"]
+    return {
+        "transfers_per_second": report["transfers"] / report["seconds"],
+        "batch_ms": without,
+        "cpu_seconds": {"client": report["cpu_seconds"], "server": report["server_cpu_seconds"]},
+        "bytes_per_transfer": _log_payload_bytes(folder) / counts.transfers,
+        "snapshot": {
+            "bytes": taken["bytes"],
+            "seconds": seconds,
+            "bytes_per_second": taken["bytes"] / seconds,
+            "batches": int(under_way.sum()),
+            "batch_ms": beside_ms,
+            "delay_ms": {name: round(beside_ms[name] - without[name], 3) for name in without},
+        },
+        "limits": limits,
+        "ratios": {
+            "rate_beside_snapshot": rows / seconds / (report["transfers"] / report["seconds"]),
+            "disk_bandwidth": taken["bytes"] / seconds / limits["fdatasync_1m_bytes_per_second"],
+        },
+        "checks": {
+            "balances": report["failed"] == 0 and report["balances"],
+            "log": transfers_in_log(folder, counts.transfers),
+            "snapshot_in_mid_stream": bool(under_way.any() and not under_way.all()),
+        },
+    }
+
+
+def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
+    """A shard with accounts and transfers, a snapshot taken half way: how soon a new process has it back, from snapshot and
+    log, and from the log alone. `seconds` are from the start of the process until it serves, less those of a server that has
+    nothing to restore. The state must have the digest that it had before the stop, and accounts their balances.
+    """
+    limits = disk_limits(folder)
+    with serving(folder, scenario.shards, snapshots=False) as server, _shards(server) as shards:
+        plan = Plan(address=server.address, echo_address="", accounts=counts.accounts, transfers=counts.transfers)
+        with ThreadPoolExecutor(1) as beside:
+            taking = beside.submit(_snapshot_at, shards, counts.accounts + counts.transfers // 2)
+            report = load(server, plan)
+            taken = taking.result()
+        before = _state(server, shards, counts)
     with tempfile.TemporaryDirectory(dir=folder.parent) as bare, serving(Path(bare), scenario.shards) as nothing:
-        start_seconds = nothing.start_seconds
-    events = counts.accounts + counts.transfers
-    replay_seconds = max(restore_seconds - start_seconds, 1e-9)
+        limits["empty_start_seconds"] = nothing.start_seconds
+    whole = _restart(scenario, folder, counts, limits["empty_start_seconds"], before)
+    for snapshots in folder.glob("**/snapshots"):
+        snapshots.rename(snapshots.with_name("snapshots.away"))
+    log_alone = _restart(scenario, folder, counts, limits["empty_start_seconds"], before)
+    for one in (whole, log_alone):
+        one["accounts_per_second"] = counts.accounts / one["seconds"]
+    whole["replayed_events"] = before["sequence"] - taken["sequence"]
+    log_alone["replayed_events"] = before["sequence"]
+    log_alone["events_per_second"] = log_alone["replayed_events"] / log_alone["seconds"]
+    log_bytes = _log_payload_bytes(folder)
     return {
         "transfers_per_second": report["transfers"] / report["seconds"],
         "batch_ms": report["batch_ms"],
-        "cpu_seconds": {"client": report["cpu_seconds"], "server": cpu},
-        "bytes_per_transfer": _log_payload_bytes(folder) / counts.transfers,
-        "limits": limits | {"empty_start_seconds": start_seconds},
-        "replay_events_per_second": events / replay_seconds,
-        "restore_seconds": restore_seconds,
-        "ratios": {},
-        "checks": {"balances": report["failed"] == 0, "log": transfers_in_log(folder, counts.transfers)},
+        "cpu_seconds": {"client": report["cpu_seconds"], "server": log_alone["cpu_seconds"]},
+        "bytes_per_transfer": log_bytes / counts.transfers,
+        "snapshot_bytes": taken["bytes"],
+        "restore": {"snapshot_and_log": whole, "log_alone": log_alone},
+        "replay_events_per_second": log_alone["events_per_second"],
+        "restore_seconds": whole["seconds"],
+        "limits": limits,
+        "ratios": {"disk_bandwidth": log_bytes / log_alone["seconds"] / limits["fdatasync_1m_bytes_per_second"]},
+        "checks": {
+            "balances": bool(report["failed"] == 0 and report["balances"] and whole["same"] and log_alone["same"]),
+            "log": transfers_in_log(folder, counts.transfers),
+        },
+    }
+
+
+def _restart(
+    scenario: Scenario, folder: Path, counts: Counts, empty_start_seconds: float, before: dict[str, Any]
+) -> dict[str, Any]:
+    with serving(folder, scenario.shards, snapshots=False) as server:
+        cpu_seconds = server.cpu_seconds()
+        with _shards(server) as shards:
+            same = _state(server, shards, counts) == before
+    seconds = max(server.start_seconds - empty_start_seconds, 1e-3)
+    return {"seconds": seconds, "start_seconds": server.start_seconds, "cpu_seconds": cpu_seconds, "same": same}
+
+
+@contextmanager
+def _shards(server: Server) -> Iterator[wallet_service_pb2_grpc.ShardServiceStub]:
+    with grpc.insecure_channel(server.address, options=CHANNEL_OPTIONS) as channel:
+        yield wallet_service_pb2_grpc.ShardServiceStub(channel)
+
+
+def _snapshot_at(shards: wallet_service_pb2_grpc.ShardServiceStub, sequence: int) -> dict[str, Any]:
+    """Takes a snapshot of shard 0 once it has come so far; when it began and ended by the machine's monotonic clock."""
+    while shards.ListShards(shard_pb2.ListShardsRequest()).shards[0].durable_sequence_number < sequence:
+        time.sleep(POLL_S)
+    began = time.perf_counter()
+    taken = shards.CreateSnapshot(shard_pb2.CreateSnapshotRequest(shard=0)).snapshot
+    ended = time.perf_counter()
+    return {"began": began, "ended": ended, "sequence": taken.sequence_number, "bytes": taken.size_bytes}
+
+
+def _state(server: Server, shards: wallet_service_pb2_grpc.ShardServiceStub, counts: Counts) -> dict[str, Any]:
+    """What must be the same after a restore: position and digest, which covers every balance, and what some accounts
+    answer.
+    """
+    [shard] = shards.ListShards(shard_pb2.ListShardsRequest()).shards
+    numbers = np.linspace(0, counts.accounts - 1, min(counts.accounts, SAMPLE_ACCOUNTS)).astype(np.uint64)
+    with grpc.insecure_channel(server.address, options=CHANNEL_OPTIONS) as channel:
+        request = wallet_pb2.GetAccountsRequest(account_ids=[row.tobytes() for row in account_ids(numbers)])
+        found = wallet_service_pb2_grpc.WalletServiceStub(channel).GetAccounts(request).accounts
+    return {
+        "sequence": shard.sequence_number,
+        "digest": shard.digest,
+        "accounts": shard.account_count,
+        "balances": [account.balance_minor for account in found],
     }
 
 
@@ -338,7 +448,17 @@ SCENARIOS: dict[str, Scenario] = {
     "unary-idle": Scenario(
         "single transfers, one at a time", 10_000, 3_000, measure_unary, window=1, smoke_transfers=200
     ),
-    "restore": Scenario("replay of the log after a stop", 1_000_000, 10_000_000, measure_restore),
+    "restore": Scenario(
+        "a start from snapshot and log, and from the log alone", 1_000_000, 10_000_000, measure_restore
+    ),
+    "snapshot": Scenario(
+        "a snapshot beside a stream under full load",
+        1_000_000,
+        10_000_000,
+        measure_snapshot,
+        smoke_accounts=10_000,
+        smoke_transfers=819_000,
+    ),
     "memory": Scenario("resident bytes an account", 2_000_000, 8_190, measure_memory, smoke_transfers=8_190),
 }
 
@@ -390,28 +510,34 @@ def _frames(folder: Path) -> Iterator[Frame]:
         yield from read_frames(log, int(log.parent.name.removeprefix("shard-")))
 
 
-def _tigerbeetle_ratio(per_second: float, counts: Counts) -> dict[str, float]:
-    """Its own benchmark at the same counts, where TIGERBEETLE names its binary."""
+def tigerbeetle_ratio(folder: Path, per_second: float, counts: Counts) -> dict[str, float]:
+    """Its own benchmark at the same counts, where TIGERBEETLE names its binary: one replica, batches of 8,189, its data file
+    on the same disk (it is removed afterwards).
+    """
     binary = os.environ.get("TIGERBEETLE")
     if not binary:
         return {}
-    done = subprocess.run(
-        [
-            binary,
-            "benchmark",
-            f"--account-count={counts.accounts}",
-            f"--transfer-count={counts.transfers}",
-            f"--transfer-batch-size={BATCH_ROWS - 1}",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=1800,
-    )
-    for line in (done.stdout + done.stderr).splitlines():
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        done = subprocess.run(
+            [
+                os.path.abspath(binary),
+                "benchmark",
+                f"--account-count={counts.accounts}",
+                f"--transfer-count={counts.transfers}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=1800,
+            cwd=place,
+        )
+    shown = done.stdout + done.stderr
+    for line in shown.splitlines() if done.returncode == 0 else ():
         if line.startswith("load accepted ="):
             return {"tigerbeetle": per_second / float(line.split("=")[1].split()[0])}
-    raise RuntimeError("tigerbeetle benchmark: no line 'load accepted = … tx/s'")
+    raise RuntimeError(
+        f"tigerbeetle benchmark: exit code {done.returncode}, and no line 'load accepted = … tx/s' in what it said:"
+        f"\n{shown[-2000:]}"
+    )
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -425,6 +551,11 @@ def print_report(report: dict[str, Any]) -> None:
     for name in ("replay_events_per_second", "restore_seconds", "bytes_per_account"):
         if name in report:
             print(f"  {name.replace('_', ' ')}  {report[name]:,.2f}")
-    for group in ("limits", "ratios", "checks"):
-        for name, value in report[group].items():
+    restored = report.get("restore", {})
+    groups = {
+        **restored,
+        **{name: report[name] for name in ("snapshot", "limits", "ratios", "checks") if name in report},
+    }
+    for group, values in groups.items():
+        for name, value in values.items():
             print(f"  {group:<9} {name} {value if not isinstance(value, float) else f'{value:,.3f}'}")

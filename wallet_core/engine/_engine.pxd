@@ -175,6 +175,7 @@ cdef class Engine:
     cdef int begin_image(self) noexcept nogil                 # writer's thread, microseconds; ENGINE_REFUSED = one is open
     cdef int64_t read_image(self, uint8_t* buffer) noexcept nogil   # any one thread; bytes of the next piece, 0 = done, <0 failed
     cdef void end_image(self) noexcept nogil                  # writer's thread; also gives up an unfinished image
+    cdef void release_image(self) noexcept nogil              # any thread, after end_image: gives its memory back
     # into a fresh engine: 0 ok, ENGINE_REFUSED = malformed piece; parameters come from the image
     cdef int load_piece(self, const uint8_t* piece, uint64_t length) noexcept nogil
     cdef int load_done(self) noexcept nogil                   # rebuilds the indexes, checks the digest

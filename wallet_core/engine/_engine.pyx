@@ -275,6 +275,9 @@ cdef class Engine:
     cdef void end_image(self) noexcept nogil:
         image_end(state(self))
 
+    cdef void release_image(self) noexcept nogil:
+        image_release(state(self))
+
     cdef int load_piece(self, const uint8_t* piece, uint64_t length) noexcept nogil:
         return image_load_piece(state(self), piece, length)
 
@@ -537,6 +540,7 @@ cdef class Engine:
 
     def image_end(self):
         self.end_image()
+        self.release_image()
 
     def load(self, piece):
         cdef bytes data = piece if type(piece) is bytes else bytes(piece)

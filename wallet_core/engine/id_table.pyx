@@ -132,8 +132,15 @@ cdef void memory_free(EngineState* e, GenerationMemory* memory) noexcept nogil:
         generation_free(e, &g)
 
 
+cdef inline bint loading_accounts(const EngineState* e) noexcept nogil:
+    # An image is being loaded, its accounts come next, and memory is not bounded.
+    return (e.load_stage == 1 or e.load_stage == 2) and e.budget.bytes_max == 0     # PIECE_HEADER, PIECE_ACCOUNTS
+
+
 cdef bint memory_wanted(const EngineState* e) noexcept nogil:
     cdef uint64_t used = e.account_count * sizeof(Account)
+    if du_unlikely(loading_accounts(e)):
+        return e.accounts_touched < min(used + 16 * PREPARE_BYTES, e.load_accounts * sizeof(Account))
     if du_load_acquire(&e.ready.slots) == 0 or index_wants_memory(&e.accounts_index):
         return True
     return used >= 4 * PREPARE_BYTES and used + PREPARE_BYTES // 2 > e.accounts_touched and e.budget.bytes_max == 0
@@ -143,6 +150,11 @@ cdef int memory_prepare(EngineState* e) noexcept nogil:
     # In one thread beside the writer's. <0: out of memory (the writer will find out itself if it really needs it).
     cdef Generation g
     cdef uint64_t used
+    if loading_accounts(e):
+        used = max(e.accounts_touched, e.account_count * sizeof(Account))
+        e.accounts_touched = max(used, min(used + 4 * PREPARE_BYTES, e.load_accounts * sizeof(Account)))
+        du_arena_touch(&e.accounts_memory, used, e.accounts_touched)
+        return 0
     if du_load_acquire(&e.ready.slots) == 0:
         memset(&g, 0, sizeof(Generation))
         if memory_take(&e.dropped, &g):

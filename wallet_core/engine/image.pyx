@@ -288,13 +288,30 @@ cdef int image_begin_cursor(ImageCursor* to, const CreditCursor* cursor) noexcep
 
 
 cdef void image_end(EngineState* e) noexcept nogil:
+    # The writer is done with it. What it held may be hundreds of megabytes, and giving them back takes the machine tens of
+    # milliseconds: that is left to image_release in another thread.
     cdef ImageState* image = e.image
-    cdef OverlayChunk* chunk
-    cdef OverlayChunk* older
     cdef uint64_t i
     if image == NULL:
         return
     e.image = NULL
+    for i in range(SHARD_COUNT_MAX):
+        sends_trim(e, &e.sends[i])
+    image_release(e)
+    du_store_release(&e.image_ended, <uint64_t> image)
+
+
+cdef void image_release(EngineState* e) noexcept nogil:
+    # Frees the image that ended last. Any thread, and the writer if nobody did.
+    cdef uint64_t ended = du_load_acquire(&e.image_ended)
+    if ended != 0 and du_take(&e.image_ended, ended):
+        image_free(e, <ImageState*> ended)
+
+
+cdef void image_free(EngineState* e, ImageState* image) noexcept nogil:
+    cdef OverlayChunk* chunk
+    cdef OverlayChunk* older
+    cdef uint64_t i
     chunk = <OverlayChunk*> image.newest
     while chunk != NULL:
         older = chunk.older
@@ -315,7 +332,6 @@ cdef void image_end(EngineState* e) noexcept nogil:
     for i in range(SHARD_COUNT_MAX):
         free(image.queues[i].chunks)
         free(image.cursors[i].refusals)
-        sends_trim(e, &e.sends[i])
     free(image)
 
 

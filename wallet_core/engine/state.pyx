@@ -320,6 +320,7 @@ cdef struct EngineState:
     uint64_t replay_error
     const char* replay_reason
     ImageState* image               # NULL = no image is being taken
+    uint64_t image_ended            # ImageState* whose memory is still to be given back, 0 = none
     # while an image is loaded: the last piece's kind, and what its header promises
     uint32_t load_stage
     uint64_t load_pieces
@@ -391,6 +392,7 @@ cdef void state_free(EngineState* e) noexcept nogil:
     if e == NULL:
         return
     image_end(e)
+    image_release(e)
     for i in range(e.generation_count):
         generation_free(e, &e.generations[i])
     memory_free(e, &e.ready)

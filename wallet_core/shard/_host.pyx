@@ -1210,6 +1210,8 @@ cdef class ShardHost:
         shard_push(&shard.core, work, False)
         self._wait(request)
         request_free(request)
+        with nogil:
+            shard.engine.release_image()
         return 0
 
     def note_snapshot(self, int shard, uint64_t sequence):

@@ -21,7 +21,6 @@ cdef class MemoryThread:
         pthread_cond_destroy(&self.changed)
 
     def __enter__(self):
-        self.wanted = 1
         self.thread = threading.Thread(target=self.loop, name="memory", daemon=True)
         self.thread.start()
         return self
@@ -110,13 +109,17 @@ def replay_frames(Engine engine not None, FrameReader reader not None, *, Memory
     return frames, events, code == 1
 
 
-def load_image_piece(Engine engine not None, const uint8_t[::1] piece not None):
-    """Give a fresh engine the next piece of an image; False if it refuses it. The GIL is released meanwhile."""
+def load_image_piece(Engine engine not None, const uint8_t[::1] piece not None, *, MemoryThread memory=None):
+    """Give a fresh engine the next piece of an image; False if it refuses it. The GIL is released meanwhile. `memory` must
+    have ended before load_image_done."""
     cdef int code
+    cdef bint helped = memory is not None
     if piece.shape[0] == 0:
         return False
     with nogil:
         code = engine.load_piece(&piece[0], <uint64_t>piece.shape[0])
+        if code == 0 and helped and engine.wants_memory():
+            memory.ask()
     return code == 0
 
 

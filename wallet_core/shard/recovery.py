@@ -112,12 +112,13 @@ def load_snapshot(path: Path, engine: Engine, progress: Callable[[Progress], Non
     """Load a snapshot into an empty engine. Raises SnapshotDamaged; the engine is then of no use."""
     header = read_header(path)
     done = 0
-    for piece in read_pieces(path):
-        if not load_image_piece(engine, piece):
-            raise SnapshotDamaged(str(path), done, "the engine refuses a piece")
-        done += len(piece)
-        if progress is not None:
-            progress(Progress(header.shard, "snapshot", done, header.file_bytes))
+    with MemoryThread(engine) as memory:
+        for piece in read_pieces(path):
+            if not load_image_piece(engine, piece, memory=memory):
+                raise SnapshotDamaged(str(path), done, "the engine refuses a piece")
+            done += len(piece)
+            if progress is not None:
+                progress(Progress(header.shard, "snapshot", done, header.file_bytes))
     if not load_image_done(engine):
         raise SnapshotDamaged(str(path), 0, "the state does not have the digest that the image names")
     if engine.state_digest() != header.digest or engine.status().sequence != header.sequence:

@@ -8,6 +8,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,60 +171,111 @@ def read_header(path: Path) -> SnapshotHeader:
 
 
 def read_pieces(path: Path) -> Iterator[memoryview]:
-    """Every piece in order, each checked before it is given out; a view lives until the next one. The
-    trailer is checked after the last piece. Raises SnapshotDamaged."""
-    name = str(path)
+    """Every piece in order, each checked before it is given out; a view lives until the next one. The next
+    pieces are read and checked in a thread beside. The trailer is checked after the last piece. Raises SnapshotDamaged."""
     header = read_header(path)
     size = path.stat().st_size
     if size != header.file_bytes:
-        raise SnapshotDamaged(name, min(size, header.file_bytes), f"{size} bytes, the header says {header.file_bytes}")
-    descriptor = _open_direct(path, os.O_RDONLY)
-    buffer = mmap.mmap(-1, min(2 * PIECE_BYTES_MAX, size + -size % _BLOCK + _BLOCK))
-    view = memoryview(buffer)
-    base = filled = 0
-
-    def need(at: int, length: int) -> memoryview:
-        nonlocal base, filled
-        if at + length > size:
-            raise SnapshotDamaged(name, at, "the file ends inside a piece")
-        if at < base or at + length > base + filled:
-            base, filled = at - at % _BLOCK, 0
-            while base + filled < at + length:
-                got = os.preadv(descriptor, [view[filled:]], base + filled)
-                if got == 0:
-                    raise SnapshotDamaged(name, base + filled, "the file ends inside a piece")
-                filled += got
-                if got % _BLOCK:
-                    break
-        return view[at - base : at - base + length]
-
+        raise SnapshotDamaged(
+            str(path), min(size, header.file_bytes), f"{size} bytes, the header says {header.file_bytes}"
+        )
+    reader = _PieceReader(path, header)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
     try:
-        at, pieces_crc = HEADER_BYTES, 0
-        for _ in range(header.piece_count):
-            length, crc = PIECE_HEADER.unpack(need(at, PIECE_HEADER.size))
-            if not 0 < length <= PIECE_BYTES_MAX:
-                raise SnapshotDamaged(name, at, f"a piece of {length} bytes cannot be")
-            piece = need(at + PIECE_HEADER.size, length)
-            if crc32c(piece) != crc:
-                raise SnapshotDamaged(name, at, "a piece does not match its checksum")
-            pieces_crc = crc32c(crc.to_bytes(4, "little"), pieces_crc)
-            yield piece
-            padding = bytes(need(at + PIECE_HEADER.size + length, -length % 8))
-            if any(padding):
-                raise SnapshotDamaged(name, at, "padding that is not zero")
-            at += PIECE_HEADER.size + length + -length % 8
-        trailer = bytes(need(at, TRAILER_BYTES))
-        if (
-            pieces_crc != header.pieces_crc
-            or trailer != pack_trailer(header.piece_count, header.file_bytes, pieces_crc)
-            or at + TRAILER_BYTES != size
-        ):
-            raise SnapshotDamaged(name, at, "the trailer does not match the pieces")
+        left = header.piece_count
+        coming = thread.submit(reader.block) if left else None
+        while coming is not None:
+            pieces, damage = coming.result()
+            left -= len(pieces)
+            coming = thread.submit(reader.block) if left and damage is None else None
+            yield from pieces
+            pieces.clear()
+            if damage is not None:
+                raise damage
+        reader.check_trailer()
     finally:
-        os.close(descriptor)
+        thread.shutdown()
+        reader.close()
+
+
+class _PieceReader:
+    """Reads blocks that begin with a piece into two buffers in turn."""
+
+    def __init__(self, path: Path, header: SnapshotHeader) -> None:
+        self._name, self._header = str(path), header
+        self._at, self._left, self._pieces_crc = HEADER_BYTES, header.piece_count, 0
+        length = min(2 * PIECE_BYTES_MAX, header.file_bytes + -header.file_bytes % _BLOCK)
+        self._buffers = [mmap.mmap(-1, length), mmap.mmap(-1, length)]
+        self._views = [memoryview(buffer) for buffer in self._buffers]
+        self._turn = 0
+        self._descriptor = _open_direct(path, os.O_RDONLY)
+
+    def block(self) -> tuple[list[memoryview], SnapshotDamaged | None]:
+        """The next pieces that lie in the file one after the other, at least one, and what is wrong with the one behind
+        them. The views live until the next call but one."""
+        pieces: list[memoryview] = []
+        try:
+            base, data = self._read(PIECE_HEADER.size)
+            while self._left:
+                at = self._at - base
+                if at + PIECE_HEADER.size > len(data):
+                    break
+                length, crc = PIECE_HEADER.unpack_from(data, at)
+                if not 0 < length <= PIECE_BYTES_MAX:
+                    raise SnapshotDamaged(self._name, self._at, f"a piece of {length} bytes cannot be")
+                at += PIECE_HEADER.size
+                end = at + length + -length % 8
+                if end > len(data):
+                    if not pieces and base + len(data) == self._header.file_bytes:
+                        raise SnapshotDamaged(self._name, self._at, "the file ends inside a piece")
+                    break
+                piece = data[at : at + length]
+                if crc32c(piece) != crc:
+                    raise SnapshotDamaged(self._name, self._at, "a piece does not match its checksum")
+                if any(data[at + length : end]):
+                    raise SnapshotDamaged(self._name, self._at, "padding that is not zero")
+                self._pieces_crc = crc32c(crc.to_bytes(4, "little"), self._pieces_crc)
+                pieces.append(piece)
+                self._at, self._left = base + end, self._left - 1
+        except SnapshotDamaged as damage:
+            return pieces, damage
+        return pieces, None
+
+    def check_trailer(self) -> None:
+        """After the last piece. Raises SnapshotDamaged."""
+        base, data = self._read(TRAILER_BYTES)
+        trailer = bytes(data[self._at - base : self._at - base + TRAILER_BYTES])
+        header = self._header
+        if (
+            self._pieces_crc != header.pieces_crc
+            or trailer != pack_trailer(header.piece_count, header.file_bytes, self._pieces_crc)
+            or self._at + TRAILER_BYTES != header.file_bytes
+        ):
+            raise SnapshotDamaged(self._name, self._at, "the trailer does not match the pieces")
+
+    def close(self) -> None:
+        """Let go of file and buffers."""
+        os.close(self._descriptor)
         with contextlib.suppress(BufferError):  # a caller may still hold the last view
-            view.release()
-            buffer.close()
+            for view, buffer in zip(self._views, self._buffers, strict=True):
+                view.release()
+                buffer.close()
+
+    def _read(self, needed: int) -> tuple[int, memoryview]:
+        """A buffer full from the block on that holds the next piece's first byte: its offset in the file, and the bytes."""
+        if self._at + needed > self._header.file_bytes:
+            raise SnapshotDamaged(self._name, self._at, "the file ends inside a piece")
+        base = self._at - self._at % _BLOCK
+        view = self._views[self._turn]
+        self._turn ^= 1
+        wanted = min(len(view), self._header.file_bytes - base)
+        filled = 0
+        while filled < wanted:
+            got = os.preadv(self._descriptor, [view[filled:]], base + filled)
+            if got == 0:
+                raise SnapshotDamaged(self._name, base + filled, "the file ends inside a piece")
+            filled += got
+        return base, view[: min(filled, wanted)]
 
 
 def check(path: Path, progress: Callable[[int, int], None] | None = None) -> SnapshotHeader:

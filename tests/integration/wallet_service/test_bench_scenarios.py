@@ -1,0 +1,84 @@
+"""Risk: a benchmark of the wallet prints figures of something that did not happen, or other keys than the documents name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.bench import wallet
+
+KEYS = {
+    "scenario",
+    "accounts",
+    "transfers",
+    "transfers_per_second",
+    "batch_ms",
+    "cpu_seconds",
+    "bytes_per_transfer",
+    "limits",
+    "ratios",
+    "checks",
+}
+
+
+def smoke(name: str, tmp_path: Path) -> dict[str, Any]:
+    report = wallet.run(name, smoke=True, data_dir=str(tmp_path))
+    assert set(report) >= KEYS
+    assert set(report["batch_ms"]) == {"p50", "p99", "max"}
+    assert set(report["cpu_seconds"]) == {"client", "server"}
+    assert set(report["checks"]) >= {"balances", "log"}
+    assert report["checks"] == dict.fromkeys(report["checks"], True)
+    assert json.loads(json.dumps(report)) == report
+    return report
+
+
+@pytest.mark.timeout(180)
+def test_a_restore_is_measured_from_snapshot_and_log_and_from_the_log_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = smoke("restore", tmp_path)
+    ways = report["restore"]
+    assert set(ways) == {"snapshot_and_log", "log_alone"}
+    events = wallet.SCENARIOS["restore"].smoke_accounts + wallet.SCENARIOS["restore"].smoke_transfers
+    assert ways["log_alone"]["replayed_events"] == events
+    assert 0 <= ways["snapshot_and_log"]["replayed_events"] < events
+    wallet.print_report(report)
+    assert "log_alone events_per_second" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(180)
+def test_a_snapshot_is_taken_while_batches_are_under_way(tmp_path: Path) -> None:
+    report = smoke("snapshot", tmp_path)
+    taken = report["snapshot"]
+    assert set(taken["delay_ms"]) == set(taken["batch_ms"]) == {"p50", "p99", "max"}
+    assert taken["batches"] > 0
+    assert taken["bytes"] > wallet.SCENARIOS["snapshot"].smoke_accounts * 64
+
+
+def test_tigerbeetles_own_figure_is_taken_and_a_failure_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run" / "data"
+    folder.mkdir(parents=True)
+    counts = wallet.Counts(accounts=10, transfers=20)
+    monkeypatch.delenv("TIGERBEETLE", raising=False)
+    assert wallet.tigerbeetle_ratio(folder, 1000.0, counts) == {}
+    binary = tmp_path / "binary"
+    monkeypatch.setenv("TIGERBEETLE", str(binary))
+    binary.write_text(
+        "#!/bin/sh\n"
+        'test "$*" = "benchmark --account-count=10 --transfer-count=20" || exit 3\n'
+        "touch data-file\n"
+        "echo info >&2\n"
+        "echo 'load accepted = 250 tx/s'\n"
+    )
+    binary.chmod(0o755)
+    assert wallet.tigerbeetle_ratio(folder, 1000.0, counts) == {"tigerbeetle": 4.0}
+    assert list(folder.parent.iterdir()) == [folder]
+    binary.write_text("#!/bin/sh\necho 'load accepted = 250 tx/s'\necho no room >&2\nexit 1\n")
+    with pytest.raises(RuntimeError, match=r"(?s)exit code 1.*no room"):
+        wallet.tigerbeetle_ratio(folder, 1000.0, counts)
