@@ -212,8 +212,13 @@ class WalletHost:
     def transfer_call(self, message: bytes) -> asyncio.Future[bytes] | None:
         """A serialized CreateTransfersRequest in, a serialized CreateTransfersResponse out: the short way for up to 256 plain
         rows, without an object a row. None where it is not for that: a row is linked or malformed, the answer need not wait
-        for sagas, there is no room, or the host is stopping."""
-        if self._failure is not None or self._closed or self._must_wait(len(message) // 32, 4 * len(message)):
+        for sagas, there is no room, a striped account is being opened, or the host is stopping."""
+        if (
+            self._failure is not None
+            or self._closed
+            or self._striping
+            or self._must_wait(len(message) // 32, 4 * len(message))
+        ):
             return None
         future: asyncio.Future[bytes] = self._loop.create_future()
         rows = self._native.gather_call(message, future)
@@ -235,6 +240,7 @@ class WalletHost:
         while self._striping:
             await asyncio.wait(self._striping)
         self._flush()  # what came before stays before
+        self._submit_calls()
         future = self._future()
         try:
             self._native.submit_accounts(self._ticket, rows, update=update)
@@ -539,6 +545,9 @@ class WalletHost:
 
     def _submit_calls(self) -> None:
         if not self._called_rows:
+            return
+        if self._striping:
+            self._loop.call_later(0.001, self._submit_calls)
             return
         self._ticket += 1
         try:

@@ -179,3 +179,26 @@ async def test_closing_answers_what_was_gathered(tmp_path: Path) -> None:
     assert call is not None
     await host.close()
     assert results(await call) == [1]
+
+
+async def test_calls_wait_while_a_striped_account_is_being_opened(tmp_path: Path) -> None:
+    """Until then its transfers would be routed as a plain account's, and their ids remembered on the wrong shard."""
+    host = await opened(tmp_path, shard_count=4)
+    before = host.transfer_call(request(plain(1)))
+    assert before is not None
+    flags = int(AccountFlags.MAY_OVERDRAW | AccountFlags.STRIPED)
+    opening = asyncio.ensure_future(host.create_accounts([AccountRow(account(99), "USD", flags)]))
+    await asyncio.sleep(0)
+    assert host.native.gathered_rows == 0  # what came before stays before
+    assert host.transfer_call(request(plain(2))) is None
+    rows = host.transfers([TransferRow(transfer_id(3), account(99), PEOPLE[0], 5)])
+    assert await asyncio.gather(opening, rows) == [b"\x01", b"\x01"]
+    assert results(await before) == [1]
+    same = plain(3, debit_account_id=account(99), credit_account_id=PEOPLE[0], amount_minor=5)
+    again = host.transfer_call(request(same))
+    assert again is not None
+    assert results(await again) == [1]
+    [state] = await host.accounts([account(99)])
+    assert state is not None
+    assert state.balance == -5  # once
+    await host.close()
