@@ -348,7 +348,13 @@ class Platform:
             child = process.child
             assert child is not None
             assert child.stdout is not None
-            async for line in child.stdout:
+            while True:
+                try:
+                    line = await child.stdout.readline()
+                except ValueError:  # longer than the stream's limit: none of ours, and no reason to watch no more
+                    continue
+                if not line:
+                    break
                 words = line.decode(errors="replace").split()
                 if words[:1] == ["ready"]:
                     process.address = words[-1]

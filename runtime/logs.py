@@ -132,7 +132,9 @@ def _render_json(_logger: Any, _method: str, event: EventDict) -> str:
 def _render_text(_logger: Any, _method: str, event: EventDict) -> str:
     time, level, process = event.pop("time"), event.pop("level"), event.pop("process")
     message, trail = event.pop("event", ""), event.pop("traceback", "")
-    facts = " ".join(f"{key}={value}" for key, value in event.items())
+    facts = " ".join(f"{key}={value}" for key, value in event.items()).replace(
+        "\n", "\\n"
+    )  # a value cannot write a line of its own
     return scrub(f"{time[11:23]} {level:<7} {process:<8} {message} {facts}".rstrip() + (f"\n{trail}" if trail else ""))
 
 

@@ -90,6 +90,14 @@ def test_no_secret_by_name_or_by_shape(format: str) -> None:
     assert "ducat_rpc_server_handled" in text, "not every word of ours is a token"
 
 
+def test_a_value_cannot_write_a_line_of_its_own() -> None:
+    stream = io.StringIO()
+    logs.configure("payment", "info", "text", stream)
+    logs.get_logger().info("rejected", reason="no\n12:00:00.000 info    payment  payment created checkout_id=FORGED")
+    logs.configure("test")
+    assert len(stream.getvalue().splitlines()) == 1
+
+
 def test_a_bug_is_logged_with_its_traceback(stream: io.StringIO) -> None:
     try:
         raise RuntimeError("bug")
