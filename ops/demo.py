@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -426,27 +426,29 @@ async def _outcome_if_settled(client: ducat.aio.Client, payment: payment_pb2.Pay
 async def read_books(client: ducat.aio.Client) -> Books:
     """Every named wallet account, every ledger account and the trial balance, page by page."""
     wallets: dict[str, tuple[str, int]] = {}
-    page_token, held = "", False
-    while True:
-        page = await client.wallet.list_accounts(wallet_pb2.ListAccountsRequest(page_size=1000, page_token=page_token))
-        for account in page.accounts:
-            wallets[account.name] = (account.currency_code, account.balance_minor)
-            held = held or bool(account.held_out_minor or account.held_in_minor)
-        page_token = page.next_page_token
-        if not page_token:
-            break
-    ledger: dict[str, int] = {}
-    while True:
-        accounts = await client.ledger.list_accounts(
-            ledger_pb2.ListAccountsRequest(page_size=1000, page_token=page_token)
-        )
-        ledger.update({account.name: account.credit_minor - account.debit_minor for account in accounts.accounts})
-        page_token = accounts.next_page_token
-        if not page_token:
-            break
+    held = False
+    async for account in _accounts(client.wallet.list_accounts):
+        wallets[account.name] = (account.currency_code, account.balance_minor)
+        held = held or bool(account.held_out_minor or account.held_in_minor)
+    ledger = {
+        account.name: account.credit_minor - account.debit_minor
+        async for account in _accounts(client.ledger.list_accounts)
+    }
     trial = await client.ledger.get_trial_balance(ledger_pb2.GetTrialBalanceRequest())
     trial_balance = {line.currency_code: (line.debit_minor, line.credit_minor) for line in trial.lines}
     return Books(wallets=wallets, ledger=ledger, trial_balance=trial_balance, held=held)
+
+
+async def _accounts(list_accounts: Callable[..., Awaitable[Any]]) -> AsyncIterator[Any]:
+    """What a method that lists accounts has, from its first page to its last."""
+    page_token = ""
+    while True:
+        page = await list_accounts(page_size=1000, page_token=page_token)
+        for account in page.accounts:
+            yield account
+        page_token = page.next_page_token
+        if not page_token:
+            return
 
 
 async def _wait(look: Callable[[], Awaitable[Seen | None]], what: str) -> Seen:
@@ -458,7 +460,7 @@ async def _wait(look: Callable[[], Awaitable[Seen | None]], what: str) -> Seen:
             return seen
         if time.monotonic() > deadline:
             raise DemoFailed(
-                f"waited {WAIT_S_MAX:.0f} s in vain for {what}; look at it with: make demo, then --keep-data and logs/"
+                f"waited {WAIT_S_MAX:.0f} s in vain for {what}; `.venv/bin/ducat demo --keep-data` leaves its logs to look at"
             )
         await asyncio.sleep(POLL_S)
 
