@@ -1,4 +1,5 @@
-"""What both embedded servers share: ports, socket folders, generated passwords, and processes left by a killed run."""
+"""What both embedded servers share: the life of the child process, ports, socket folders, generated passwords, and processes left by a
+killed run."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ import secrets
 import signal
 import socket
 import stat
+import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 __all__ = [
+    "EmbeddedServer",
     "ServerFailed",
     "free_port",
     "kept_port",
@@ -27,11 +31,77 @@ __all__ = [
 SOCKET_PATH_BYTES_MAX = 100
 """A Unix socket address holds 107 bytes on Linux, 103 on macOS."""
 LEFTOVER_STOP_S = 20.0
+STOP_TIMEOUT_S = 30.0
+READY_LOOK_S = 0.02
 FREE_PORTS = range(18_000, 32_000)
 
 
 class ServerFailed(RuntimeError):
     """An embedded server does not start; the message holds the end of its log."""
+
+
+class EmbeddedServer:
+    """A server that runs as a child process of ours, on a folder of its own."""
+
+    name = ""
+    """For people."""
+
+    def __init__(self, folder: str | Path, port: int) -> None:
+        self.folder = Path(folder).absolute()
+        self.data = self.folder / "data"
+        self.log_file = self.folder / "log"
+        self._wanted_port = port
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+        self._password = ""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the server, None when it does not run."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The child of the last start, for a supervisor that waits for its end."""
+        return self._process
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would; for tests of recovery."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.kill()
+        process.wait()
+
+    def _end(self, gently: signal.Signals, firmly: signal.Signals) -> None:
+        """Ends the child, `firmly` where it does not end in time. No effect when it does not run."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(gently)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.send_signal(firmly)
+            process.wait(STOP_TIMEOUT_S)
+
+    def _wait_until(self, is_ready: Callable[[], bool], timeout_s: float) -> None:
+        """Raises ServerFailed where the child ends, or is not ready in time."""
+        process = self._process
+        assert process is not None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if process.poll() is not None:
+                raise self._failed(f"ended with {process.returncode}")
+            if is_ready():
+                return
+            if time.monotonic() > deadline:
+                process.kill()
+                raise self._failed(f"is not ready after {timeout_s:g} s")
+            time.sleep(READY_LOOK_S)
+
+    def _failed(self, how: str) -> ServerFailed:
+        return ServerFailed(f"{self.name} {how}; end of {self.log_file}:\n{tail(self.log_file)}")
 
 
 def free_port() -> int:

@@ -27,13 +27,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from runtime.embedded._server import (
+    EmbeddedServer,
     ServerFailed,
     kept_port,
     kept_secret,
     private_folder,
     socket_folder,
     stop_leftover,
-    tail,
 )
 
 __all__ = ["EmbeddedPostgres"]
@@ -41,7 +41,6 @@ __all__ = ["EmbeddedPostgres"]
 USER = "ducat"
 DATABASE = "ducat"
 START_TIMEOUT_S = 120.0  # crash recovery replays up to max_wal_size
-STOP_TIMEOUT_S = 30.0
 LINGER_S = 20.0
 UNPRIVILEGED_USER = "nobody"
 
@@ -79,34 +78,20 @@ _PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 8, 47, 2
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
-class EmbeddedPostgres:
+class EmbeddedPostgres(EmbeddedServer):
     """A PostgreSQL server as a child process.
 
     `start()` returns the DSN of a Unix socket and waits until the server accepts; `tcp_dsn` is the loopback one, with its password. The
     child is in a session of its own: a Ctrl-C at the terminal does not reach it, `stop()` does. `is_durable=False` is for tests only.
     """
 
+    name = "PostgreSQL"
+
     def __init__(self, folder: str | Path, *, port: int = 0, is_durable: bool = True) -> None:
-        self.folder = Path(folder).absolute()
-        self.data = self.folder / "data"
-        self.log_file = self.folder / "log"
+        super().__init__(folder, port)
         self._half_made = self.folder / "initializing"
-        self._wanted_port = port
         self._is_durable = is_durable
-        self._process: subprocess.Popen[bytes] | None = None
-        self._port = 0
         self._socket_folder = Path()
-        self._password = ""
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the server, None when it does not run."""
-        return self._process.pid if self._process is not None and self._process.poll() is None else None
-
-    @property
-    def process(self) -> subprocess.Popen[bytes] | None:
-        """The child of the last start, for a supervisor that waits for its end."""
-        return self._process
 
     @property
     def dsn(self) -> str:
@@ -165,7 +150,7 @@ class EmbeddedPostgres:
                     preexec_fn=prepare,
                 )
             try:
-                return self._wait_until_it_accepts()
+                return self._wait_until(self._accepts, START_TIMEOUT_S)
             except ServerFailed:
                 said = self.log_file.read_bytes()[log_start:]
                 if b"still in use" not in said or time.monotonic() > deadline:
@@ -174,23 +159,7 @@ class EmbeddedPostgres:
 
     def stop(self) -> None:
         """Stop the `fast` way: open transactions roll back, what is committed is on disk. No effect when it does not run."""
-        process, self._process = self._process, None
-        if process is None or process.poll() is not None:
-            return
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGQUIT)  # `immediate`: recovery at the next start
-            process.wait(STOP_TIMEOUT_S)
-
-    def kill(self) -> None:
-        """SIGKILL the server and its children, as a crash would; for tests of recovery."""
-        process = self._process
-        if process is None or process.poll() is not None:
-            return
-        process.kill()
-        process.wait()
+        self._end(signal.SIGINT, signal.SIGQUIT)  # SIGQUIT is `immediate`: recovery at the next start
 
     def _stop_leftover(self) -> None:
         pid_file = self.data / "postmaster.pid"
@@ -238,26 +207,13 @@ class EmbeddedPostgres:
         }
         return [f"--{name}={value}" for name, value in settings.items()]
 
-    def _wait_until_it_accepts(self) -> None:
-        process = self._process
-        assert process is not None
-        deadline = time.monotonic() + START_TIMEOUT_S
-        pid_file = self.data / "postmaster.pid"
-        while True:
-            if process.poll() is not None:
-                raise ServerFailed(
-                    f"PostgreSQL ended with {process.returncode}; end of {self.log_file}:\n{tail(self.log_file)}"
-                )
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                lines = pid_file.read_text().splitlines()
-                if int(lines[0]) == process.pid and lines[7].strip() == "ready":
-                    return
-            if time.monotonic() > deadline:
-                process.kill()
-                raise ServerFailed(
-                    f"PostgreSQL is not ready after {START_TIMEOUT_S:g} s; end of {self.log_file}:\n{tail(self.log_file)}"
-                )
-            time.sleep(0.02)
+    def _accepts(self) -> bool:
+        """What the server itself writes beside its process id."""
+        assert self._process is not None
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+            return int(lines[0]) == self._process.pid and lines[7].strip() == "ready"
+        return False
 
     def _create_database(self) -> None:
         statements = f"ALTER USER {USER} PASSWORD '{self._password}';\nCREATE DATABASE {DATABASE};\n"

