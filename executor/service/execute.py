@@ -129,8 +129,11 @@ class Executor:
     # --- sending ------------------------------------------------------------------------------------------------------
 
     async def _ask_then_send(self, attempt: Attempt, command: Command) -> Attempt:
-        """For a SENDING attempt that may have been sent before, nobody knows: sent only where the PSP says that it does not have it."""
-        if self._can(attempt, Capability.QUERY):
+        """For a SENDING attempt that may have been sent before, nobody knows: sent only where the PSP says that it does not have it. One
+        whose PSP has left the settings stays unknown until it is back.
+        """
+        adapter = self._adapters.get(attempt.psp)
+        if attempt.psp and (adapter is None or Capability.QUERY in adapter.provider.capabilities):
             answer = await self._query(attempt)
             if not isinstance(answer, NotFound):
                 return await self._conclude(attempt, command, answer)

@@ -334,6 +334,20 @@ class TestUnknown:
         assert psp.calls == ["query", "register"]
         assert world.told() == ["order_registered"]
 
+    async def test_what_may_have_been_sent_to_a_psp_that_left_the_settings_is_not_refused(self) -> None:
+        """Its hold would be released while the PSP pays."""
+        world = World(FakePsp())
+        await world.store.begin(ExecutePayout("PO-1"), "gone", world.clock.now_ns(), world.clock.now_ns() + 30 * S, "")
+        await world.poll_after(30)
+        assert world.row("PO-1", AttemptKind.PAYOUT).state is AttemptState.UNKNOWN
+        assert world.told() == []
+
+    async def test_nobody_took_it_and_the_process_died_before_it_said_so(self) -> None:
+        world = World(FakePsp())
+        await world.store.begin(replace(ORDER, psp="nobody"), "", world.clock.now_ns(), 1, "")
+        await world.executor.execute(replace(ORDER, psp="nobody"))
+        assert world.told() == ["order_rejected"]
+
     async def test_an_abandoned_payout_is_found_by_the_poller_and_not_sent_again(self) -> None:
         psp = FakePsp().says("query", Accepted("po_1"))
         world = World(psp)
