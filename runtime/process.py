@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernel.errors import DucatError, Unavailable
 from runtime import logs, telemetry
-from runtime.security import check_listen
+from runtime.security import check_listen, reload_at_handshakes
 from runtime.settings import Settings, SettingsInvalid, split_address
 
 if TYPE_CHECKING:
@@ -355,6 +355,10 @@ class Process:
             ssl_certfile=settings.tls_cert_file or None,
             ssl_keyfile=settings.tls_key_file or None,
         )
+        if settings.tls_cert_file:
+            config.load()
+            assert config.ssl is not None
+            reload_at_handshakes(config.ssl, settings)
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]  # we have our own
         self._serving = True

@@ -5,6 +5,7 @@
 - `TokenStore`: a TOML file of token hashes and scopes, reloaded when it changes; a broken new version leaves the old
   one in force.
 - `server_credentials`, `channel_credentials`: TLS and mTLS; the server's certificate is reloaded when its file changes.
+- `reload_at_handshakes`: the same for an HTTPS server.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = [
     "check_listen",
     "create_token",
     "list_tokens",
+    "reload_at_handshakes",
     "revoke_token",
     "server_credentials",
 ]
@@ -304,13 +306,41 @@ class _ReloadingCertificate:
         return tuple(_version_of(path) for path in self._paths)
 
 
-def _check_pair(settings: Settings) -> None:
+def reload_at_handshakes(context: ssl.SSLContext, settings: Settings) -> None:
+    """Lets an HTTPS server's context look at each handshake whether the certificate's files have changed. A new pair that fits
+    together is in force from that handshake on; else the old one stays.
+    """
+    paths = (settings.tls_cert_file, settings.tls_key_file)
+    version = tuple(map(_version_of, paths))
+    newest: ssl.SSLContext | None = None
+
+    def at_handshake(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        nonlocal version, newest
+        found = tuple(map(_version_of, paths))
+        if found != version:
+            try:
+                newest = _check_pair(settings)
+            except SettingsInvalid as error:
+                _logger.warning("certificate not reloaded, the old one stays in force", reason=str(error))
+            else:
+                version = found
+                _logger.info("certificate reloaded", path=settings.tls_cert_file)
+        if newest is not None:
+            connection.context = newest  # only the certificate is taken from it
+
+    context.sni_callback = at_handshake  # also called where the client names no server
+
+
+def _check_pair(settings: Settings) -> ssl.SSLContext:
+    """A context with the pair of the files. Raises SettingsInvalid where they do not fit together."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
+        context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
     except (OSError, ssl.SSLError) as error:
         raise SettingsInvalid(
             f"tls_cert_file {settings.tls_cert_file} and tls_key_file {settings.tls_key_file}: no usable pair: {error}"
         ) from None
+    return context
 
 
 def _read_pem(path: str, name: str) -> bytes:

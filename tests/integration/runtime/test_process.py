@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import trustme
 
 import ducat.aio
 
@@ -140,6 +143,48 @@ async def test_http_serves_and_stops_gracefully(start: Start) -> None:
     child.kill(signal.SIGTERM)
     code, out, logged = await child.end()
     assert (code, out[0]) == (0, "served"), logged
+
+
+async def test_https_takes_a_new_certificate_without_a_restart_and_keeps_the_old_one_while_the_new_is_broken(
+    start: Start, tmp_path: Path
+) -> None:
+    """Risk: a certificate runs out at the edge, months after it was replaced on disk."""
+    paths = {name: tmp_path / f"{name}.pem" for name in ("cert", "key")}
+    written_s = itertools.count(1_753_056_000)  # files of one kernel tick and one size would look the same
+
+    def issue() -> ssl.SSLContext:
+        authority = trustme.CA()
+        issued = authority.issue_cert("127.0.0.1")
+        issued.private_key_pem.write_to_path(paths["key"])
+        issued.cert_chain_pems[0].write_to_path(paths["cert"])
+        os.utime(paths["cert"], (0, next(written_s)))
+        trusting = ssl.create_default_context()
+        authority.configure_trust(trusting)
+        return trusting
+
+    async def get(trusting: ssl.SSLContext, http: aiohttp.ClientSession | None = None) -> int:
+        async with aiohttp.ClientSession() as fresh, (http or fresh).get(f"https://{address}/", ssl=trusting) as answer:
+            return answer.status
+
+    first = issue()
+    child = await start("http", DUCAT_TLS_CERT_FILE=str(paths["cert"]), DUCAT_TLS_KEY_FILE=str(paths["key"]))
+    address = await child.address()
+    async with aiohttp.ClientSession() as running:
+        assert await get(first, running) == 200
+        good_key = paths["key"].read_bytes()
+        paths["key"].write_text("half a ke")
+        assert await get(first) == 200
+        paths["key"].write_bytes(good_key)
+        for _ in range(2):
+            second = issue()
+            assert await get(second) == 200
+            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                await get(first)
+        assert await get(first, running) == 200, "a running connection stays"
+    child.kill(signal.SIGTERM)
+    code, _, errors = await child.end()
+    said = "".join(errors)
+    assert (code, said.count("certificate reloaded"), said.count("certificate not reloaded")) == (0, 2, 1)
 
 
 @pytest.mark.parametrize("what", ["grpc", "http"])
