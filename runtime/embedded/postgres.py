@@ -118,6 +118,7 @@ class EmbeddedPostgres(EmbeddedServer):
         private_folder(self.data, owner)
         self._password = kept_secret(self.folder / "password")
         self._stop_leftover()
+        may_move = not self._port and not self._wanted_port
         self._port = self._port or kept_port(self.folder / "port", self._wanted_port)
         self._socket_folder = socket_folder(self.folder, f".s.PGSQL.{self._port}", owner)
         prepare = _drop_to(owner, [self.data, self._socket_folder, _installation()])
@@ -128,13 +129,16 @@ class EmbeddedPostgres(EmbeddedServer):
         if is_new:
             self._half_made.touch()
             self._initialize(prepare)
-        self._launch(prepare)
+        self._launch(prepare, may_move)
         if is_new:
             self._create_database()
         return self.dsn
 
-    def _launch(self, prepare: Callable[[], None] | None) -> None:
-        """Start the server and wait until it accepts. After a SIGKILL its last backends may still be ending: then try again."""
+    def _launch(self, prepare: Callable[[], None] | None, may_move: bool) -> None:
+        """Start the server and wait until it accepts. After a SIGKILL its last backends may still be ending: then try again.
+
+        A port that was free before initdb may have been taken meanwhile (seconds, on a busy machine): then `may_move` takes another.
+        """
         deadline = time.monotonic() + LINGER_S
         while True:
             with self.log_file.open("ab") as log:
@@ -153,8 +157,11 @@ class EmbeddedPostgres(EmbeddedServer):
                 return self._wait_until(self._accepts, START_TIMEOUT_S)
             except ServerFailed:
                 said = self.log_file.read_bytes()[log_start:]
-                if b"still in use" not in said or time.monotonic() > deadline:
+                is_port_taken = may_move and b"Address already in use" in said
+                if not (is_port_taken or b"still in use" in said) or time.monotonic() > deadline:
                     raise
+                if is_port_taken:
+                    self._port = kept_port(self.folder / "port")
             time.sleep(0.1)
 
     def stop(self) -> None:

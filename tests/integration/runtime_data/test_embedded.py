@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -85,6 +86,30 @@ async def test_postgres_with_a_long_path_keeps_its_socket_short(tmp_path: Path) 
         assert await query(dsn, "SELECT 1") == 1
     finally:
         server.stop()
+
+
+async def test_postgres_moves_when_its_port_is_taken_while_it_is_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Risk: a port is picked, initdb takes its seconds, and somebody else listens there by then."""
+    server = EmbeddedPostgres(tmp_path / "pg", is_durable=False)
+    with socket.socket() as taken:
+        initialize = server._initialize
+
+        def initialize_and_lose_the_port(*arguments: Any) -> None:
+            initialize(*arguments)
+            taken.bind(("127.0.0.1", server._port))
+            taken.listen()
+
+        monkeypatch.setattr(server, "_initialize", initialize_and_lose_the_port)
+        dsn = server.start()
+        try:
+            assert await query(dsn, "SELECT 1") == 1
+            assert await query(server.tcp_dsn, "SELECT 1") == 1
+            assert server._port != taken.getsockname()[1]
+            assert (tmp_path / "pg" / "port").read_text() == str(server._port)
+        finally:
+            server.stop()
 
 
 async def test_initdb_that_was_killed_half_way_starts_again(tmp_path: Path) -> None:
