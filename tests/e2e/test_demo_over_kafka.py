@@ -14,7 +14,7 @@ from wallet_core.event_log.kafka import KafkaFrames, KafkaLogConfig
 
 
 @pytest.mark.kafka
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 async def test_a_checkout_and_a_payout_over_a_real_kafka_broker(kafka_bootstrap: str, tmp_path: Path) -> None:
     env = {
         "DUCAT_BUS": "kafka",

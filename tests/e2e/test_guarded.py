@@ -38,7 +38,7 @@ def guarded(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 async def test_a_checkout_and_a_payout_over_mtls_with_tokens_and_one_trace(tmp_path: Path) -> None:
     platform = Platform(tmp_path / "data", free_ports=True, executor_count=2, env=guarded(tmp_path), log=print)
     try:
@@ -70,7 +70,7 @@ async def test_a_checkout_and_a_payout_over_mtls_with_tokens_and_one_trace(tmp_p
     assert seen >= {"gateway", "payment", "executor", "ledger", "wallet"}
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 async def test_given_servers_are_used_and_a_second_start_finds_everything_again(
     postgres_dsn: str, valkey_url: str, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ AT_ONCE = 8
 VICTIMS = ("payment", "executor", "wallet", "ledger", "gateway", "sandbox", "valkey", "postgres")
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 async def test_each_process_killed_during_a_run_loses_and_doubles_nothing(tmp_path: Path) -> None:
     platform = Platform(tmp_path, free_ports=True, log=print)
     seed = int(os.environ.get("DUCAT_TEST_SEED", "20261122"))

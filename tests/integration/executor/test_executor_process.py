@@ -99,13 +99,13 @@ class Platform:
         )
         try:
             assert process.stdout is not None
-            line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
+            line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
             assert line.startswith("ready executor "), line
             yield process, line.split()[2]
         finally:
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
-                assert await asyncio.wait_for(process.wait(), 20) == 0
+                assert await asyncio.wait_for(process.wait(), 60) == 0
 
 
 def execute(reference: str, psp: str = "sandbox") -> event_pb2.Envelope:
@@ -185,7 +185,7 @@ async def test_a_psp_that_is_down_loses_no_order(platform: Platform) -> None:
         await platform.order(*(f"ORD-{number}" for number in range(8)))
         async with grpc.aio.insecure_channel(address) as channel:
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while True:
                     (provider,) = (await stub.ListProviders(executor_pb2.ListProvidersRequest())).providers
                     if not provider.healthy:

@@ -61,14 +61,14 @@ async def ledger_process(postgres_dsn: str, valkey_url: str) -> AsyncIterator[tu
     )
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             line = (await process.stdout.readline()).decode().split()
         assert line[:2] == ["ready", "ledger"], line
         yield line[2], process
     finally:
         if process.returncode is None:
             process.terminate()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await process.wait()
 
 

@@ -79,7 +79,7 @@ async def test_the_outbox_leaves_by_the_bus_in_order(service: Service) -> None:
     relay = OutboxRelay(service.pool, "payment", bus)
     running = asyncio.ensure_future(relay.run())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await bus.holds(2)
             await service.register("A", "B")
             await service.tell(paid("A", 1), paid("B", 2))
@@ -646,7 +646,7 @@ async def test_watch_shows_every_last_state_until_the_payment_is_done(service: S
         S.NOT_STARTED: lambda: service.register("A"),
         S.EXECUTING: lambda: service.notifications.apply([paid("A", 1)]),
     }
-    async with asyncio.timeout(20), aclosing(service.payments.watch("CH-1")) as stream:
+    async with asyncio.timeout(60), aclosing(service.payments.watch("CH-1")) as stream:
         async for payment in stream:
             state = payment.orders[0].state
             seen.append(state)
@@ -661,7 +661,7 @@ async def test_watch_shows_every_last_state_until_the_payment_is_done(service: S
 
 async def test_watch_survives_the_loss_of_its_connection(service: Service) -> None:
     await service.payments.create(checkout(("A", 1)))
-    async with asyncio.timeout(20), aclosing(service.payments.watch("CH-1")) as stream:
+    async with asyncio.timeout(60), aclosing(service.payments.watch("CH-1")) as stream:
         assert (await anext(stream)).orders[0].state is S.NOT_STARTED
         await service.pool.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -690,7 +690,7 @@ async def test_a_small_pool_serves_everybody(postgres_dsn: str, connections: int
     """Connections that stay with the store must never leave a caller, or a timer, waiting for ever."""
     pool = await create_pool(postgres_dsn, "payment", max_size=connections)
     service = Service.over(pool, postgres_dsn)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await asyncio.gather(
             *(service.payments.create(checkout((f"O{n}", 1), checkout_id=f"CH-{n}")) for n in range(40))
         )

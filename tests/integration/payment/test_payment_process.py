@@ -63,14 +63,14 @@ class Platform:
             stderr=asyncio.subprocess.DEVNULL,
         )
         assert self.process.stdout is not None
-        line = (await asyncio.wait_for(self.process.stdout.readline(), 30)).decode().split()
+        line = (await asyncio.wait_for(self.process.stdout.readline(), 60)).decode().split()
         assert line[:2] == ["ready", "payment"]
         self.payment = PaymentServiceStub(grpc.aio.insecure_channel(line[2]))
 
     async def end(self, number: int) -> int:
         assert self.process is not None
         self.process.send_signal(number)
-        return await asyncio.wait_for(self.process.wait(), 20)
+        return await asyncio.wait_for(self.process.wait(), 60)
 
     async def register(self, message: Message) -> None:
         """As the executor: answers the command with a registration whose id is the order's."""
@@ -198,7 +198,7 @@ async def test_killed_at_any_moment_each_payment_still_ends_once(postgres_dsn: s
             await platform.tell(each)
         for each in checkouts:
             assert (await platform.until(each, payment_pb2.PAYMENT_ORDER_STATE_SUCCESS)).is_payment_done
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len({event.event_id for event in platform.events}) < 36:  # noqa: ASYNC110 - the bus has no end to wait for
                 await asyncio.sleep(0.02)
     kinds = {event.event_id: event.WhichOneof("body") for event in platform.events}

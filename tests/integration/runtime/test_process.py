@@ -32,7 +32,7 @@ class Child:
 
     async def line(self) -> str:
         assert self.process.stdout is not None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             line = (await self.process.stdout.readline()).decode().rstrip()
         self.lines.append(line)
         return line
@@ -47,7 +47,7 @@ class Child:
 
     async def end(self) -> tuple[int, list[str], list[str]]:
         """Exit code, what stands on stdout and stderr."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             out, errors = await self.process.communicate()
         return self.process.returncode or 0, out.decode().splitlines(), errors.decode().splitlines()
 

@@ -37,7 +37,7 @@ class FakeBus:
         self._changed.set()
 
     async def has(self, count: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(set(self.ids)) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -56,7 +56,7 @@ async def say(pool: Pool, messages: Sequence[Message]) -> None:
 
 
 async def emptied(pool: Pool) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await pool.fetchval("SELECT count(*) FROM outbox"):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
@@ -178,7 +178,7 @@ async def test_one_relay_is_active_and_the_other_takes_over(pool: Pool, monkeypa
         first_task.cancel()
         await asyncio.gather(first_task, return_exceptions=True)
         await say(pool, messages_of(10, start=20))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "id-29" not in second_bus.ids:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         assert second.is_active
@@ -218,7 +218,7 @@ async def test_database_restart_is_survived(
                 await say(pool, messages_of(50, start=50 * round_number))
                 server.kill()
                 await asyncio.to_thread(server.start)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     while True:
                         try:
                             await pool.fetchval("SELECT 1")

@@ -22,7 +22,7 @@ async def start(environment: dict[str, str]) -> asyncio.subprocess.Process:
         sys.executable, "-m", "sandbox", cwd=ROOT, stdout=asyncio.subprocess.PIPE, env={**os.environ, **environment}
     )
     assert process.stdout is not None
-    line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
+    line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
     assert line.startswith("ready sandbox "), line
     return process
 
@@ -64,7 +64,7 @@ async def test_killed_in_the_middle_tells_every_payment(tmp_path: Path) -> None:
         assert {_object(body) for _, _, body in gateway.calls} == set(paid)
         assert {path for path, _, _ in gateway.calls} == {"/webhooks/sandbox2"}
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert await asyncio.wait_for(process.wait(), 60) == 0
     await server.kill()
 
 

@@ -105,7 +105,7 @@ class Submitted:
         )
         call = wallet.wallet.SubmitTransfers()
         await call.write(wallet_pb2.SubmitTransfersRequest(batch=batch))
-        result = (await asyncio.wait_for(call.read(), 20)).result
+        result = (await asyncio.wait_for(call.read(), 60)).result
         call.cancel()
         return dict(zip(result.failed_rows, result.failed_results, strict=True))
 
@@ -119,7 +119,7 @@ async def money(one: WalletProcess, two: WalletProcess) -> tuple[int, int, int]:
 
 
 async def lost(line: LossyLine, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(line.lost) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
@@ -171,7 +171,7 @@ async def test_a_credit_side_that_dies_before_its_outcome_arrives_is_asked_again
             one = await pair.start(0)
         line.lose = 0
         two = await pair.start(1, via=line.address)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while await money(one, two) != (-150, 150, 0):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert await sent.to(one, wallet_pb2.SETTLE_MODE_SETTLED) == refused(30)
@@ -204,21 +204,21 @@ async def test_sagas_settle_between_processes_and_survive_the_death_of_either(st
     (settled,) = batches(500, wallet_pb2.SETTLE_MODE_SETTLED, 1)
     call = one.wallet.SubmitTransfers()
     await call.write(wallet_pb2.SubmitTransfersRequest(batch=settled))
-    result = (await asyncio.wait_for(call.read(), 10)).result
+    result = (await asyncio.wait_for(call.read(), 60)).result
     assert list(result.failed_rows) == []
     assert (await balance(one, NAMES[0]), await balance(two, NAMES[1])) == (-500, 500)
 
     await two.kill()
     (durable,) = batches(700, wallet_pb2.SETTLE_MODE_DURABLE, 2)
     await call.write(wallet_pb2.SubmitTransfersRequest(batch=durable))
-    result = (await asyncio.wait_for(call.read(), 10)).result
+    result = (await asyncio.wait_for(call.read(), 60)).result
     assert set(result.failed_results) == {wallet_pb2.TRANSFER_RESULT_IN_FLIGHT}
     assert await balance(one, NAMES[0]) == -1_200
     await one.kill()
     two = await pair.start(1)
     assert await balance(two, NAMES[1]) == 500
     one = await pair.start(0)
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while await balance(two, NAMES[1]) != 1_200:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert await balance(one, NAMES[0]) == -1_200
@@ -239,7 +239,7 @@ async def test_a_refused_credit_comes_back_across_processes(start_wallet: StartW
     (settled,) = batches(3, wallet_pb2.SETTLE_MODE_SETTLED, 1)
     call = one.wallet.SubmitTransfers()
     await call.write(wallet_pb2.SubmitTransfersRequest(batch=settled))
-    result = (await asyncio.wait_for(call.read(), 10)).result
+    result = (await asyncio.wait_for(call.read(), 60)).result
     assert set(result.failed_results) == {wallet_pb2.TRANSFER_RESULT_CREDIT_ACCOUNT_FROZEN}
     assert (await balance(one, NAMES[0]), await balance(two, NAMES[1])) == (0, 0)
 

@@ -38,7 +38,7 @@ async def balances(wallet: WalletProcess, *names: str) -> list[tuple[int, int]]:
 async def until(wallet: WalletProcess, name: str, expected: tuple[int, int]) -> None:
     found: Sequence[tuple[int, int]] = []
     try:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while found != [expected]:
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     found = await balances(wallet, name)
@@ -59,7 +59,7 @@ async def answers(bus: Bus, count: int) -> list[event_pb2.Envelope]:
 
     consumer = asyncio.ensure_future(bus.consume("wallet.events", "payment", handler))
     try:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             await enough.wait()
     finally:
         consumer.cancel()

@@ -423,7 +423,7 @@ async def test_watch_gives_every_event_from_the_first_and_then_the_live_ones(ser
     assert seen[0].debit_account_id == account_id(CLEARING)
     assert seen[-1].credit_account_id == account_id(name)
     await served.pay(name, 1, "live")
-    assert (await asyncio.wait_for(call.read(), 5)).events[0].sequence_number == 8
+    assert (await asyncio.wait_for(call.read(), 60)).events[0].sequence_number == 8
     call.cancel()
     other = name_on(0, served.host, 1)
     await served.open(other)

@@ -120,7 +120,7 @@ def projector(host: MemoryHost, *stores: MemoryStore) -> Projector:
 async def until_caught_up(projector: Projector, host: MemoryHost) -> None:
     running = asyncio.ensure_future(projector.run())
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             for shard in host.shard_ids:
                 waiting = asyncio.ensure_future(projector.wait(shard, host.durable_sequence(shard), 20))
                 await asyncio.wait([waiting, running], return_when=asyncio.FIRST_COMPLETED)
@@ -181,7 +181,7 @@ async def test_a_reset_under_a_running_projector_is_noticed() -> None:
             assert await follower.wait(shard, host.durable_sequence(shard), 10)
         store.__init__()  # type: ignore[misc]
         follower.reload()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while store.cursors != {shard: host.durable_sequence(shard) for shard in host.shard_ids}:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert nonzero(store.balances) == nonzero(live_sums(host))
