@@ -1,5 +1,8 @@
 """Tells watchers that a payment changed: LISTEN on a connection of its own, which exists only while somebody
 watches.
+
+The connection also holds an advisory lock, by which writers know that somebody listens: without one they send no NOTIFY,
+because PostgreSQL lets one notifying transaction commit at a time (migration 0002).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ __all__ = ["CHANNEL", "LINGER_S", "PaymentChanges"]
 
 CHANNEL = "payment_changed"
 """The payload is the checkout_id."""
+LOCK = (3341, 1)
+"""The advisory lock that migration 0002 names. Shared by all that listen."""
 LINGER_S = 30.0
 """How long the connection stays open after the last watcher left."""
 RECONNECT_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -76,6 +81,8 @@ class PaymentChanges:
             connection = await self._connect()
             try:
                 await connection.add_listener(CHANNEL, self._on_change)
+                # Waits for transactions that saw no listener; whoever reads after this sees what they did.
+                await connection.execute("SELECT pg_advisory_lock_shared($1, $2)", *LOCK)
             except BaseException:
                 connection.terminate()
                 raise

@@ -116,10 +116,14 @@ _FIRST_HISTORY = '[{"s":%d,"c":"created","t":%d}]'
 
 
 class PostgresStore:
-    """Implements payment.service.ports.Store over an asyncpg pool."""
+    """Implements payment.service.ports.Store over an asyncpg pool.
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    `wake` is called after each commit that left something in the outbox: OutboxRelay.wake of this process.
+    """
+
+    def __init__(self, pool: asyncpg.Pool, wake: Callable[[], None] = lambda: None) -> None:
         self._pool = _Lanes(pool)
+        self._wake = wake
 
     async def close(self) -> None:
         """Gives the kept connections back; call it before the pool is closed."""
@@ -165,6 +169,7 @@ class PostgresStore:
             if error.sqlstate == _ORDER_IDS_TAKEN:
                 raise OrderIdsTaken(json.loads(error.detail or "[]")) from error
             raise
+        self._wake()
         return Stored(stored)
 
     async def taken_order_ids(self, checkout_id: str, payment_order_ids: Sequence[str]) -> list[str]:
@@ -249,6 +254,7 @@ class PostgresStore:
             message_id,
             payload,
         )
+        self._wake()
         return Stored(stored)
 
     async def read_payout(self, reference: str) -> Payout | None:
@@ -343,16 +349,17 @@ class PostgresStore:
 
     async def apply(self, changes: ChangeSet) -> bool:
         """One statement, one round trip."""
+        document = _document(changes)
         try:
-            has_parked: bool = await self._pool.fetchval(
-                _APPLY, changes.now, changes.consumer, _json(_document(changes))
-            )
+            has_parked: bool = await self._pool.fetchval(_APPLY, changes.now, changes.consumer, _json(document))
         except asyncpg.PostgresError as error:
             if error.sqlstate in _STALE:
                 raise StaleState(str(error)) from error
             if isinstance(error, asyncpg.UniqueViolationError) and error.constraint_name == _ONE_ORDER_A_PSP_OBJECT:
                 raise PspObjectTaken(f"the PSP object belongs to another order: {error.detail}") from error
             raise
+        if "outbox" in document or "closed" in document:
+            self._wake()
         return has_parked
 
     # --- what the clock asks for
