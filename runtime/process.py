@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -297,6 +298,9 @@ class Process:
 
     def ready(self, address: str) -> None:
         """Prints the one line on stdout that says that the process serves, and where."""
+        # What was loaded by now stays: without it a full collection looks at some hundred thousand objects less (30 ms and more).
+        gc.collect()
+        gc.freeze()
         print(f"ready {self.name} {address}", flush=True)  # noqa: T201 - the supervisor waits for it
         _logger.info("ready", address=address)
 

@@ -136,16 +136,39 @@ async def test_half_an_answer_is_none(answer: bytes) -> None:
 async def test_silence_is_no_reply_and_its_connection_is_not_used_again() -> None:
     async def late(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if b"/slow" in head:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(1.0)
             writer.write(OK.replace(b"hi", b"no"))
         else:
             writer.write(OK)
 
     async with serving(late) as server:
-        pool = HttpPool(server.url, timeout_s=0.05)
+        pool = HttpPool(server.url, timeout_s=0.5)
         with pytest.raises(NoReply):
             await pool.request("GET", "/slow", {})
         assert (await pool.request("GET", "/fast", {})).body == b"hi"
+        await pool.close()
+    assert server.connection_count == 2
+
+
+async def test_no_free_connection_in_time_is_not_sent() -> None:
+    async def late(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.6)
+        writer.write(OK)
+
+    async with serving(late) as server:
+        pool = HttpPool(server.url, timeout_s=0.5, connection_count_max=1)
+        first, second = await asyncio.gather(*(pool.request("GET", "/", {}) for _ in range(2)), return_exceptions=True)
+        assert isinstance(first, NoReply)
+        assert isinstance(second, NotSent)
+        await pool.close()
+    assert len(server.requests) == 1
+
+
+async def test_more_than_was_asked_for_is_never_an_answer() -> None:
+    async with serving(saying(OK + OK.replace(b"hi", b"no"))) as server:
+        pool = HttpPool(server.url, timeout_s=5)
+        for _ in range(2):
+            assert (await pool.request("GET", "/", {})).body == b"hi"
         await pool.close()
     assert server.connection_count == 2
 
