@@ -40,6 +40,7 @@ async def serve(settings: Settings) -> None:
         bus = await process.bus()
         relay = OutboxRelay(pool, "executor", bus)
         store = PostgresAttemptStore(pool, relay)
+        process.on_close("attempt store", store.close)
         health = HealthBoard(store, clock)
         executor = Executor(
             store,

@@ -19,6 +19,7 @@ async def main() -> None:
     async with Process.start("ledger", settings) as process:
         pool = await process.postgres("ledger")
         journal = PostgresJournal(pool)
+        process.on_close("journal", journal.close)
         bus = await process.bus()
         consumer = LedgerConsumer(PostFacts(journal))
         process.spawn(bus.consume(TOPIC, GROUP, consumer.handle, batch_max=BATCH_MAX), name=TOPIC)

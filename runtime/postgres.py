@@ -11,7 +11,7 @@ import structlog
 
 from kernel.errors import Unavailable
 
-__all__ = ["CONNECT_ERRORS", "Connection", "Pool", "connect", "create_pool", "transaction"]
+__all__ = ["CONNECT_ERRORS", "Connection", "KeptConnections", "Pool", "connect", "create_pool", "transaction"]
 
 Connection: TypeAlias = asyncpg.Connection
 Pool: TypeAlias = asyncpg.Pool
@@ -130,6 +130,77 @@ async def transaction(
                     reason="UNAVAILABLE",
                 ) from error
             await asyncio.sleep(RETRY_BASE_S * (1 << failures))
+
+
+class KeptConnections:
+    """A few connections of a pool that stay with a store between statements. Close it before the pool.
+
+    For stores whose every statement is a transaction of its own, so that nothing has to be cleaned up in between: the pool's acquire
+    and release (a task, a shield and a timeout each) cost about as much CPU as the statement itself, measured 75 µs against 30 µs.
+    """
+
+    KEPT_MAX = 4
+    LEFT_MIN = 3
+    """Connections of the pool that are never kept: the outbox relay's, and what timers borrow."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._kept_max = max(0, min(self.KEPT_MAX, pool.get_max_size() - self.LEFT_MIN))
+        self._waiting = 0
+        self._free: list[Any] = []
+
+    async def fetch(self, statement: str, *arguments: Any) -> list[Any]:
+        """The rows of a statement."""
+        connection = await self._take()
+        try:
+            rows: list[Any] = await connection.fetch(statement, *arguments)
+        except BaseException as error:
+            await self._after_error(connection, error)
+            raise
+        await self._give(connection)
+        return rows
+
+    async def fetchrow(self, statement: str, *arguments: Any) -> Any:
+        """The first row, or None."""
+        rows = await self.fetch(statement, *arguments)
+        return rows[0] if rows else None
+
+    async def fetchval(self, statement: str, *arguments: Any) -> Any:
+        """The first column of the first row, which must be there."""
+        return (await self.fetch(statement, *arguments))[0][0]
+
+    async def execute(self, statement: str, *arguments: Any) -> None:
+        """A statement without rows."""
+        await self.fetch(statement, *arguments)
+
+    async def close(self) -> None:
+        """Gives the connections back."""
+        while self._free:
+            await self._pool.release(self._free.pop())
+
+    async def _take(self) -> Any:
+        while self._free:
+            connection = self._free.pop()
+            if not connection.is_closed():
+                return connection
+            await self._pool.release(connection)
+        self._waiting += 1
+        try:
+            return await self._pool.acquire()
+        finally:
+            self._waiting -= 1
+
+    async def _give(self, connection: Any) -> None:
+        if not self._waiting and len(self._free) < self._kept_max:  # who waits, waits at the pool
+            self._free.append(connection)
+        else:
+            await self._pool.release(connection)
+
+    async def _after_error(self, connection: Any, error: BaseException) -> None:
+        if isinstance(error, asyncpg.PostgresError) and not connection.is_closed():
+            await self._give(connection)  # the server refused the statement; the connection is fine
+        else:
+            await self._pool.release(connection)
 
 
 async def _with_backoff(attempt: Callable[[], Awaitable[Result]], wait_s: float) -> Result:

@@ -23,7 +23,7 @@ from ledger.domain import (
     account_of_name,
 )
 from ledger.service import AccountRow, EntryRow, Received
-from runtime.postgres import Pool
+from runtime.postgres import KeptConnections, Pool
 
 __all__ = ["CONSUMER", "PostgresJournal"]
 
@@ -126,7 +126,11 @@ class PostgresJournal:
     """ledger.service.Journal over the schema `ledger`."""
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+        self._pool = KeptConnections(pool)
+
+    async def close(self) -> None:
+        """Gives the kept connections back; call it before the pool is closed."""
+        await self._pool.close()
 
     async def post(self, received: Sequence[Received]) -> None:
         lines = [

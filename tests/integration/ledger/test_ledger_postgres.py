@@ -26,8 +26,10 @@ async def pool(postgres_dsn: str) -> AsyncIterator[Pool]:
 
 
 @pytest.fixture
-def journal(pool: Pool) -> PostgresJournal:
-    return PostgresJournal(pool)
+async def journal(pool: Pool) -> AsyncIterator[PostgresJournal]:
+    opened = PostgresJournal(pool)
+    yield opened
+    await opened.close()
 
 
 @pytest.fixture
