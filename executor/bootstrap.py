@@ -18,6 +18,7 @@ from kernel.clock import SystemClock
 from runtime import trace
 from runtime.logs import get_logger
 from runtime.outbox import OutboxRelay
+from runtime.postgres import KeptConnections
 from runtime.process import Process
 from runtime.settings import PspSettings, Settings, SettingsInvalid
 
@@ -39,8 +40,9 @@ async def serve(settings: Settings) -> None:
         pool = await process.postgres("executor")
         bus = await process.bus()
         relay = OutboxRelay(pool, "executor", bus)
-        store = PostgresAttemptStore(pool, relay)
-        process.on_close("attempt store", store.close)
+        kept = KeptConnections(pool)
+        process.on_close("kept connections", kept.close)
+        store = PostgresAttemptStore(kept, relay)
         health = HealthBoard(store, clock)
         executor = Executor(
             store,

@@ -7,6 +7,7 @@ from ledger.adapters.grpc_server import SCOPES, SERVICE_NAME, LedgerServicer, ad
 from ledger.adapters.postgres import PostgresJournal
 from ledger.service import PostFacts, ReadLedger
 from runtime import inbox
+from runtime.postgres import KeptConnections
 from runtime.process import Process
 from runtime.settings import Settings
 
@@ -18,8 +19,9 @@ async def main() -> None:
     settings = Settings.load()
     async with Process.start("ledger", settings) as process:
         pool = await process.postgres("ledger")
-        journal = PostgresJournal(pool)
-        process.on_close("journal", journal.close)
+        kept = KeptConnections(pool)
+        process.on_close("kept connections", kept.close)
+        journal = PostgresJournal(kept)
         bus = await process.bus()
         consumer = LedgerConsumer(PostFacts(journal))
         process.spawn(bus.consume(TOPIC, GROUP, consumer.handle, batch_max=BATCH_MAX), name=TOPIC)

@@ -108,18 +108,14 @@ class PostgresAttemptStore:
     `relay`: this process's outbox relay. While it is the active one it is woken directly, which saves a NOTIFY.
     """
 
-    def __init__(self, pool: Pool, relay: OutboxRelay | None = None) -> None:
-        self._pool = KeptConnections(pool)
+    def __init__(self, pool: Pool | KeptConnections, relay: OutboxRelay | None = None) -> None:
+        self._pool = pool
         self._relay = relay
         self._out: dict[Hashable, float] = {}
         self._begin: _Grouped[tuple[Any, ...], Attempt] = _Grouped(self._begin_all, lambda row: row[:2])
         self._finish: _Grouped[tuple[tuple[Any, ...], list[tuple[Any, ...]]], bool] = _Grouped(
             self._finish_all, lambda item: item[0][:2], self._others_are_out
         )
-
-    async def close(self) -> None:
-        """Gives the kept connections back; call it before the pool is closed."""
-        await self._pool.close()
 
     async def begin(self, command: Command, psp: str, now_ns: int, next_poll_time_ns: int, traceparent: str) -> Attempt:
         row = (*_row_of(command, psp), traceparent, _time(now_ns), _time(next_poll_time_ns))

@@ -125,12 +125,8 @@ _MICROSECOND = timedelta(microseconds=1)
 class PostgresJournal:
     """ledger.service.Journal over the schema `ledger`."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = KeptConnections(pool)
-
-    async def close(self) -> None:
-        """Gives the kept connections back; call it before the pool is closed."""
-        await self._pool.close()
+    def __init__(self, pool: Pool | KeptConnections) -> None:
+        self._pool = pool
 
     async def post(self, received: Sequence[Received]) -> None:
         lines = [

@@ -26,10 +26,8 @@ async def pool(postgres_dsn: str) -> AsyncIterator[Pool]:
 
 
 @pytest.fixture
-async def journal(pool: Pool) -> AsyncIterator[PostgresJournal]:
-    opened = PostgresJournal(pool)
-    yield opened
-    await opened.close()
+def journal(pool: Pool) -> PostgresJournal:
+    return PostgresJournal(pool)
 
 
 @pytest.fixture
