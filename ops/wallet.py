@@ -251,6 +251,7 @@ async def _history(session: _Session) -> int:
     for shard in shards:
         oldest = await _oldest(session, shard.shard)
         if oldest > 1:
+            oldest = await _oldest_state(session, shard.shard, oldest) + 1
             balance += await _balance_after(session, fields, shard.shard, oldest - 1)
         progress = _Progress(f"shard {shard.shard}", shard.durable_sequence_number, quiet=session.args.json)
         request = wallet_pb2.WatchEventsRequest(
@@ -295,6 +296,15 @@ async def _oldest(session: _Session, shard: int) -> int:
     except OutOfRange as error:
         return int(error.metadata.get("first", "1"))
     return 1
+
+
+async def _oldest_state(session: _Session, shard: int, oldest: int) -> int:
+    """The event of the oldest snapshot that the log, which begins with event `oldest`, leads on from."""
+    from ducat.wallet.v1 import shard_pb2
+
+    answer = await session.call(session.shards.ListSnapshots(shard_pb2.ListSnapshotsRequest(shard=shard)))
+    found = [one.sequence_number for one in answer.snapshots if one.sequence_number + 1 >= oldest]
+    return int(min(found, default=oldest - 1))
 
 
 async def _balance_after(session: _Session, fields: dict[str, Any], shard: int, sequence: int) -> int:

@@ -5,16 +5,32 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ducat.wallet.v1 import wallet_pb2
+from ducat.wallet.v1.wallet_service_pb2_grpc import (
+    add_ShardServiceServicer_to_server,
+    add_WalletServiceServicer_to_server,
+)
+from kernel.clock import SystemClock
 from kernel.errors import InvalidArgument, NotFound
 from kernel.ids import account_id, uuid7
 from ops.__main__ import COMMANDS
 from ops.wallet import add_parser
+from runtime.grpc_server import GrpcServer
+from runtime.settings import Settings
 from tests.integration.wallet_service.conftest import StartWallet, WalletProcess
 from tests.integration.wallet_service.test_wallet_process import CLEARING, SELLER, now, open_accounts
+from wallet_core.adapters.alone import NoDirectory, NoReadModel
+from wallet_core.adapters.archive import FileArchive
+from wallet_core.adapters.grpc import SCOPES, ShardServicer, WalletServicer
+from wallet_core.service.history import History
+from wallet_core.service.port import AccountRow, TransferRow
+from wallet_core.service.wallet import Wallet
+from wallet_core.shard import ShardHostConfig, WalletHost
 
 
 class Operator:
@@ -133,6 +149,40 @@ async def test_shards_events_snapshot_verify_and_rebuild(
     assert len(page.transfers) == 30
     table = await operator.type("shards")
     assert table.splitlines()[0].split()[:2] == ["shard", "state"]
+
+
+async def test_history_begins_with_the_oldest_state_that_can_be_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Retention keeps whole segments, so the oldest event that the log has is older than the oldest snapshot."""
+    config = ShardHostConfig(tmp_path, segment_bytes=65536, reserve_bytes=0)
+    host = await WalletHost.open(config)
+    debit, credit, total = account_id(CLEARING), account_id(SELLER), 0
+    assert set(await host.create_accounts([AccountRow(debit, "USD", 4), AccountRow(credit, "USD")])) == {1}
+    history, wallet = History(host, FileArchive(config), SystemClock()), Wallet(host, NoDirectory(), NoReadModel())
+    for _ in range(3):
+        for _ in range(7):
+            ids = [uuid7(now() // 10**6, number.to_bytes(10, "big")) for number in range(total, total + 300)]
+            assert set(await host.transfers([TransferRow(one, debit, credit, 1) for one in ids])) == {1}
+            total += 300
+        await host.snapshot(0)
+    assert 1 < host.first_sequence(0) < host.snapshots(0)[-1].sequence
+    servicer = WalletServicer(host, wallet, history)
+    services = [
+        (servicer, add_WalletServiceServicer_to_server, "ducat.wallet.v1.WalletService"),
+        (
+            ShardServicer(host, wallet, history, "here"),
+            add_ShardServiceServicer_to_server,
+            "ducat.wallet.v1.ShardService",
+        ),
+    ]
+    server = GrpcServer(Settings(), services, SCOPES, servicer.raw_handlers())
+    served = SimpleNamespace(address=await server.start("127.0.0.1:0"))
+    found = await Operator(served, capsys).json("history", credit.hex(), "--limit", "0")  # type: ignore[arg-type]
+    await server.stop(0)
+    await host.close()
+    assert 2_100 <= len(found) < total
+    assert [row["balance_minor"] for row in found] == list(range(total - len(found) + 1, total + 1))
 
 
 def test_the_command_is_wired() -> None:
