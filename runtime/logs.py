@@ -32,7 +32,7 @@ _NOT_SECRET_KEY = frozenset({"token_name", "psp_token", "page_token"})
 _SECRET_TEXT = re.compile(
     r"([?&]password=|Bearer\s+|\bsk_|\bwhsec_|://[^/@:\s\"]*:)[^\s\"'@/,}{)(\]\[\\]{4,}|(\bducat_)[\w-]{32,}"
 )
-_SECRET_MARKS = ("Bearer", "sk_", "whsec_", "://", "ducat_")
+_SECRET_MARKS = ("Bearer", "sk_", "whsec_", "://", "ducat_", "password=")
 """Without one of these a text has nothing that _SECRET_TEXT finds; looking for them costs a tenth of the expression."""
 _ROW_BEGIN = "Failing row contains ("
 _ROW = re.compile(r"Failing row contains \((?:.*\)|.*)", re.DOTALL)  # texts in it may hold line ends; it may be cut off
