@@ -25,7 +25,7 @@ import numpy as np
 
 from ducat.wallet.v1 import shard_pb2, wallet_pb2, wallet_service_pb2_grpc
 from loadtest.bench.client import BATCH_ROWS, Plan, account_ids, percentiles
-from loadtest.bench.limits import CHANNEL_OPTIONS, disk_limits
+from loadtest.bench.limits import CHANNEL_OPTIONS, disk_limits, fresh_memory_bytes_per_second
 from wallet_core.event_log.file import read_frames
 from wallet_core.event_log.format import HEADER_BYTES
 from wallet_core.event_log.port import Frame
@@ -196,6 +196,7 @@ def _stat_seconds(pid: int) -> float:
 def measure_stream(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
     """Durable transfers in columns over one stream, beside the same stream with the engine left out."""
     limits = disk_limits(folder)
+    limits["fresh_memory_bytes_per_second"] = fresh_memory_bytes_per_second()
     with serving(folder, scenario.shards) as server:
         plan = Plan(
             address=server.address,
