@@ -319,8 +319,8 @@ def measure_snapshot(scenario: Scenario, folder: Path, counts: Counts) -> dict[s
 
 def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
     """A shard with accounts and transfers, a snapshot taken half way: how soon a new process has it back, from snapshot and
-    log, and from the log alone. `seconds` are from the start of the process until it serves, less those of a server that has
-    nothing to restore. The state must have the digest that it had before the stop, and accounts their balances.
+    log, and from the log alone. `seconds` and `cpu_seconds` are from the start of the process until it serves, less those of
+    a server that has nothing to restore. The state must have the digest that it had before the stop, and accounts their balances.
     """
     limits = disk_limits(folder)
     with serving(folder, scenario.shards, snapshots=False) as server, _shards(server) as shards:
@@ -331,11 +331,11 @@ def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[st
             taken = taking.result()
         before = _state(server, shards, counts)
     with tempfile.TemporaryDirectory(dir=folder.parent) as bare, serving(Path(bare), scenario.shards) as nothing:
-        limits["empty_start_seconds"] = nothing.start_seconds
-    whole = _restart(scenario, folder, counts, limits["empty_start_seconds"], before)
+        limits["empty_start_seconds"], limits["empty_start_cpu_seconds"] = nothing.start_seconds, nothing.cpu_seconds()
+    whole = _restart(scenario, folder, counts, limits, before)
     for snapshots in folder.glob("**/snapshots"):
         snapshots.rename(snapshots.with_name("snapshots.away"))
-    log_alone = _restart(scenario, folder, counts, limits["empty_start_seconds"], before)
+    log_alone = _restart(scenario, folder, counts, limits, before)
     for one in (whole, log_alone):
         one["accounts_per_second"] = counts.accounts / one["seconds"]
     whole["replayed_events"] = before["sequence"] - taken["sequence"]
@@ -361,13 +361,13 @@ def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[st
 
 
 def _restart(
-    scenario: Scenario, folder: Path, counts: Counts, empty_start_seconds: float, before: dict[str, Any]
+    scenario: Scenario, folder: Path, counts: Counts, limits: dict[str, float], before: dict[str, Any]
 ) -> dict[str, Any]:
     with serving(folder, scenario.shards, snapshots=False) as server:
-        cpu_seconds = server.cpu_seconds()
+        cpu_seconds = server.cpu_seconds() - limits["empty_start_cpu_seconds"]
         with _shards(server) as shards:
             same = _state(server, shards, counts) == before
-    seconds = max(server.start_seconds - empty_start_seconds, 1e-3)
+    seconds = max(server.start_seconds - limits["empty_start_seconds"], 1e-3)
     return {"seconds": seconds, "start_seconds": server.start_seconds, "cpu_seconds": cpu_seconds, "same": same}
 
 
