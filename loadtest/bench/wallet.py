@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -280,16 +281,15 @@ def measure_snapshot(scenario: Scenario, folder: Path, counts: Counts) -> dict[s
             transfers=counts.transfers,
             window=scenario.window,
         )
-        with _shards(server) as shards, ThreadPoolExecutor(1) as beside:
-            taking = beside.submit(_snapshot_at, shards, counts.accounts + counts.transfers // 3)
+        with _shards(server) as shards, _snapshot_at(shards, counts.accounts + counts.transfers // 3) as taking:
             report = load(server, plan)
-            taken = taking.result()
+            taken = taking.result(timeout=READY_S_MAX)
     spans = np.array(report["spans"])
     under_way = (spans[:, 1] >= taken["began"]) & (spans[:, 0] <= taken["ended"])
     took_ms = (spans[:, 1] - spans[:, 0]) * 1000
     without, beside_ms = percentiles(list(took_ms[~under_way])), percentiles(list(took_ms[under_way]))
     seconds = taken["ended"] - taken["began"]
-    rows = int(under_way.sum()) * BATCH_ROWS
+    rows = int(((spans[:, 1] >= taken["began"]) & (spans[:, 1] <= taken["ended"])).sum()) * BATCH_ROWS
     limits["fdatasync_beside_nothing_ms"] = 1000 / limits["fdatasync_4k_per_second"]
     return {
         "transfers_per_second": report["transfers"] / report["seconds"],
@@ -325,13 +325,15 @@ def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[st
     limits = disk_limits(folder)
     with serving(folder, scenario.shards, snapshots=False) as server, _shards(server) as shards:
         plan = Plan(address=server.address, echo_address="", accounts=counts.accounts, transfers=counts.transfers)
-        with ThreadPoolExecutor(1) as beside:
-            taking = beside.submit(_snapshot_at, shards, counts.accounts + counts.transfers // 2)
+        with _snapshot_at(shards, counts.accounts + counts.transfers // 2) as taking:
             report = load(server, plan)
-            taken = taking.result()
+            taken = taking.result(timeout=READY_S_MAX)
         before = _state(server, shards, counts)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as bare, serving(Path(bare), scenario.shards) as nothing:
-        limits["empty_start_seconds"], limits["empty_start_cpu_seconds"] = nothing.start_seconds, nothing.cpu_seconds()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as bare:
+        for _ in range(2):  # the first start makes the log, which a restart does not
+            with serving(Path(bare), scenario.shards, snapshots=False) as nothing:
+                limits["empty_start_seconds"] = nothing.start_seconds
+                limits["empty_start_cpu_seconds"] = nothing.cpu_seconds()
     whole = _restart(scenario, folder, counts, limits, before)
     for snapshots in folder.glob("**/snapshots"):
         snapshots.rename(snapshots.with_name("snapshots.away"))
@@ -377,14 +379,27 @@ def _shards(server: Server) -> Iterator[wallet_service_pb2_grpc.ShardServiceStub
         yield wallet_service_pb2_grpc.ShardServiceStub(channel)
 
 
-def _snapshot_at(shards: wallet_service_pb2_grpc.ShardServiceStub, sequence: int) -> dict[str, Any]:
-    """Takes a snapshot of shard 0 once it has come so far; when it began and ended by the machine's monotonic clock."""
-    while shards.ListShards(shard_pb2.ListShardsRequest()).shards[0].durable_sequence_number < sequence:
-        time.sleep(POLL_S)
-    began = time.perf_counter()
-    taken = shards.CreateSnapshot(shard_pb2.CreateSnapshotRequest(shard=0)).snapshot
-    ended = time.perf_counter()
-    return {"began": began, "ended": ended, "sequence": taken.sequence_number, "bytes": taken.size_bytes}
+@contextmanager
+def _snapshot_at(shards: wallet_service_pb2_grpc.ShardServiceStub, sequence: int) -> Iterator[Future[dict[str, Any]]]:
+    """Takes a snapshot of shard 0 in a thread once the shard has come so far. The future says when it began and ended, by the
+    machine's monotonic clock.
+    """
+    leaving = threading.Event()
+
+    def take() -> dict[str, Any]:
+        while shards.ListShards(shard_pb2.ListShardsRequest()).shards[0].durable_sequence_number < sequence:
+            if leaving.wait(POLL_S):
+                raise RuntimeError(f"the shard has not come to event {sequence}")
+        began = time.perf_counter()
+        taken = shards.CreateSnapshot(shard_pb2.CreateSnapshotRequest(shard=0)).snapshot
+        ended = time.perf_counter()
+        return {"began": began, "ended": ended, "sequence": taken.sequence_number, "bytes": taken.size_bytes}
+
+    with ThreadPoolExecutor(1) as beside:
+        try:
+            yield beside.submit(take)
+        finally:
+            leaving.set()
 
 
 def _state(server: Server, shards: wallet_service_pb2_grpc.ShardServiceStub, counts: Counts) -> dict[str, Any]:
