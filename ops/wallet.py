@@ -5,6 +5,7 @@
     history ACCOUNT             every event of an account with the balance after it, from the log
     events                      the log of a shard, also live
     snapshot | snapshots        write one now | list them
+    check                       add up all balances and the money in flight, live
     verify                      replay the log beside the live state and compare digests
     restore                     a shard's folder from a snapshot and log segments elsewhere (the wallet is stopped)
     rebuild                     fill the read model again from the logs
@@ -77,6 +78,11 @@ def add_parser(subparsers: Any) -> None:
         ("verify", "replay the log and compare every digest"),
     ):
         add(name, text).add_argument("--shard", type=int, help="default: every shard")
+    check = add("check", "add up all balances and the money in flight of all shards: every currency must come to 0")
+    check.add_argument(
+        "--watch", action="store_true", help="go on until interrupted; ends at once where money is missing"
+    )
+    check.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="with --watch (default 5)")
     restore = add("restore", "make a shard's folder from a snapshot and log segments; the wallet must be stopped")
     restore.add_argument("--shard", type=int, required=True)
     restore.add_argument("--from", dest="source", type=Path, required=True, help="folder with snapshots and segments")
@@ -452,6 +458,61 @@ async def _verify(session: _Session) -> int:
     return code
 
 
+async def _check(session: _Session) -> int:
+    """0: all money is there. 1: it is not."""
+    while True:
+        if code := await _check_once(session):
+            return code
+        if not session.args.watch:
+            return 0
+        await asyncio.sleep(max(session.args.every, 0.1))
+
+
+async def _check_once(session: _Session) -> int:
+    from ducat.wallet.v1 import shard_pb2
+
+    begin = time.monotonic()
+    answer = await session.call(session.shards.CheckBalances(shard_pb2.CheckBalancesRequest(), timeout=600))
+    seconds = time.monotonic() - begin
+    positions = {str(position.shard): position.sequence_number for position in answer.positions}
+    if session.args.json:
+        record = {
+            "ok": answer.ok,
+            "currencies": {
+                one.currency_code: {
+                    "balance_minor": one.balance_minor,
+                    "in_flight_minor": one.in_flight_minor,
+                    "imbalance_minor": one.imbalance_minor,
+                }
+                for one in answer.balances
+            },
+            "uneven_shards": [[one.shard, one.currency_code, one.amount_minor] for one in answer.uneven_shards],
+            "positions": positions,
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(record), flush=True)
+        return 0 if answer.ok else 1
+    now = _time_text(time.time_ns())
+    for one in answer.balances:
+        verdict = "ok" if one.imbalance_minor == 0 else f"WRONG BY {one.imbalance_minor:,} minor units"
+        print(
+            f"{now}  {one.currency_code}  balances {one.balance_minor:>20,}  in flight {one.in_flight_minor:>16,}  {verdict}"
+        )
+    for one in answer.uneven_shards:
+        print(
+            f"{now}  shard {one.shard}: its own {one.currency_code} accounts are off by {one.amount_minor:,} minor units"
+        )
+    where = ", ".join(f"shard {shard} event {sequence}" for shard, sequence in positions.items())
+    if answer.ok:
+        print(f"{now}  all money is there ({where}; {seconds:.2f} s)", flush=True)
+        return 0
+    print(
+        f"{now}  MONEY IS MISSING OR TOO MUCH at {where}. Stop payouts, keep the logs, run `ducat wallet verify`.",
+        flush=True,
+    )
+    return 1
+
+
 async def _rebuild(session: _Session) -> int:
     """Resets the stores; a running wallet notices at once, a stopped one at its next start."""
     from wallet_core.adapters.rebuild import reset_read_model
@@ -526,6 +587,7 @@ _COMMANDS: dict[str, Callable[[_Session], Awaitable[int]]] = {
     "snapshot": _snapshot,
     "snapshots": _snapshots,
     "verify": _verify,
+    "check": _check,
     "rebuild": _rebuild,
 }
 

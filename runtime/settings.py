@@ -220,6 +220,11 @@ class Settings(BaseSettings):
     wallet_keep_history: bool = Field(
         True, description="never delete event log segments; off: keep only what the two newest snapshots need"
     )
+    wallet_check_interval_s: float = Field(
+        60.0,
+        ge=0,
+        description="how often the wallet adds up the balances of all shards (it looks at every account); 0 = never",
+    )
     wallet_snapshot_events: int = Field(
         5_000_000, ge=0, description="events of a shard after which a snapshot is taken; 0 = only when asked for"
     )

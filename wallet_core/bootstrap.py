@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ducat.wallet.v1 import relay_pb2_grpc, wallet_service_pb2_grpc
 from kernel.clock import Clock, SystemClock
+from kernel.errors import DucatError
 from runtime import logs, metrics
 from runtime.bus import is_transient
 from runtime.postgres import connect
@@ -19,9 +20,13 @@ from wallet_core.adapters.archive import FileArchive
 from wallet_core.adapters.bus import GROUP, PaymentEvents
 from wallet_core.adapters.directory import PostgresDirectory
 from wallet_core.adapters.grpc import SCOPES, UNSHIELDED, ShardServicer, WalletServicer
+from wallet_core.adapters.peers import AllShards, Peers
 from wallet_core.adapters.read_model import REBUILD_CHANNEL, PostgresStore, ReadModelReader, ValkeyStore
 from wallet_core.adapters.relay import Relay, RelayServicer, parse_peers, peer_shards
 from wallet_core.adapters.snapshot_base import SnapshotBase, newest_base
+from wallet_core.service.balance_check import check_balances
+from wallet_core.service.chain_rules import ChainMark
+from wallet_core.service.chains import Chains
 from wallet_core.service.flows import Flows
 from wallet_core.service.history import History
 from wallet_core.service.projector import Projector, Store
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["host_config", "main"]
 
 _log = logs.get_logger("wallet")
+_CHECKS_SKIPPED_MAX = 10
 
 
 async def main(overrides: Mapping[str, Any] | None = None) -> None:
@@ -53,11 +59,24 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         peers = _peers(settings, config)
         if peers:
             process.spawn(Relay(host, peers, process.channel).run(), name="relay")
+        elsewhere = Peers(peers, process.channel)
+        chains = Chains(host, elsewhere, clock, on_blocked=_log_blocked)
+        if config.shard_count > 1:
+            host.coordinate(chains.run)
+            process.spawn(chains.watch(), name="chains")
+        shards = AllShards(host, elsewhere)
+        if settings.wallet_check_interval_s and 0 in config.shard_ids:
+            process.spawn(_keep_checking(host, shards, settings.wallet_check_interval_s), name="balance-check")
 
         servicer = WalletServicer(host, wallet, history)
         addresses = sorted(set(peers.values()))
         shard_servicer = ShardServicer(
-            host, wallet, history, settings.wallet_address, lambda: peer_shards(addresses, process.channel)
+            host,
+            wallet,
+            history,
+            settings.wallet_address,
+            lambda: peer_shards(addresses, process.channel),
+            lambda: check_balances(shards),
         )
         await process.serve_grpc(
             settings.wallet_listen,
@@ -73,7 +92,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
                     "ducat.wallet.v1.ShardService",
                 ),
                 (
-                    RelayServicer(host),
+                    RelayServicer(host, chains),
                     relay_pb2_grpc.add_RelayServiceServicer_to_server,
                     "ducat.wallet.v1.RelayService",
                 ),
@@ -208,6 +227,49 @@ async def _follow_rebuilds(settings: Settings, projector: Projector) -> None:
         finally:
             if not connection.is_closed():
                 await connection.close()
+
+
+async def _keep_checking(host: WalletHost, shards: AllShards, interval_s: float) -> None:
+    """Balances of all shards, every `interval_s`. A check looks at every account, so it waits for a moment when nothing is
+    under way, at most ten intervals."""
+    imbalance = metrics.gauge(
+        "ducat_wallet_imbalance_minor",
+        "All balances and money in flight of a currency; anything but 0 is wrong.",
+        ["currency"],
+    )
+    last = metrics.gauge("ducat_wallet_balance_check_timestamp_seconds", "When the balances were added up last.")
+    skipped = 0
+    while True:
+        await asyncio.sleep(interval_s)
+        if host.native.rows_in_flight > 0 and skipped < _CHECKS_SKIPPED_MAX:
+            skipped += 1
+            continue
+        skipped = 0
+        try:
+            report = await check_balances(shards)
+        except DucatError as error:
+            _log.warning("the balances could not be added up", error=str(error))
+            continue
+        for one in report.currencies:
+            imbalance.labels(one.currency).set(one.imbalance)
+        last.set_to_current_time()
+        if not report.ok:
+            _log.error(
+                "balances and money in flight do not add up to zero",
+                imbalances={one.currency: one.imbalance for one in report.currencies if one.imbalance},
+                uneven_shards=[list(one) for one in report.uneven_shards],
+                positions=dict(report.positions),
+            )
+
+
+def _log_blocked(mark: ChainMark, seconds: float) -> None:
+    _log.warning(
+        "a chain across shards cannot end yet: an account is frozen, or a process is down",
+        shard=mark.shard,
+        mark=mark.id.hex(),
+        holds=[id_.hex() for id_, _, _ in mark.holds[:8]],
+        seconds=round(seconds),
+    )
 
 
 def _log_snapshot_failure(shard: int, error: Exception) -> None:

@@ -25,6 +25,7 @@ from wallet_core.event_log import (
     settle_end,
 )
 from wallet_core.event_log.file import _cut_tail, make_folder
+from wallet_core.service import chain_rules
 from wallet_core.simulation.shard import Group, SimulatedShard
 from wallet_core.snapshot import SnapshotWriter, snapshot_files
 
@@ -262,6 +263,75 @@ class SettlesWithoutReturning(TwinShard):
     twin_class = _ReturnsToNobody
 
 
+# ---- mistakes of chains across shards
+
+
+class _KnowsBetter:
+    """The rules of chains, but for one."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(chain_rules, name)
+
+
+class _DecidesInMemory(_KnowsBetter):
+    def run(self, chain: chain_rules.Plan, now_ns: Any) -> Any:
+        """Posts as soon as all holds are there; that it decided so is written nowhere."""
+        answers = yield chain.tries
+        if all(answer is not None and set(answer) == {1} for answer in answers):
+            settled = yield from chain_rules._settle_all(chain.marks, now_ns(), committed=True)
+            return chain_rules.End(bytes([1 if settled else 31]) * chain.count, True, settled)
+        settled = yield from chain_rules._settle_all(chain.marks, now_ns(), committed=False)
+        return chain_rules.End(chain_rules._refusals(chain, answers), False, settled)
+
+
+class DecidesAChainInMemory(SimulatedShard):
+    chain_rules = _DecidesInMemory()
+
+
+class _AsksNobody(_KnowsBetter):
+    def settle(self, mark: Any, shard_count: int, now_ns: Any) -> Any:
+        """A mark that was left is voided: its coordinator is dead, so the chain must have failed."""
+        return (yield from chain_rules._settle_all([mark], now_ns(), committed=False))
+
+
+class VoidsALeftChainWithoutAsking(SimulatedShard):
+    chain_rules = _AsksNobody()
+
+
+class _HoldsForAWhile(_KnowsBetter):
+    def plan(self, *arguments: Any) -> chain_rules.Plan:
+        """The holds of a chain expire after a second, so that none is left for ever."""
+        made = chain_rules.plan(*arguments)
+        for ask in made.tries:
+            ask.rows[:] = [row._replace(timeout_s=1) for row in ask.rows]
+        return made
+
+
+class LetsTheHoldsOfAChainExpire(SimulatedShard):
+    chain_rules = _HoldsForAWhile()
+
+
+class _VoidsBeforeTheAbort(_KnowsBetter):
+    def run(self, chain: chain_rules.Plan, now_ns: Any) -> Any:
+        """Where a shard does not answer, the holds are voided; the decision stays open to whoever asks next."""
+        answers = yield chain.tries
+        if any(answer is None for answer in answers):
+            settled = yield from chain_rules._settle_all(chain.marks, now_ns(), committed=False)
+            return chain_rules.End(chain_rules._refusals(chain, answers), False, settled)
+        steps = chain_rules.run(chain, now_ns)
+        next(steps)
+        asks = steps.send(answers)
+        while True:
+            try:
+                asks = steps.send((yield asks))
+            except StopIteration as stop:
+                return stop.value
+
+
+class VoidsBeforeTheAbortIsDurable(SimulatedShard):
+    chain_rules = _VoidsBeforeTheAbort()
+
+
 PLANTED: tuple[type[SimulatedShard], ...] = (
     AcknowledgesBeforeSync,
     ReadsWhatIsNotDurable,
@@ -279,4 +349,8 @@ PLANTED: tuple[type[SimulatedShard], ...] = (
     LeavesHalfAHold,
     ForgetsRefusedIds,
     SettlesWithoutReturning,
+    DecidesAChainInMemory,
+    VoidsALeftChainWithoutAsking,
+    LetsTheHoldsOfAChainExpire,
+    VoidsBeforeTheAbortIsDurable,
 )

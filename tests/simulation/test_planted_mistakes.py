@@ -8,11 +8,23 @@ from tests.simulation import planted
 from wallet_core.simulation import Options, SimulatedShard, run_seed
 
 SEEDS_MAX = 120
+_CHAINS = {
+    "half a chain",
+    "conservation",
+    "lost acknowledgement",
+    "a repeated id is answered differently",
+    "a saga did not end",
+}
 #: What the mistake shows itself by: the rule that is broken.
 RULES: dict[type[SimulatedShard], set[str]] = {
     planted.AcknowledgesBeforeSync: {"lost acknowledgement"},
     planted.ReadsWhatIsNotDurable: {"lost acknowledgement"},
-    planted.RelaysBeforeDurable: {"an outcome of an unknown send", "a saga did not end", "a saga changed on its way"},
+    planted.RelaysBeforeDurable: {
+        "an outcome of an unknown send",
+        "a saga did not end",
+        "a saga changed on its way",
+        "conservation",
+    },
     planted.ForgetsTheCompensation: {"conservation"},
     planted.NamesOnlyItsOwnRefusals: {"conservation"},
     planted.NeverDeliversAgain: {"a saga did not end"},
@@ -26,6 +38,10 @@ RULES: dict[type[SimulatedShard], set[str]] = {
     planted.LeavesHalfAHold: {"balance"},
     planted.ForgetsRefusedIds: {"lost acknowledgement", "a repeated id is answered differently"},
     planted.SettlesWithoutReturning: {"conservation"},
+    planted.DecidesAChainInMemory: _CHAINS,
+    planted.VoidsALeftChainWithoutAsking: _CHAINS,
+    planted.LetsTheHoldsOfAChainExpire: _CHAINS,
+    planted.VoidsBeforeTheAbortIsDurable: _CHAINS,
 }
 OPTIONS = {planted.KeepsTooLittleLog: Options(heavy_share=1.0, steps=600)}
 

@@ -25,6 +25,7 @@ from kernel.errors import DucatError, FailedPrecondition, FieldViolation, Invali
 from wallet_core.adapters.rows import batch_message, create_transfers_response, result_bytes
 from wallet_core.engine.codes import AccountFlags, EventKind, TransferFlags
 from wallet_core.engine.events import Event, unpack_events
+from wallet_core.service.balance_check import BalanceReport
 from wallet_core.service.history import History
 from wallet_core.service.port import ROW_COUNT_MAX, Host, ShardStatus, SnapshotInfo, TransferItem, TransferRow
 from wallet_core.service.wallet import AccountSpec, AccountView, Wallet
@@ -57,7 +58,11 @@ SCOPES = {
     f"{_SHARD}CreateSnapshot": "wallet.admin",
     f"{_SHARD}ListSnapshots": "wallet.read",
     f"{_SHARD}VerifyShard": "wallet.admin",
-    "/ducat.wallet.v1.RelayService/Deliver": "wallet.relay",
+    f"{_SHARD}CheckBalances": "wallet.admin",
+    **{
+        f"/ducat.wallet.v1.RelayService/{method}": "wallet.relay"
+        for method in ("Deliver", "ApplyStep", "ReadCurrencies", "ListChainMarks", "ReadCut", "ReadEvents")
+    },
 }
 UNSHIELDED = (f"{_WALLET}CreateTransfers",)
 """A caller that goes away tears nothing: its transfers have been sent."""
@@ -335,9 +340,10 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
         history: History,
         address: str,
         peers: Callable[[], Awaitable[Sequence[shard_pb2.Shard]]] | None = None,
+        check: Callable[[], Awaitable[BalanceReport]] | None = None,
     ) -> None:
-        """`peers`: the shards of the other processes."""
-        self._peers = peers
+        """`peers`: the shards of the other processes. `check` adds up the balances of all shards."""
+        self._peers, self._check = peers, check
         self._host = host
         self._wallet = wallet
         self._history = history
@@ -393,6 +399,32 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
                 ok=progress.ok,
                 problem=progress.problem,
             )
+
+    async def CheckBalances(
+        self, request: shard_pb2.CheckBalancesRequest, context: Any
+    ) -> shard_pb2.CheckBalancesResponse:
+        if self._check is None:
+            raise FailedPrecondition("this process does not reach all shards")
+        report = await self._check()
+        return shard_pb2.CheckBalancesResponse(
+            ok=report.ok,
+            balances=[
+                shard_pb2.CurrencyBalance(
+                    currency_code=one.currency,
+                    balance_minor=one.balance,
+                    in_flight_minor=one.in_flight,
+                    imbalance_minor=one.imbalance,
+                )
+                for one in report.currencies
+            ],
+            positions=[
+                wallet_pb2.ShardPosition(shard=shard, sequence_number=sequence) for shard, sequence in report.positions
+            ],
+            uneven_shards=[
+                shard_pb2.UnevenShard(shard=shard, currency_code=currency, amount_minor=amount)
+                for shard, currency, amount in report.uneven_shards
+            ],
+        )
 
 
 # --- messages in and out

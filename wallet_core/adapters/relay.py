@@ -21,12 +21,16 @@ import grpc
 import grpc.aio
 import structlog
 
-from ducat.wallet.v1 import relay_pb2, shard_pb2, wallet_service_pb2_grpc
+from ducat.wallet.v1 import relay_pb2, shard_pb2, wallet_pb2, wallet_service_pb2_grpc
 from ducat.wallet.v1.relay_pb2_grpc import RelayServiceServicer, RelayServiceStub
 from kernel.errors import FailedPrecondition, InvalidArgument
+from wallet_core.adapters.rows import batch_rows
+from wallet_core.service.balance_check import saga_accounts
+from wallet_core.service.chains import Chains
+from wallet_core.service.port import EventPage
 from wallet_core.shard import WalletHost
 
-__all__ = ["Relay", "RelayServicer", "parse_peers", "peer_shards"]
+__all__ = ["Dial", "Relay", "RelayServicer", "parse_peers", "peer_shards", "read_events"]
 
 BYTES_MAX = 2 * 1024 * 1024
 """Payload of one call."""
@@ -174,17 +178,50 @@ class _Queue:
 class RelayServicer(RelayServiceServicer):
     """The receiving side: ducat.wallet.v1.RelayService."""
 
-    def __init__(self, host: WalletHost) -> None:
-        self._host = host
+    def __init__(self, host: WalletHost, chains: Chains) -> None:
+        self._host, self._chains = host, chains
+
+    async def ApplyStep(self, request: relay_pb2.ApplyStepRequest, context: Any) -> relay_pb2.ApplyStepResponse:  # noqa: N802
+        self._own(request.shard)
+        done = await self._chains.apply_step(batch_rows(request.batch), request.currency_codes)
+        positions = [wallet_pb2.ShardPosition(shard=one[0], sequence_number=one[1]) for one in done.positions]
+        return relay_pb2.ApplyStepResponse(results=done.codes, positions=positions)
+
+    async def ReadCurrencies(  # noqa: N802
+        self, request: relay_pb2.ReadCurrenciesRequest, context: Any
+    ) -> relay_pb2.ReadCurrenciesResponse:
+        return relay_pb2.ReadCurrenciesResponse(currency_codes=await self._chains.currencies(request.account_ids))
+
+    async def ListChainMarks(  # noqa: N802
+        self, request: relay_pb2.ListChainMarksRequest, context: Any
+    ) -> relay_pb2.ListChainMarksResponse:
+        return relay_pb2.ListChainMarksResponse(mark_ids=await self._chains.mark_ids())
+
+    async def ReadCut(self, request: relay_pb2.ReadCutRequest, context: Any) -> relay_pb2.ReadCutResponse:  # noqa: N802
+        self._own(request.shard)
+        return relay_pb2.ReadCutResponse(cut=await self._host.cut(request.shard))
+
+    async def ReadEvents(self, request: relay_pb2.ReadEventsRequest, context: Any) -> relay_pb2.ReadEventsResponse:  # noqa: N802
+        self._own(request.shard)
+        answer = relay_pb2.ReadEventsResponse(durable_sequence_number=self._host.durable_sequence(request.shard))
+        if request.from_sequence_number:
+            pages, currencies = await read_events(
+                self._host, request.shard, request.from_sequence_number, request.limit
+            )
+            for page in pages:
+                answer.frames.add(first_sequence_number=page.first_sequence, records=page.body)
+            answer.currency_codes.update(currencies)
+        return answer
+
+    def _own(self, shard: int) -> None:
+        if shard not in self._host.shard_ids:
+            raise FailedPrecondition(
+                f"shard {shard} is not owned by this process", reason="WRONG_SHARD", metadata={"shard": str(shard)}
+            )
 
     async def Deliver(self, request: relay_pb2.DeliverRequest, context: Any) -> relay_pb2.DeliverResponse:  # noqa: N802
         for place, one in enumerate(request.deliveries):
-            if one.destination_shard not in self._host.shard_ids:
-                raise FailedPrecondition(
-                    f"shard {one.destination_shard} is not owned by this process",
-                    reason="WRONG_SHARD",
-                    metadata={"shard": str(one.destination_shard)},
-                )
+            self._own(one.destination_shard)
             try:
                 self._host.native.deliver(
                     one.destination_shard,
@@ -199,6 +236,16 @@ class RelayServicer(RelayServiceServicer):
             except (ValueError, OverflowError) as error:
                 raise InvalidArgument(f"deliveries[{place}]: {error}") from error
         return relay_pb2.DeliverResponse()
+
+
+async def read_events(
+    host: WalletHost, shard: int, from_sequence: int, limit: int
+) -> tuple[list[EventPage], dict[int, str]]:
+    """Events of a shard that lives here, with the currencies of the accounts in its saga records."""
+    pages = await asyncio.to_thread(host.read_events, shard, from_sequence, limit)
+    ordinals = saga_accounts(pages)
+    keys = host.account_keys(shard, ordinals)
+    return pages, {ordinal: currency for ordinal, (_, currency) in zip(ordinals, keys, strict=True)}
 
 
 async def peer_shards(addresses: Sequence[str], dial: Dial) -> list[shard_pb2.Shard]:

@@ -7,9 +7,10 @@ import struct
 from collections.abc import Iterable, Sequence
 
 from ducat.wallet.v1 import wallet_pb2
+from kernel.errors import InvalidArgument
 from wallet_core.service.port import ID_NONE, TransferRow
 
-__all__ = ["batch_message", "create_transfers_response", "result_bytes"]
+__all__ = ["batch_message", "batch_rows", "create_transfers_response", "result_bytes"]
 
 _OK = bytes([wallet_pb2.TRANSFER_RESULT_OK])
 
@@ -56,6 +57,30 @@ def batch_message(rows: Sequence[TransferRow], settle: int = 0) -> bytes:
         parts.append(_field(_CODES, struct.pack(f"<{count}H", *codes)))
     parts.append(tail)
     return b"".join(parts)
+
+
+def batch_rows(batch: wallet_pb2.TransferBatch) -> list[TransferRow]:
+    """The rows of a TransferBatch that `batch_message` made. Raises InvalidArgument."""
+    count = len(batch.ids) // 16
+    columns = (
+        _pieces(batch.ids, 16, count),
+        _pieces(batch.debit_account_ids, 16, count),
+        _pieces(batch.credit_account_ids, 16, count),
+        list(batch.amounts_minor),
+        [flags for (flags,) in struct.iter_unpack("<H", batch.flags or bytes(2 * count))],
+        _pieces(batch.pending_ids or bytes(16 * count), 16, count),
+        list(batch.timeouts_s) or [0] * count,
+        [code for (code,) in struct.iter_unpack("<H", batch.codes or bytes(2 * count))],
+    )
+    if count == 0 or any(len(column) != count for column in columns):
+        raise InvalidArgument("batch: its columns have different lengths", reason="BATCH_INVALID")
+    return [TransferRow(*row) for row in zip(*columns, strict=True)]
+
+
+def _pieces(column: bytes, width: int, count: int) -> list[bytes]:
+    if len(column) != width * count:
+        raise InvalidArgument(f"batch: {len(column)} bytes for {count} rows of {width}", reason="BATCH_INVALID")
+    return [column[at : at + width] for at in range(0, len(column), width)]
 
 
 def create_transfers_response(codes: bytes, positions: Iterable[tuple[int, int]]) -> bytes:

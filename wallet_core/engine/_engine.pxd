@@ -93,6 +93,16 @@ cdef struct AccountState:
     uint16_t flags
 
 
+cdef struct HoldState:              # one active hold
+    uint8_t id[16]
+    uint8_t debit_id[16]
+    uint8_t credit_id[16]
+    uint64_t sequence               # of its HoldPlaced record
+    int64_t amount
+    uint64_t deadline_ms            # 0 = none
+    uint16_t code
+
+
 cdef struct CurrencyTotal:
     uint32_t currency
     uint32_t accounts
@@ -152,6 +162,11 @@ cdef class Engine:
     cdef void counters(self, EngineCounters* out) noexcept nogil
     # full scan; returns how many currencies there are (may exceed capacity: ask again with more)
     cdef uint32_t totals(self, CurrencyTotal* out, uint32_t capacity) noexcept nogil
+    # active holds on a debit account, looked for in `slots` places from from_slot[0] on, which moves on (to 0 at the end);
+    # stops before a place that finds no room in out
+    cdef uint32_t read_holds(self, const uint8_t* debit_id, uint64_t* from_slot, uint64_t slots, HoldState* out,
+                             uint32_t capacity) noexcept nogil
+    cdef bint hold_placed_at(self, uint64_t sequence, HoldState* out) noexcept nogil    # is that hold still active?
     # recomputes the linear half of the digest from the accounts and compares
     cdef bint check_digest(self) noexcept nogil
 

@@ -1,6 +1,6 @@
 from collections.abc import Iterable
 
-from wallet_core.engine.views import AccountView, Counters, CurrencyTotals, SendView
+from wallet_core.engine.views import AccountView, Counters, CurrencyTotals, HoldView, SendView
 
 class Engine:
     """One shard's state machine. Columns are packed little-endian bytes; see _engine.pxd for the C interface.
@@ -96,6 +96,12 @@ class Engine:
 
     def status(self) -> Counters: ...
     def currency_totals(self) -> dict[str, CurrencyTotals]: ...
+    def holds(self, debit_id: bytes) -> list[HoldView]:
+        """Active holds on a debit account, in the order of their placing. Looks at every hold."""
+
+    def hold_at(self, sequence: int) -> HoldView | None:
+        """The hold that this event placed, if it is still active."""
+
     def prepare_memory(self) -> None: ...
     def memory_wanted(self) -> bool: ...
     def sent(self, destination_shard: int) -> tuple[int, int]:

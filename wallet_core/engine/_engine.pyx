@@ -13,6 +13,7 @@ from wallet_core.engine.views import (
     CurrencyTotals,
     EnginePoisoned,
     EngineRefused,
+    HoldView,
     SendView,
 )
 
@@ -211,6 +212,32 @@ cdef class Engine:
 
     cdef uint32_t totals(self, CurrencyTotal* out, uint32_t capacity) noexcept nogil:
         return totals_scan(state(self), out, capacity)
+
+    cdef uint32_t read_holds(self, const uint8_t* debit_id, uint64_t* from_slot, uint64_t slots, HoldState* out,
+                             uint32_t capacity) noexcept nogil:
+        cdef EngineState* e = state(self)
+        cdef uint32_t ordinal = account_find(e, du_load64(debit_id), du_load64(debit_id + 8)), count = 0
+        cdef uint64_t slot = from_slot[0], end = min(from_slot[0] + slots, e.hold_slots)
+        from_slot[0] = 0
+        if ordinal == NONE:
+            return 0
+        while slot < end:
+            if e.holds[slot].sequence and e.holds[slot].debit == ordinal:
+                if count == capacity:
+                    break
+                hold_copy(e, &e.holds[slot], &out[count])
+                count += 1
+            slot += 1
+        if slot < e.hold_slots:
+            from_slot[0] = slot
+        return count
+
+    cdef bint hold_placed_at(self, uint64_t sequence, HoldState* out) noexcept nogil:
+        cdef uint32_t slot = hold_by_sequence(state(self), sequence)
+        if slot == NONE:
+            return False
+        hold_copy(state(self), &state(self).holds[slot], out)
+        return True
 
     cdef bint check_digest(self) noexcept nogil:
         return linear_from_accounts(state(self)) == state(self).linear
@@ -481,6 +508,23 @@ cdef class Engine:
         finally:
             free(out)
 
+    def holds(self, debit_id):
+        cdef bytes id_ = column("debit_id", debit_id, 1, 16)
+        cdef HoldState out[64]
+        cdef uint64_t slot = 0
+        cdef uint32_t count, i
+        cdef list found = []
+        while True:
+            count = self.read_holds(start_of(id_), &slot, 1 << 20, out, 64)
+            for i in range(count):
+                found.append(hold_view(&out[i]))
+            if slot == 0:
+                return sorted(found, key=by_sequence)
+
+    def hold_at(self, sequence):
+        cdef HoldState out
+        return hold_view(&out) if self.hold_placed_at(sequence, &out) else None
+
     def prepare_memory(self):
         with nogil:
             self.prepare()
@@ -561,3 +605,12 @@ cdef class Engine:
 cdef object account_view(const AccountState* a):
     return AccountView(a.ordinal, <bytes> (<char*> a.id)[:16], currency_name(a.currency), a.balance, a.held_out, a.held_in,
                        a.overdraft_limit, a.balance_limit, a.flags)
+
+
+cdef object hold_view(const HoldState* h):
+    return HoldView(h.sequence, <bytes> (<char*> h.id)[:16], <bytes> (<char*> h.debit_id)[:16],
+                    <bytes> (<char*> h.credit_id)[:16], h.amount, h.deadline_ms, h.code)
+
+
+def by_sequence(view):
+    return view.sequence

@@ -120,3 +120,16 @@ cdef int holds_expire(EngineState* e, EventBuffer* events) noexcept nogil:
         emit_money(e, events, KIND_HOLD_EXPIRED, hold.id0, hold.id1, hold.amount, hold.debit, hold.credit,
                    hold.sequence, hold.code, 0, 0)
     return 0
+
+
+cdef void hold_copy(const EngineState* e, const Hold* hold, HoldState* out) noexcept nogil:
+    memcpy(out.id, &hold.id0, 8)
+    memcpy(out.id + 8, &hold.id1, 8)
+    memcpy(out.debit_id, &e.accounts[hold.debit].id0, 8)
+    memcpy(out.debit_id + 8, &e.accounts[hold.debit].id1, 8)
+    memcpy(out.credit_id, &e.accounts[hold.credit].id0, 8)
+    memcpy(out.credit_id + 8, &e.accounts[hold.credit].id1, 8)
+    out.sequence = hold.sequence
+    out.amount = hold.amount
+    out.deadline_ms = hold.deadline_ms
+    out.code = hold.code

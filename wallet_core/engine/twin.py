@@ -32,6 +32,7 @@ from wallet_core.engine.views import (
     CurrencyTotals,
     EnginePoisoned,
     EngineRefused,
+    HoldView,
     SendView,
 )
 
@@ -453,6 +454,19 @@ class Twin:
                 sums = (t.balance + a.balance, t.in_flight, t.held_out + a.held_out, t.held_in + a.held_in)
                 totals[name] = CurrencyTotals(t.accounts + 1, *map(_wrapped, sums))
         return totals
+
+    def holds(self, debit_id: bytes) -> list[HoldView]:
+        ordinal = self.state.ordinals.get(debit_id)
+        found = [self._hold_view(hold) for hold in self.state.holds.values() if hold.debit == ordinal]
+        return sorted(found, key=lambda view: view.sequence)
+
+    def hold_at(self, sequence: int) -> HoldView | None:
+        found = [hold for hold in self.state.holds.values() if hold.sequence == sequence]
+        return self._hold_view(found[0]) if found else None
+
+    def _hold_view(self, hold: Hold) -> HoldView:
+        debit, credit = self.state.accounts[hold.debit].id, self.state.accounts[hold.credit].id
+        return HoldView(hold.sequence, hold.id, debit, credit, hold.amount, hold.deadline_ms, hold.code)
 
     def sent(self, destination_shard: int) -> tuple[int, int]:
         sends = self.state.sends.get(destination_shard, Sends())

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["AccountView", "Counters", "CurrencyTotals", "EngineError", "EnginePoisoned", "EngineRefused", "SendView"]
+__all__ = [
+    "AccountView",
+    "Counters",
+    "CurrencyTotals",
+    "EngineError",
+    "EnginePoisoned",
+    "EngineRefused",
+    "HoldView",
+    "SendView",
+]
 
 # EngineError
 # ├── EngineRefused     the call contradicts the state; nothing was changed (a replay that does this also
@@ -48,6 +57,18 @@ class SendView(NamedTuple):
     amount: int
     currency: str
     debit_ordinal: int
+    code: int
+
+
+class HoldView(NamedTuple):
+    """One active hold; sequence is that of its HoldPlaced record, deadline_ms 0 = none."""
+
+    sequence: int
+    id: bytes
+    debit_id: bytes
+    credit_id: bytes
+    amount: int
+    deadline_ms: int
     code: int
 
 

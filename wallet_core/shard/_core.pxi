@@ -134,6 +134,8 @@ cdef enum WorkKind:
     WORK_RESULTS
     WORK_LOCATE
     WORK_TOTALS
+    WORK_HOLDS                       # chain marks and the holds that they stand for (_chains.pxi)
+    WORK_CUT                         # everything the balance check needs of a shard, at one event (_chains.pxi)
     WORK_CHECK
     WORK_IMAGE_BEGIN
     WORK_IMAGE_END
@@ -160,6 +162,8 @@ cdef enum RequestShape:
     SHAPE_CHECK = 7
     SHAPE_IMAGE = 8
     SHAPE_CALLS = 9                  # CreateTransfersRequests in, CreateTransfersResponses out
+    SHAPE_HOLDS = 10
+    SHAPE_CUT = 11
 
 cdef struct Request:
     uint64_t ticket
@@ -173,6 +177,7 @@ cdef struct Request:
     int waiter                       # 1: a thread waits for it (finished), 0: completion list
     int finished
     int locating                     # 1: holds are being looked for; not submitted yet
+    int whole                        # 1: a chain across shards is refused, not set aside
     uint64_t bytes_held              # for back-pressure
     uint8_t* results
     void* extra                      # shape's own memory (freed with the request)

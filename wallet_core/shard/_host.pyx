@@ -31,6 +31,7 @@ from wallet_core.engine._engine cimport (
     Engine,
     EngineCounters,
     EventBuffer,
+    HoldState,
     PendingSend,
     Refusal,
     TransferColumns,
@@ -51,6 +52,8 @@ cdef enum:
     CROSS_SHARD_UNSUPPORTED = 30
     IN_FLIGHT = 31
     IN_FLIGHT_WAITING = 254          # only while a batch is under way
+    SET_ASIDE = 253                  # a row of a chain across shards: only while a batch is being routed
+    CHAIN_OPEN = 28
     ACCOUNT_WRONG_SHARD = 9
     FLAG_LINKED = 1
     FLAG_POST_OR_VOID = 12
@@ -61,6 +64,7 @@ cdef enum:
 
 include "_core.pxi"
 include "_parse.pxi"
+include "_chains.pxi"
 include "_shard.pxi"
 include "_striped.pxi"
 include "_replay.pxi"
@@ -90,6 +94,8 @@ cdef class ShardHost:
     cdef uint32_t _call_row_count, _call_row_capacity
     cdef list _call_counts           # rows of each of them
     cdef list _callers               # who waits for each of them
+    cdef list _chains                # set aside: (request, first row, rows, routes)
+    cdef public bint coordinated     # chains across shards are set aside for `chains`, not refused
     cdef readonly uint32_t shard_count
     cdef readonly int64_t rows_in_flight_max
     cdef readonly int64_t bytes_in_flight_max
@@ -126,7 +132,7 @@ cdef class ShardHost:
         self._clock = clock if clock is not None else ShardClock()
         self._striped = StripedSet()
         self._call_counts, self._callers = [], []
-        self._shards, self._order = {}, []
+        self._shards, self._order, self._chains = {}, [], []
         for shard, engine, log in shards:
             if shard in self._shards or not 0 <= shard < shard_count:
                 raise ValueError(f"shard {shard} is given twice or is not one of {shard_count}")
@@ -301,13 +307,13 @@ cdef class ShardHost:
     # ---- requests ----
 
     cdef Request* _new(self, uint64_t ticket, int shape, uint32_t count, uint64_t bytes_held, object message,
-                       size_t results) except NULL:
+                       size_t results, bint always=False) except NULL:
         cdef Request* request
         if not self._started or self._closed:
             raise port.HostClosed("the shard host is not running")
         if ducat_load_int(&self.core.failed):
             raise port.HostClosed(f"the shard host stopped: {self.failure()}")
-        if self.core.rows_held and (self.core.rows_held + count > self.rows_in_flight_max
+        if not always and self.core.rows_held and (self.core.rows_held + count > self.rows_in_flight_max
                                     or self.core.bytes_held + <int64_t>bytes_held > self.bytes_in_flight_max):
             raise port.HostBusy(
                 f"{self.core.rows_held} rows and {self.core.bytes_held} bytes are under way, the limits are "
@@ -429,9 +435,10 @@ cdef class ShardHost:
         self._take_columns(request, &batch)
         self._submit_transfers(request)
 
-    def submit_rows(self, uint64_t ticket, rows, *, bint settled=True):
+    def submit_rows(self, uint64_t ticket, rows, *, bint settled=True, bint whole=False):
         """Transfers as tuples in the order of TransferRow (id, debit, credit, amount[, flags, pending id, timeout, code]).
-        The completion's result is a RowsResult. Raises BatchInvalid naming the row."""
+        The completion's result is a RowsResult. Raises BatchInvalid naming the row. whole: chains must be of one shard, and
+        the limits of what is under way do not count."""
         cdef Request* request
         cdef uint32_t count = len(rows), i = 0
         cdef uint8_t* data
@@ -444,7 +451,7 @@ cdef class ShardHost:
             raise port.BatchInvalid("rows", "the batch has no rows")
         if count > ROWS_MAX:
             raise port.BatchInvalid("rows", f"{count} rows, at most {ROWS_MAX} are allowed")
-        request = self._new(ticket, SHAPE_ROWS, count, 128 * <uint64_t>count, None, count)
+        request = self._new(ticket, SHAPE_ROWS, count, 128 * <uint64_t>count, None, count, whole)
         try:
             data = <uint8_t*>malloc(80 * n)
             if data == NULL:
@@ -555,6 +562,8 @@ cdef class ShardHost:
         """The columns of rows that were gathered: amounts, ids, debits, credits, holds, timeouts, flags, codes."""
         cdef size_t n = request.count
         request.columns.count = request.count
+        request.settled, request.whole = settled, whole
+        request.columns.count = count
         request.columns.amounts, request.columns.ids = data, data + 8 * n
         request.columns.debit_ids, request.columns.credit_ids = data + 24 * n, data + 40 * n
         request.columns.pending_ids, request.columns.timeouts_s = data + 56 * n, data + 72 * n
@@ -620,7 +629,7 @@ cdef class ShardHost:
 
     cdef int _route(self, Request* request) except -1:
         """Home shard and credit shard of each row; then one gather index a shard."""
-        cdef uint32_t count = request.count, row, shard, parts = 0, at, chain_end
+        cdef uint32_t count = request.count, row, shard, parts = 0, at, chain_end, aside = 0
         cdef size_t n = count
         cdef uint16_t* home
         cdef uint16_t* credit
@@ -629,6 +638,7 @@ cdef class ShardHost:
         cdef Work* works[SHARDS_MAX]
         cdef Work* work
         cdef bint split
+        cdef uint8_t code
         request.row_index = <uint32_t*>malloc(4 * n)
         request.credit_shards = <uint8_t*>malloc(2 * n)
         home = <uint16_t*>malloc(2 * n)
@@ -648,17 +658,25 @@ cdef class ShardHost:
                         row += 1
                         continue
                     chain_end = row
-                    split = False
+                    split = self.coordinated and not request.whole and credit[row] != SHARD_LOCAL
                     while chain_end < count and request.columns.flags[2 * <size_t>chain_end] & FLAG_LINKED:
                         chain_end += 1
-                        if chain_end < count and home[chain_end] != home[row]:
+                        if chain_end < count and (home[chain_end] != home[row] or (
+                                self.coordinated and not request.whole and credit[chain_end] != SHARD_LOCAL)):
                             split = True
+                    code = CROSS_SHARD_UNSUPPORTED
+                    if self.coordinated and not request.whole:
+                        code = CHAIN_OPEN if chain_end == count else \
+                            WRONG_SHARD if self.core.shards[home[row]] == NULL else SET_ASIDE
+                    aside += split and code == SET_ASIDE
                     while row <= chain_end and row < count:
                         if split:
-                            request.results[row], home[row] = CROSS_SHARD_UNSUPPORTED, LOCATE_NONE
+                            request.results[row] = code
+                            if code != SET_ASIDE:
+                                home[row] = LOCATE_NONE
                         row += 1
             for row in range(count):
-                if home[row] == LOCATE_NONE:
+                if home[row] == LOCATE_NONE or request.results[row] == SET_ASIDE:
                     continue
                 if self.core.shards[home[row]] == NULL:
                     request.results[row], home[row] = WRONG_SHARD, LOCATE_NONE
@@ -668,9 +686,16 @@ cdef class ShardHost:
                 starts[shard + 1] += starts[shard]
                 filled[shard] = starts[shard]
             for row in range(count):
-                if home[row] != LOCATE_NONE:
+                if home[row] != LOCATE_NONE and request.results[row] != SET_ASIDE:
                     request.row_index[filled[home[row]]] = row
                     filled[home[row]] += 1
+        if aside:
+            try:
+                self._set_aside(request, home, credit)
+            except BaseException:
+                free(home)
+                self._unadmit(request)
+                raise
         free(home)
         for shard in range(self.shard_count):
             if starts[shard + 1] == starts[shard]:
@@ -679,6 +704,8 @@ cdef class ShardHost:
             if work == NULL:
                 for at in range(parts):
                     work_free(works[at])
+                if aside:
+                    del self._chains[-<Py_ssize_t>aside:]
                 self._unadmit(request)
                 raise MemoryError()
             work.columns = request.columns
@@ -687,14 +714,106 @@ cdef class ShardHost:
             work.peer = <uint16_t>shard
             works[parts] = work
             parts += 1
-        if parts == 0:
+        if parts + aside == 0:
             request.remaining = 0
             host_complete(&self.core, request)
             return 0
-        request.remaining = parts
+        request.remaining = parts + aside
         for at in range(parts):
             shard_push(self.core.shards[works[at].peer], works[at], False)
         return 0
+
+    # ---- chains across shards ----
+
+    cdef int _set_aside(self, Request* request, const uint16_t* home, const uint16_t* credit) except -1:
+        """Rows that were marked SET_ASIDE, chain by chain, for a coordinator. Each counts as a part of the request."""
+        cdef uint32_t row = 0, first
+        cdef list rows, routes, chains = []
+        while row < request.count:
+            if request.results[row] != SET_ASIDE:
+                row += 1
+                continue
+            first, rows, routes = row, [], []
+            while True:
+                rows.append(self._row(request, row))
+                routes.append((home[row], credit[row] if credit[row] != SHARD_LOCAL else home[row]))
+                request.results[row] = IN_FLIGHT
+                row += 1
+                if not request.columns.flags[2 * <size_t>row - 2] & FLAG_LINKED:
+                    break
+            chains.append((<size_t>request, first, rows, routes))
+        self._chains += chains
+        return 0
+
+    cdef object _row(self, Request* request, uint32_t row):
+        cdef const TransferColumns* c = &request.columns
+        cdef int64_t amount
+        cdef uint16_t flags = 0, code = 0
+        cdef uint32_t timeout_s = 0
+        memcpy(&amount, c.amounts + 8 * <size_t>row, 8)
+        memcpy(&flags, c.flags + 2 * <size_t>row, 2)
+        if c.timeouts_s != NULL:
+            memcpy(&timeout_s, c.timeouts_s + 4 * <size_t>row, 4)
+        if c.codes != NULL:
+            memcpy(&code, c.codes + 2 * <size_t>row, 2)
+        return port.TransferRow(
+            c.ids[16 * <size_t>row:16 * <size_t>row + 16], c.debit_ids[16 * <size_t>row:16 * <size_t>row + 16],
+            c.credit_ids[16 * <size_t>row:16 * <size_t>row + 16], amount, flags,
+            c.pending_ids[16 * <size_t>row:16 * <size_t>row + 16] if c.pending_ids != NULL else bytes(16), timeout_s, code)
+
+    def chains(self):
+        """Takes the chains that were set aside: (token, first row, rows, [(shard of the row, shard of its credit account)]).
+        Each must be answered once by `finish_chain`."""
+        cdef list found = self._chains
+        if found:
+            self._chains = []
+        return found
+
+    @property
+    def has_chains(self):
+        """Whether `chains` would give any."""
+        return len(self._chains) > 0
+
+    def finish_chain(self, size_t token, uint32_t first, bytes codes not None, positions=()):
+        """What became of a chain that was set aside: one TransferResult a row, and (shard, sequence number) pairs."""
+        cdef Request* request = <Request*>token
+        memcpy(request.results + first, PyBytes_AS_STRING(codes), len(codes))
+        for shard, sequence in positions:
+            if 0 <= shard < <int>self.shard_count:
+                ducat_max_u64(&request.positions[<int>shard], sequence)
+        request_done(&self.core, request, 1)
+
+    def submit_chain_holds(self, uint64_t ticket, int shard, bytes marks_id not None, uint64_t from_slot):
+        """Some of the marks on an account, each behind the holds that it stands for. The completion's result is bytes (port.unpack_holds)."""
+        self._submit_blob(ticket, shard, SHAPE_HOLDS, WORK_HOLDS, marks_id, from_slot)
+
+    def submit_cut(self, uint64_t ticket, int shard):
+        """A shard's sums and its links to the others after one event. The completion's result is bytes (port.unpack_cut)."""
+        self._submit_blob(ticket, shard, SHAPE_CUT, WORK_CUT, b"", 0)
+
+    cdef int _submit_blob(self, uint64_t ticket, int shard, int shape, int kind, bytes account, uint64_t number) except -1:
+        cdef Shard one = self._shards[shard]
+        cdef Request* request = self._new(ticket, shape, 1, 0, account, 1)
+        cdef Work* work = work_new(kind, request)
+        request.extra = calloc(1, sizeof(Blob))
+        if work == NULL or request.extra == NULL:
+            free(work)
+            self._drop(request)
+            raise MemoryError()
+        work.columns.ids = <const uint8_t*>PyBytes_AS_STRING(account)
+        work.number = number
+        request.remaining = 1
+        self._admit(request)
+        shard_push(&one.core, work, False)
+        return 0
+
+    cdef bytes _finish_blob(self, Request* request):
+        cdef Blob* blob = <Blob*>request.extra
+        try:
+            return PyBytes_FromStringAndSize(<char*>blob.data, <Py_ssize_t>blob.length)
+        finally:
+            free(blob.data)
+            blob.data = NULL
 
     cdef void _home_of(self, Request* request, uint32_t row, uint16_t* home, uint16_t* credit) noexcept nogil:
         """The debit account's shard; a striped one has a part everywhere, then the credit account's; of two striped ones the
@@ -956,6 +1075,8 @@ cdef class ShardHost:
                 result = self._finish_results(request)
             elif request.shape == SHAPE_TOTALS:
                 result = self._finish_totals(request)
+            elif request.shape == SHAPE_HOLDS or request.shape == SHAPE_CUT:
+                result = self._finish_blob(request)
             elif request.shape == SHAPE_CHECK:
                 result = {(<Shard>self._order[i]).shard: request.results[i] == 1 for i in range(len(self._order))}
             else:

@@ -256,6 +256,10 @@ cdef class Shard:
             return self.expire(group)
         if work.kind == WORK_TOTALS:
             return self.read_totals(work, group)
+        if work.kind == WORK_HOLDS:
+            return self.read_chain_holds(work, group)
+        if work.kind == WORK_CUT:
+            return self.read_cut(work, group)
         if work.kind == WORK_CHECK:
             work.request.results[work.number] = 1 if self.engine.check_digest() else 0
             return self.finish_read(work.request, group)
@@ -397,6 +401,16 @@ cdef class Shard:
                 break
             capacity = count
         part.count = count
+        return self.finish_read(work.request, group)
+
+    cdef int read_chain_holds(self, Work* work, Group* group) noexcept nogil:
+        if chain_holds_read(self.engine, work.columns.ids, work.number, <Blob*>work.request.extra) < 0:
+            return -1
+        return self.finish_read(work.request, group)
+
+    cdef int read_cut(self, Work* work, Group* group) noexcept nogil:
+        if cut_read(self.engine, self.host.shard_count, self.shard, <Blob*>work.request.extra) < 0:
+            return -1
         return self.finish_read(work.request, group)
 
     cdef int expire(self, Group* group) noexcept nogil:

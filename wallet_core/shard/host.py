@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -26,8 +26,9 @@ from kernel.errors import (
     OutOfRange,
     Unavailable,
 )
-from wallet_core.engine.codes import AccountFlags, TransferFlags
+from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.event_log import DiskNearlyFull, LogGap, LogTail, delete_segments_below, segments
+from wallet_core.service.chain_rules import MARKS, ChainMark
 from wallet_core.shard._host import ShardClock, ShardHost
 from wallet_core.shard.port import (
     MESSAGE_BYTES_MAX,
@@ -47,6 +48,7 @@ from wallet_core.shard.port import (
     SnapshotInfo,
     TransferRow,
     shard_folder,
+    unpack_holds,
 )
 from wallet_core.shard.recovery import Progress, open_host
 from wallet_core.snapshot import SnapshotDamaged, SnapshotWriter, delete_older, read_header, snapshot_files
@@ -56,6 +58,9 @@ __all__ = ["WalletHost"]
 _TAILS_KEPT = 32  # open positions in logs, for readers that come back for more
 _LINKED = int(TransferFlags.LINKED)
 _STRIPED = int(AccountFlags.STRIPED)
+RunChain = Callable[
+    [Sequence[TransferRow], Sequence[tuple[int, int]]], Coroutine[Any, Any, tuple[bytes, Sequence[tuple[int, int]]]]
+]
 _CALLS_SEEN = 8  # the last so many single calls …
 _CALLS_WITHIN_S = 0.004  # … within this time: 2,000 a second, more than one caller alone can send
 _GATHER_S = 0.001
@@ -81,6 +86,8 @@ class WalletHost:
         self._called_look = (0, 0.0)
         self._gathered: list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]] = []
         self._gathered_rows = 0
+        self._steps: list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]] = []  # of chains across shards
+        self._steps_rows = 0
         self._calls: deque[float] = deque(maxlen=_CALLS_SEEN)
         self._turn: deque[asyncio.Future[None]] = deque()
         self._striping: set[asyncio.Future[Any]] = set()  # striped accounts that are being opened
@@ -96,6 +103,8 @@ class WalletHost:
         self.on_failure: Callable[[Exception], None] | None = None
         self.on_snapshot_failure: Callable[[int, Exception], None] | None = None  # of one that was taken by itself
         self.on_outbound: Callable[[list[Any]], None] | None = None  # takes what `native.outbound` gives, for the relay
+        self.on_chain: RunChain | None = None  # coordinates chains across shards; None: they are refused
+        self._chain_tasks: set[asyncio.Task[None]] = set()
         self.retain: Callable[[int], int] | None = None  # shard → last event that readers of its log are done with
 
     @classmethod
@@ -182,6 +191,8 @@ class WalletHost:
             self._native.submit_message(self._ticket, message, wrapped=wrapped)
         except Exception as error:
             raise self._forget(error) from None
+        if self._native.has_chains:
+            self._run_chains()
         result: bytes = await future
         return result
 
@@ -197,8 +208,9 @@ class WalletHost:
             await self._wait_turn(count, 128 * count)
         while self._striping:
             await asyncio.wait(self._striping)
-        if count == 0 or count > 256 or (rows[-1][4:5] and rows[-1][4] & _LINKED):
-            return await self._submit_rows(rows)  # an open chain must not reach into somebody else's rows
+        if count == 0 or count > 256 or any(row[4:5] and row[4] & _LINKED for row in rows):
+            # an open chain must not reach into somebody else's rows, and nobody else waits for one that crosses shards
+            return await self._submit_rows(rows)
         if self._gathered_rows + count > ROWS_MAX:
             self._flush()
         if not self._gathered:
@@ -232,6 +244,72 @@ class WalletHost:
         self._called_rows += rows
         return future
 
+    def coordinate(self, on_chain: RunChain) -> None:
+        """Chains across shards go to `on_chain(rows, routes)`, which gives one TransferResult byte a row and positions."""
+        self.on_chain, self._native.coordinated = on_chain, True
+
+    async def apply_step(self, rows: Sequence[TransferRow]) -> RowsResult:
+        """As `transfer_rows`, for a step of a chain across shards: rows of one shard, never set aside again. Never waits for
+        room: the request that it belongs to holds some, and would hold it for ever. Steps of one iteration of the loop share a
+        batch."""
+        while self._striping:
+            await asyncio.wait(self._striping)
+        if self._steps_rows + len(rows) > ROWS_MAX:
+            self._flush_steps()
+        if not self._steps:
+            self._loop.call_soon(self._flush_steps)
+        future: asyncio.Future[RowsResult] = self._loop.create_future()
+        self._steps.append((rows, future))
+        self._steps_rows += len(rows)
+        return await future
+
+    def _flush_steps(self) -> None:
+        steps = self._steps
+        if not steps:
+            return
+        self._steps, self._steps_rows = [], 0
+        try:
+            done = self._future()
+            self._native.submit_rows(self._ticket, [row for rows, _ in steps for row in rows], whole=True)
+        except Exception as error:
+            mapped = self._forget(error)
+            for _, one in steps:
+                if not one.done():
+                    one.set_exception(mapped)
+        else:
+            done.add_done_callback(lambda done: _share(done, steps))
+
+    async def chain_marks(self, shard: int) -> list[ChainMark]:
+        """Every mark of a chain across shards with the holds that it stands for; decisions have none."""
+        found: list[ChainMark] = []
+        at = 0
+        while True:
+            future = self._future()
+            try:
+                self._native.submit_chain_holds(self._ticket, shard, MARKS, at)
+            except Exception as error:
+                raise self._forget(error) from None
+            at, holds = unpack_holds(await future)
+            waiting: list[tuple[bytes, bytes, bytes]] = []
+            for id_, debit_id, credit_id in holds:
+                if debit_id == MARKS:
+                    found.append(ChainMark(shard, id_, tuple(waiting)))
+                    waiting = []
+                else:
+                    waiting.append((id_, debit_id, credit_id))
+            if at == 0:
+                return found
+
+    async def cut(self, shard: int) -> bytes:
+        """A shard's sums and its links to the others after one event, durable: for `port.unpack_cut`. Scans all accounts."""
+        future = self._future()
+        try:
+            self._native.submit_cut(self._ticket, shard)
+        except Exception as error:
+            raise self._forget(error) from None
+        packed: bytes = await future
+        return packed
+
     async def create_accounts(self, rows: Sequence[AccountRow], *, update: bool = False) -> bytes:
         """One AccountResult byte a row; a striped account is opened on every shard of this process. Until that is done nobody
         knows where its transfers go, so whatever comes meanwhile waits: its id would be remembered on the wrong shard."""
@@ -241,6 +319,7 @@ class WalletHost:
             await asyncio.wait(self._striping)
         self._flush()  # what came before stays before
         self._submit_calls()
+        self._flush_steps()
         future = self._future()
         try:
             self._native.submit_accounts(self._ticket, rows, update=update)
@@ -626,6 +705,8 @@ class WalletHost:
             self._native.submit_rows(self._ticket, rows)
         except Exception as error:
             raise self._forget(error) from None
+        if self._native.has_chains:
+            self._run_chains()
         result: RowsResult = await future
         return result
 
@@ -642,6 +723,8 @@ class WalletHost:
                 future.set_exception(_mapped(result))
             else:
                 future.set_result(result)
+        if self._native.has_chains:
+            self._run_chains()
         if self._durable_waiters:
             for shard, above, waiting in self._durable_waiters:
                 now = self._native.durable_sequence(shard)
@@ -653,6 +736,24 @@ class WalletHost:
             self.on_outbound(deliveries)
         if self._native.failed and self._failure is None:
             self._fail(self._native.failure() or HostClosed("a shard stopped"))
+
+    def _run_chains(self) -> None:
+        """Chains across shards that the last batch had: the batch is answered when they are."""
+        for token, first, rows, routes in self._native.chains():
+            task = self._loop.create_task(self._run_chain(token, first, rows, routes))
+            self._chain_tasks.add(task)
+            task.add_done_callback(self._chain_tasks.discard)
+
+    async def _run_chain(
+        self, token: int, first: int, rows: Sequence[TransferRow], routes: Sequence[tuple[int, int]]
+    ) -> None:
+        codes = bytes([TransferResult.IN_FLIGHT]) * len(rows)
+        positions: Sequence[tuple[int, int]] = ()
+        try:
+            assert self.on_chain is not None
+            codes, positions = await self.on_chain(rows, routes)
+        finally:
+            self._native.finish_chain(token, first, codes, positions)
 
     def _fail(self, error: Exception) -> None:
         """Nothing that is under way will be acknowledged: its outcome is unknown until the restart."""

@@ -10,10 +10,12 @@ ShardHostError
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from wallet_core.service.balance_check import Link, ShardCut
 from wallet_core.service.port import (
     AccountRow,
     AccountState,
@@ -53,6 +55,8 @@ __all__ = [
     "default_shard_map",
     "shard_folder",
     "slot_of",
+    "unpack_cut",
+    "unpack_holds",
 ]
 
 ROWS_MAX = 8190  # rows of one message: 8190 * 48 bytes of events stay below 384 KiB
@@ -184,3 +188,40 @@ class ShardFigures(ShardStatus):
     frame_count: int
     queued_count: int
     now_ns: int
+
+
+_HOLD = struct.Struct("<16s16s16sQqQHxxxxxx")
+_CUT_HEAD, _CUT_BOOK = struct.Struct("<QQ"), struct.Struct("<4sIqq")
+_CUT_LINK, _CUT_SEND, _CUT_REFUSAL = struct.Struct("<QQQQQQ"), struct.Struct("<q4sI"), struct.Struct("<QQ")
+
+
+def unpack_holds(packed: bytes) -> tuple[int, list[tuple[bytes, bytes, bytes]]]:
+    """What `submit_chain_holds` gives: where to go on (0 = the end), and (id, debit account, credit account) of holds."""
+    holds = [(id_, debit_id, credit_id) for id_, debit_id, credit_id, *_ in _HOLD.iter_unpack(packed[8:])]
+    return int.from_bytes(packed[:8], "little"), holds
+
+
+def unpack_cut(shard: int, packed: bytes) -> ShardCut:
+    """What `submit_cut` gives (the layout is in _chains.pxi)."""
+    sequence, count = _CUT_HEAD.unpack_from(packed, 0)
+    at = _CUT_HEAD.size
+    books: dict[str, list[int]] = {}
+    for _ in range(count):
+        currency, _, balance, in_flight = _CUT_BOOK.unpack_from(packed, at)
+        books[_name(currency)] = [balance, in_flight]
+        at += _CUT_BOOK.size
+    links: dict[int, Link] = {}
+    while at < len(packed):
+        peer, settled, sent, received, sends, refusals = _CUT_LINK.unpack_from(packed, at)
+        at += _CUT_LINK.size
+        end = at + sends * _CUT_SEND.size
+        sent_rows = [(amount, _name(currency)) for amount, currency, _ in _CUT_SEND.iter_unpack(packed[at:end])]
+        at, end = end, end + refusals * _CUT_REFUSAL.size
+        refused = {number for number, _ in _CUT_REFUSAL.iter_unpack(packed[at:end])}
+        at = end
+        links[peer] = Link(settled, sent, received, sent_rows, refused)
+    return ShardCut(shard, sequence, books, links)
+
+
+def _name(currency: bytes) -> str:
+    return currency.rstrip(b"\0").decode("ascii")

@@ -16,7 +16,9 @@ from typing import Any
 from wallet_core.engine._engine import Engine
 from wallet_core.engine.codes import EventKind, TransferResult
 from wallet_core.engine.twin import Twin
-from wallet_core.simulation.clients import IN_FLIGHT, LINKED, OK, Book, Clients
+from wallet_core.service.chain_rules import MARKS, transit_account
+from wallet_core.simulation.chains import check_cross_chains
+from wallet_core.simulation.clients import CURRENCIES, IN_FLIGHT, LINKED, OK, Book, Clients
 from wallet_core.simulation.shard import EVENT_BYTES, AppliedFrame, SimulatedShard
 from wallet_core.simulation.world import Violation
 
@@ -53,7 +55,8 @@ class _Model:
     in_flight: dict[bytes, int] = field(default_factory=dict)  # currency → ordinal
     effects: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # transfer id → kind, result or number
     destinations: dict[bytes, int] = field(default_factory=dict)
-    holds: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # sequence → debit, credit, amount
+    holds: dict[int, tuple[int, int, int, bytes]] = field(default_factory=dict)  # sequence → debit, credit, amount, id
+    ended: dict[bytes, int] = field(default_factory=dict)  # hold id → kind of the event that ended it
     sends: dict[int, list[_Send]] = field(default_factory=dict)  # destination → in order
     settled: dict[int, int] = field(default_factory=dict)
     received: dict[int, list[tuple[bytes, int, bytes, int]]] = field(default_factory=dict)
@@ -106,13 +109,14 @@ def _read(shard: int, frames: list[AppliedFrame]) -> _Model:
                 balances[debit] -= amount
                 balances[credit] += amount
             elif kind == PLACED:
-                m.holds[sequence] = (debit, credit, amount)
+                m.holds[sequence] = (debit, credit, amount, id_)
                 held_out[debit] += amount
                 held_in[credit] += amount
             elif kind in (POSTED, VOIDED, EXPIRED):
                 hold = m.holds.pop(number, None)
                 if hold is None:
                     raise _broken("double effect", m, sequence, f"the hold of event {number} ends again")
+                m.ended[hold[3]] = kind
                 held_out[hold[0]] -= hold[2]
                 held_in[hold[1]] -= hold[2]
                 if kind == POSTED:
@@ -171,7 +175,23 @@ def check_books(shards: list[SimulatedShard]) -> list[_Model]:
         if total:
             raise Violation("conservation", f"{total} {currency[:3].decode()} still in flight after everything settled")
     _check_sagas(models)
+    _check_between(models)
     return models
+
+
+def _check_between(models: list[_Model]) -> None:
+    """Chains: what left one shard has arrived on another, and nothing is held for one any more."""
+    for currency in CURRENCIES:
+        transit = transit_account(currency[:3].decode())
+        total = 0
+        for model in models:
+            for ordinal, (id_, _) in enumerate(model.accounts):
+                if id_ == transit:
+                    total += model.balances[ordinal]
+                if id_ in (transit, MARKS) and (model.held_out[ordinal] or model.held_in[ordinal]):
+                    raise Violation("a chain did not end", f"shard {model.shard}: money is held on {id_.hex()}")
+        if total:
+            raise Violation("conservation", f"{total} {currency[:3].decode()} left between the shards of chains")
 
 
 def _check_sagas(models: list[_Model]) -> None:
@@ -219,8 +239,9 @@ def check_answers(book: Book, models: list[_Model]) -> None:
             )
 
 
-def check_chains(clients: Clients) -> None:
+def check_chains(clients: Clients, models: list[_Model]) -> None:
     """Linked transfers: all or none."""
+    check_cross_chains(clients.coordinators.chains, [model.ended for model in models], POSTED)
     for request in clients.requests:
         chain: list[int] = []
         for (_, row), result in zip(request.keys, request.final, strict=True):

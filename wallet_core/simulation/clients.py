@@ -6,7 +6,10 @@ import struct
 from typing import Any, Final
 
 from wallet_core.engine.codes import AMOUNT_MAX, SHARD_LOCAL, AccountFlags, TransferFlags, TransferResult
+from wallet_core.service import chain_rules
+from wallet_core.service.port import TransferRow
 from wallet_core.shard.port import SLOT_COUNT
+from wallet_core.simulation.chains import Chain, Coordinators
 from wallet_core.simulation.network import CLIENTS, Network
 from wallet_core.simulation.shard import DISK_FULL, Request, SimulatedShard
 from wallet_core.simulation.world import Violation, World
@@ -87,10 +90,14 @@ class Clients:
         self.requests: list[Request] = []  # answered transfers, to repeat
         self.striped = {currency: self._account_id(0) for currency in CURRENCIES}
         self.plain: dict[bytes, list[list[bytes]]] = {}  # currency → shard → account ids
+        self.of_currency: dict[bytes, set[bytes]] = {}
         self.holds: list[tuple[int, Row]] = []
         self.sends: list[Request] = []  # in flight when last heard of
         self.reads: dict[int, int] = {}  # shard → the highest sequence number read
         self.rows: list[tuple[int, Row]] = []
+        self.coordinators = Coordinators(world, network, shards)
+        self.coordinators.told = self._chain_told
+        self.opened: set[int] = set()  # shards whose accounts are there for sure
         for shard in shards:
             shard.answer = self.answered
             self._open_accounts(shard.shard)
@@ -140,9 +147,11 @@ class Clients:
         elif request.call == "account":
             sequence, _ = result
             self.reads[request.shard] = max(self.reads.get(request.shard, 0), sequence)
-        elif request.call == "open_accounts" and any(code not in (1, 3) for code in result):
-            # 3 (other content): somebody has changed the account since
-            raise Violation("accounts cannot be opened", f"{result.hex()} on {request.shard}")
+        elif request.call == "open_accounts":
+            if any(code not in (1, 3) for code in result):
+                # 3 (other content): somebody has changed the account since
+                raise Violation("accounts cannot be opened", f"{result.hex()} on {request.shard}")
+            self.opened.add(request.shard)
         if not request.answered:
             request.answered = True
             self.open -= 1
@@ -171,7 +180,9 @@ class Clients:
         if not world.faulty:
             return
         dice = world.chance()
-        if dice < 0.80:
+        if dice < 0.15 and len(self.opened) == len(self.shards) > 1:
+            self._begin_chain(client)
+        elif dice < 0.80:
             self._begin(self._batch(), client)
         elif dice < 0.87 and self.requests:
             self._repeat(client)
@@ -184,6 +195,44 @@ class Clients:
             self._begin(Request(shard, "account", (self._some(shard),)), client)
         else:
             self._begin(self._update(), client)
+
+    def _begin_chain(self, client: int) -> None:
+        """Plain transfers over several shards, all or none; sometimes an old one again."""
+        if self.world.chance() < 0.15:
+            self.coordinators.repeat()
+            self.world.after(self.world.between(*THINK_NS), self._act, client)
+            return
+        random, chance = self.world.random, self.world.chance
+        rows, routes, currencies = [], [], []
+        length = random.randrange(2, 5)
+        shard = random.randrange(len(self.shards))
+        for at in range(length):
+            row = self._local(shard) if chance() < 0.25 else self._cross(shard)
+            linked = LINKED if at < length - 1 else 0
+            rows.append(TransferRow(*row[:3], 1 + row[3] // 8, linked, ZERO_ID, 0, row[7]))
+            routes.append((shard, shard if row[8] == SHARD_LOCAL else row[8]))
+            currencies.append(next(name[:3].decode() for name in CURRENCIES if row[1] in self.of_currency[name]))
+            shard = random.randrange(len(self.shards))
+        if chain_rules.refused_at_once(rows) is not None:
+            self.world.after(self.world.between(*THINK_NS), self._act, client)
+            return
+        rules = self.shards[routes[0][0]].chain_rules
+        self.coordinators.begin(Chain(rows, routes, rules.plan(rows, routes, currencies, len(self.shards)), client))
+
+    def _chain_told(self, chain: Chain) -> None:
+        self.world.after(self.world.between(*THINK_NS), self._act, chain.client)
+
+    def thaw(self) -> None:
+        """Every account takes part again, so that chains which wait for a frozen one can end."""
+        for shard in range(len(self.shards)):
+            ids = [one for own in self.plain.values() for one in own[shard]]
+            request = Request(shard, "update_accounts", (b"".join(ids),))
+            request.options = {
+                "flags": bytes(2 * len(ids)),
+                "overdraft_limits": bytes(8 * len(ids)),
+                "balance_limits": bytes(8 * len(ids)),
+            }
+            self._begin(request, -1)
 
     def _repeat(self, client: int) -> None:
         """An old request again: the same answer must come, and nothing must happen."""
@@ -209,6 +258,15 @@ class Clients:
             overdrafts.append(0)
             limits.append(0)
             self.plain.setdefault(currency, [[] for _ in self.shards])[shard] = own
+            self.of_currency.setdefault(currency, {self.striped[currency]}).update(own)
+        for currency in CURRENCIES:
+            for account in chain_rules.accounts_of(currency[:3].decode()):
+                if account.id not in ids:
+                    ids.append(account.id)
+                    currencies.append(account.currency.encode() + b"\0")
+                    flags.append(account.flags)
+                    overdrafts.append(0)
+                    limits.append(0)
         count = len(ids)
         request = Request(shard, "open_accounts", (b"".join(ids), b"".join(currencies)))
         request.options = {

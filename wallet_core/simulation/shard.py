@@ -29,6 +29,8 @@ from wallet_core.event_log import (
     settle_end,
 )
 from wallet_core.event_log.file import make_folder
+from wallet_core.service import chain_rules
+from wallet_core.service.chain_rules import ChainMark
 from wallet_core.shard._host import replay_frames
 from wallet_core.shard.port import RecoveryFailed, ShardHostConfig, shard_folder
 from wallet_core.shard.recovery import _start_from, new_engine, recover_shard
@@ -69,6 +71,8 @@ class Request:
     answered: bool = False
     crosses: bool = False
     final: bytes = b""
+    asker: int = CLIENTS
+    reply: Callable[[Request, Any], None] | None = None  # of others than clients
 
 
 @dataclass(slots=True)
@@ -116,6 +120,7 @@ class SimulatedShard:
     """A shard that is up or down, and everything that has to survive it for the checks: what it applied,
     what it ever told anybody."""
 
+    chain_rules: Any = chain_rules
     fault_rate_min = 0.004  # of a write that fails, and of a crash between a write and its sync
 
     def __init__(
@@ -363,6 +368,9 @@ class SimulatedShard:
             view = engine.account(request.columns[0])
             self._answer_when_durable(request, (self.sequence, view))
             return
+        if request.call == "marks":
+            self._answer_when_durable(request, self.marks())
+            return
         if self.log.nearly_full:
             self.world.fault("write refused, disk nearly full")
             self._answer(request, DISK_FULL, 0)
@@ -379,6 +387,15 @@ class SimulatedShard:
                         self.send_credits(destination, settled, first, last, group)
                         self.sent[destination] = last
         self._answer_when_durable(request, results)
+
+    def marks(self) -> list[ChainMark]:
+        """What is left of chains across shards here: marks with their holds, decisions without."""
+        found = []
+        for mark in self.engine.holds(chain_rules.MARKS):
+            legs = [self.engine.hold_at(mark.sequence - back) for back in range(mark.amount - 1, 0, -1)]
+            holds = tuple((leg.id, leg.debit_id, leg.credit_id) for leg in legs if leg is not None)
+            found.append(ChainMark(self.shard, mark.id, holds))
+        return found
 
     def send_credits(self, destination: int, settled: int, number: int, last: int, group: Group) -> None:
         """Sends become deliveries of this group, which say how far this shard has settled."""
@@ -470,7 +487,7 @@ class SimulatedShard:
 
     def _answer(self, request: Request, result: Any, sequence: int) -> None:
         self.known_sequence = max(self.known_sequence, sequence)
-        self.network.send(self.shard, CLIENTS, self.answer, request, result)
+        self.network.send(self.shard, request.asker, request.reply or self.answer, request, result)
 
     # ---- the sync thread ----
 

@@ -30,6 +30,7 @@ __all__ = ["Outcome", "Simulation", "run_seed"]
 CRASH_RATE = 0.02
 FAULT_NS = (1_000_000, 25_000_000)
 SEGMENT_BYTES = 64 * 1024
+THAW_STEPS = 1_500
 HOLD_NS_MAX = 60_000_000_000  # every hold with a timeout has expired by then
 DEFAULTS = Options()
 ENGINE_OPTIONS = {"accounts_max": 1 << 12, "holds_max": 1 << 12, "unsettled_max": 1 << 12}
@@ -92,7 +93,7 @@ class Simulation:
         self._settle(holds=True)
         models = check_books(self.shards)
         check_answers(self.clients.book, models)
-        check_chains(self.clients)
+        check_chains(self.clients, models)
         check_replay(self.shards)
         if world.seed % options.twin_every == 0:
             check_twin(self.shards)
@@ -159,13 +160,18 @@ class Simulation:
         for shard in self.shards:
             shard.slow_until_ns = 0
             shard.fill_disk(False)
+        self.clients.thaw()
 
     def _settle(self, *, holds: bool = False) -> None:
         world = self.world
         bound = world.steps + world.options.drain_steps
+        thaw_at = world.steps + THAW_STEPS
         while not (self._settled() and (not holds or self._holds_ended())):
             for _ in range(8):
                 world.step()
+            if world.steps > thaw_at:  # an old request that came late may have frozen an account again
+                self.clients.thaw()
+                thaw_at += THAW_STEPS
             if world.steps > bound:
                 sent = {
                     (shard.shard, peer): shard.engine.sent(peer)
@@ -176,21 +182,25 @@ class Simulation:
                 }
                 raise Violation(
                     "a saga did not end",
-                    f"{world.options.drain_steps} steps after the last fault: {self.clients.open} requests without an "
-                    f"answer, (settled, sent) by (source, destination): {sent}",
+                    f"{world.options.drain_steps} steps after the last fault: {self.clients.open} requests and "
+                    f"{self.clients.coordinators.open} chains without an answer, (settled, sent) by (source, destination): {sent}",
                 )
 
     def _settled(self) -> bool:
-        return self.clients.open == 0 and all(
-            shard.up
-            and not shard.busy
-            and shard.syncing is None
-            and not shard.urgent
-            and not shard.queue
-            and shard.group.empty()
-            and not shard.imaging
-            and shard.engine.status().unsettled_count == 0
-            for shard in self.shards
+        return (
+            self.clients.open == 0
+            and self.clients.coordinators.all_ended()
+            and all(
+                shard.up
+                and not shard.busy
+                and shard.syncing is None
+                and not shard.urgent
+                and not shard.queue
+                and shard.group.empty()
+                and not shard.imaging
+                and shard.engine.status().unsettled_count == 0
+                for shard in self.shards
+            )
         )
 
     def _holds_ended(self) -> bool:

@@ -236,6 +236,11 @@ def assert_same_state(a: Engine | Twin, b: Engine | Twin) -> None:
     assert [a.account_by_ordinal(i) for i in range(count)] == [b.account_by_ordinal(i) for i in range(count)]
     assert a.currency_totals() == b.currency_totals()
     assert a.next_deadline() == b.next_deadline()
+    debits = [view.id for i in range(count) if (view := a.account_by_ordinal(i)) and view.held_out]
+    holds = [hold for debit in debits for hold in a.holds(debit)]
+    assert holds == [hold for debit in debits for hold in b.holds(debit)]
+    assert len(holds) == a.status().hold_count
+    assert holds == [b.hold_at(hold.sequence) for hold in holds]
     for shard in range(4):
         assert a.sent(shard) == b.sent(shard)
         assert a.sends(shard, 0, 10_000) == b.sends(shard, 0, 10_000)

@@ -1,0 +1,360 @@
+"""Risk: a linked chain over several shards is applied in part, twice, or leaves money held for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from host_fixtures import NOW_MS, NOW_NS, account, config, message, on_shard, transfer_id
+
+from ducat.wallet.v1 import wallet_pb2
+from kernel.clock import FixedClock
+from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
+from wallet_core.service import chain_rules
+from wallet_core.service.chain_rules import MARKS, transit_account
+from wallet_core.service.chains import Chains, NoPeers
+from wallet_core.service.port import AccountRow, TransferRow
+from wallet_core.shard import ShardClock, WalletHost
+from wallet_core.shard.port import RowsResult
+
+SHARDS = 4
+SOURCE = account(1_000_000)
+A, B, C, D = (on_shard(shard, SHARDS) for shard in range(SHARDS))
+A2, B2 = on_shard(0, SHARDS, 1), on_shard(1, SHARDS, 1)
+PEOPLE = (A, B, C, D, A2, B2)
+EURO = on_shard(3, SHARDS, 3)
+LINKED = int(TransferFlags.LINKED)
+R = TransferResult
+FUND = 1_000
+
+
+class World:
+    """One process with all shards, and a coordinator that can be stopped at any of its steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.clock = FixedClock(NOW_NS)
+        self.native_clock = ShardClock(NOW_NS)
+        self.host: WalletHost
+        self.chains: Chains
+
+    async def start(self) -> World:
+        self.host = await WalletHost.open(config(self.folder, SHARDS, snapshot_events=0), clock=self.native_clock)
+        self.chains = Chains(self.host, NoPeers(), self.clock, answer_s=1.0, grace_s=0.0)
+        self.host.coordinate(self.chains.run)
+        return self
+
+    async def open(self) -> None:
+        flags = int(AccountFlags.MAY_OVERDRAW | AccountFlags.STRIPED)
+        people = [AccountRow(one, "USD") for one in PEOPLE]
+        rows = [AccountRow(SOURCE, "USD", flags), AccountRow(EURO, "EUR"), *people]
+        assert set(await self.host.create_accounts(rows)) == {1}
+        fund = [TransferRow(transfer_id(10**6 + n), SOURCE, one, FUND) for n, one in enumerate(PEOPLE)]
+        assert set(await self.host.transfers(fund)) == {R.OK}
+
+    async def chain(self, *rows: TransferRow) -> list[int]:
+        return list(await self.host.transfers(linked(rows)))
+
+    async def balances(self) -> list[int]:
+        states = await self.host.accounts(PEOPLE)
+        return [state.balance for state in states if state is not None]
+
+    async def is_clean(self) -> None:
+        """No money is held, none is between shards, and nothing is left of any chain."""
+        for _ in range(100):
+            marks, transit = await self.host.accounts([MARKS, transit_account("USD")])
+            if marks is None or marks.held_out == 0:
+                break
+            await asyncio.sleep(0.01)
+            await self.chains.look()
+        assert marks is None or (marks.held_out, marks.held_in) == (0, 0)
+        assert transit is None or (transit.balance, transit.held_out, transit.held_in) == (0, 0, 0)
+        assert all(
+            state is not None and (state.held_out, state.held_in) == (0, 0)
+            for state in await self.host.accounts(PEOPLE)
+        )
+        for total in await self.host.totals():
+            assert total.balance + total.in_flight == 0
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    one = await World(tmp_path).start()
+    await one.open()
+    yield one
+    await one.host.close()
+
+
+def linked(rows: Sequence[TransferRow]) -> list[TransferRow]:
+    return [row._replace(flags=row.flags | LINKED) for row in rows[:-1]] + list(rows[-1:])
+
+
+def move(number: int, debit: bytes, credit: bytes, amount: int, **fields: int) -> TransferRow:
+    return TransferRow(transfer_id(number), debit, credit, amount, **fields)  # type: ignore[arg-type]
+
+
+async def test_all_legs_are_applied_and_nothing_is_left(world: World) -> None:
+    rows = [move(1, A, B, 10), move(2, C, D, 20), move(3, A2, A, 30), move(4, SOURCE, C, 40), move(5, B, SOURCE, 50)]
+    assert await world.chain(*rows) == [R.OK] * 5
+    assert await world.balances() == [1020, 960, 1020, 1020, 970, 1000]
+    assert await world.chain(*rows) == [R.OK] * 5  # again: the same answer, no effect
+    assert await world.balances() == [1020, 960, 1020, 1020, 970, 1000]
+    await world.is_clean()
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"),
+    [
+        (move(2, C, D, 5_000), R.INSUFFICIENT_FUNDS),
+        (move(2, C, on_shard(3, SHARDS, 7), 5), R.CREDIT_ACCOUNT_NOT_FOUND),
+        (move(2, on_shard(2, SHARDS, 7), D, 5), R.DEBIT_ACCOUNT_NOT_FOUND),
+        (move(2, C, EURO, 5), R.CURRENCY_MISMATCH),
+        (move(2, C, D, 0), R.AMOUNT_INVALID),
+        (move(2, C, C, 5), R.ACCOUNTS_SAME),
+        (move(2, C, D, 5, flags=int(TransferFlags.HOLD)), R.CROSS_SHARD_UNSUPPORTED),
+        (move(2, C, D, 5, flags=int(TransferFlags.BALANCING_DEBIT)), R.CROSS_SHARD_UNSUPPORTED),
+        (move(2, C, D, 5, timeout_s=3), R.TIMEOUT_INVALID),
+        (move(2, C, D, 5, flags=1 << 9), R.FLAGS_INVALID),
+        (TransferRow(bytes(16), C, D, 5), R.ID_INVALID),
+        (TransferRow(transfer_id(2, NOW_MS + 3_600_000), C, D, 5), R.ID_AHEAD),
+        (TransferRow(transfer_id(2, NOW_MS - 30 * 86_400_000), C, D, 5), R.ID_TOO_OLD),
+        (move(1, C, D, 5), R.ID_REUSED),
+    ],
+    ids=lambda value: value.name if isinstance(value, TransferResult) else "",
+)
+async def test_one_bad_row_fails_the_chain(world: World, bad: TransferRow, code: int) -> None:
+    rows = (move(1, A, B, 10), bad, move(3, B, C, 10))
+    expected = [R.LINKED_FAILED, code, R.LINKED_FAILED]
+    assert await world.chain(*rows) == expected
+    assert await world.chain(*rows) == expected
+    assert await world.balances() == [FUND] * 6
+    await world.is_clean()
+
+
+async def test_a_limit_and_frozen_or_closed_accounts_are_found_before_anything_moves(world: World) -> None:
+    update = [AccountRow(B, "USD", 0, 0, FUND + 5), AccountRow(D, "USD", int(AccountFlags.FROZEN))]
+    assert set(await world.host.create_accounts(update, update=True)) == {1}
+    assert await world.chain(move(1, A, C, 6), move(2, A, B, 6)) == [R.LINKED_FAILED, R.BALANCE_LIMIT_EXCEEDED]
+    assert await world.chain(move(3, A, C, 6), move(4, A, D, 1)) == [R.LINKED_FAILED, R.CREDIT_ACCOUNT_FROZEN]
+    assert await world.chain(move(5, A, C, 6), move(6, D, A, 1)) == [R.LINKED_FAILED, R.DEBIT_ACCOUNT_FROZEN]
+    # two legs that fit one by one, and not together
+    assert await world.chain(move(7, A, B, 3), move(8, C, B, 3)) == [R.LINKED_FAILED, R.BALANCE_LIMIT_EXCEEDED]
+    assert await world.balances() == [FUND] * 6
+    await world.is_clean()
+
+
+async def test_every_row_that_fails_by_itself_says_why(world: World) -> None:
+    rows = (move(1, A, B, 5_000), move(2, B, C, 10), move(3, D, on_shard(2, SHARDS, 9), 1))
+    assert await world.chain(*rows) == [R.INSUFFICIENT_FUNDS, R.LINKED_FAILED, R.CREDIT_ACCOUNT_NOT_FOUND]
+
+
+async def test_an_id_of_a_chain_means_nothing_else(world: World) -> None:
+    first = move(1, A, B, 10)
+    assert await world.chain(first, move(2, C, D, 10)) == [R.OK, R.OK]
+    assert await world.chain(first, move(3, C, D, 10)) == [R.ID_REUSED, R.LINKED_FAILED]  # another chain
+    assert await world.chain(first._replace(credit_id=D), move(4, C, D, 1)) == [R.ID_REUSED, R.LINKED_FAILED]
+    assert list(await world.host.transfers([first])) == [R.ID_REUSED]  # by itself
+    assert await world.balances() == [990, 1010, 990, 1010, 1000, 1000]
+    await world.is_clean()
+
+
+async def test_the_column_stream_takes_chains_beside_other_rows(world: World) -> None:
+    rows = [
+        move(1, A, A2, 1),
+        *linked([move(2, A, B, 10), move(3, C, D, 5_000)]),
+        *linked([move(4, B, C, 7), move(5, D, A, 7)]),
+        *linked([move(6, A, A2, 2), move(7, A2, A, 2)]),  # of one shard
+        move(8, A, D, 3),
+        move(9, A, B, 1, flags=LINKED),  # and one that has no end
+    ]
+    batch = wallet_pb2.TransferBatch.FromString(message(rows, settle=2))
+    raw = wallet_pb2.SubmitTransfersRequest(batch=batch).SerializeToString()
+    answer = wallet_pb2.SubmitTransfersResponse.FromString(await world.host.transfer_batch(raw, wrapped=True))
+    failed = dict(zip(answer.result.failed_rows, answer.result.failed_results, strict=True))
+    assert failed == {1: R.LINKED_FAILED, 2: R.INSUFFICIENT_FUNDS, 8: R.CHAIN_OPEN}
+    assert await world.balances() == [FUND - 1 + 7 - 3, FUND - 7, FUND + 7, FUND - 7 + 3, FUND + 1, FUND]
+    assert {position.shard for position in answer.result.positions} == set(range(SHARDS))
+    await world.is_clean()
+
+
+async def test_a_chain_that_reaches_into_the_next_callers_rows_is_refused(world: World) -> None:
+    assert await world.chain(move(1, A, B, 1), move(2, C, D, 1, flags=LINKED)) == [R.CHAIN_OPEN] * 2
+
+
+async def test_the_same_chain_from_two_callers_at_once_is_one(world: World) -> None:
+    rows = (move(1, A, B, 10), move(2, C, D, 10))
+    answers = await asyncio.gather(*(world.chain(*rows) for _ in range(8)))
+    assert answers == [[R.OK, R.OK]] * 8
+    assert await world.balances() == [990, 1010, 990, 1010, 1000, 1000]
+    await world.is_clean()
+
+
+async def test_chains_that_compete_for_the_last_money_never_take_it_twice(world: World) -> None:
+    chains = [(move(10 * n, A, B, 300), move(10 * n + 1, C, D, 300)) for n in range(1, 9)]
+    answers = await asyncio.gather(*(world.chain(*rows) for rows in chains))
+    applied = sum(answer == [R.OK, R.OK] for answer in answers)
+    assert applied == 3
+    assert await world.balances() == [100, 1900, 100, 1900, 1000, 1000]
+    await world.is_clean()
+
+
+async def test_a_frozen_account_delays_the_end_and_loses_nothing(world: World) -> None:
+    """Frozen after the hold was placed: the chain is decided, the frozen shard follows once the account is thawed."""
+
+    async def freeze(*flags: AccountFlags) -> None:
+        rows = [AccountRow(D, "USD", int(sum(flags, AccountFlags(0))))]
+        assert list(await world.host.create_accounts(rows, update=True)) == [1]
+
+    rows = linked([move(1, A, B, 10), move(2, C, D, 20)])
+    steps = Steps(world, rows)
+    await steps.take(2)  # tried and decided
+    await freeze(AccountFlags.FROZEN)
+    closing = await world.host.create_accounts([AccountRow(C, "USD", int(AccountFlags.CLOSED))], update=True)
+    assert list(closing) == [8]  # BALANCE_NOT_ZERO: what is held keeps an account open
+    assert list((await world.chains.run(rows, steps.routes))[0]) == [R.IN_FLIGHT] * 2
+    assert await world.balances() == [990, 1010, 980, 1000, 1000, 1000]
+    assert await world.chains.look() > 0
+    await freeze()
+    world.clock.advance(seconds=1)  # each attempt has ids of its own time
+    assert list((await world.chains.run(rows, steps.routes))[0]) == [R.OK] * 2
+    assert await world.balances() == [990, 1010, 980, 1020, 1000, 1000]
+    await world.is_clean()
+
+
+class Steps:
+    """Drives the rules by hand, one ask at a time, as a coordinator that may die between any two."""
+
+    def __init__(self, world: World, rows: Sequence[TransferRow]) -> None:
+        self.world = world
+        place = {one: shard for shard, one in enumerate((A, B, C, D))}
+        self.routes = [(place[row.debit_id], place[row.credit_id]) for row in rows]
+        self.plan = chain_rules.plan(rows, self.routes, ["USD"] * len(rows), SHARDS)
+        self.steps = chain_rules.run(self.plan, world.clock.now_ns)
+
+    async def take(self, count: int, part: int | None = None) -> None:
+        """So many steps; of the last one only the first `part` shards."""
+        asks = next(self.steps)
+        for number in range(count):
+            here = asks if number < count - 1 or part is None else asks[:part]
+            answers: list[bytes | None] = [
+                (await self.world.chains.apply_step(ask.rows, ("USD",))).codes for ask in here
+            ]
+            if number == count - 1 and part is not None:
+                return
+            try:
+                asks = self.steps.send(answers)
+            except StopIteration:
+                return
+
+
+def crash_points() -> Iterator[tuple[int, int | None, bool]]:
+    """Steps taken, shards of the last one, whether the chain was decided by then."""
+    yield from ((1, part, False) for part in range(5))
+    yield (1, None, False)
+    yield (2, None, True)
+    yield from ((3, part, True) for part in range(5))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize(("count", "part", "decided"), list(crash_points()))
+@pytest.mark.parametrize("repeated", [False, True])
+async def test_a_coordinator_that_dies_leaves_all_or_nothing(
+    tmp_path: Path, count: int, part: int | None, decided: bool, restart: bool, repeated: bool
+) -> None:
+    world = await World(tmp_path).start()
+    try:
+        await world.open()
+        rows = linked([move(1, A, B, 10), move(2, C, D, 20)])
+        await Steps(world, rows).take(count, part)
+        if restart:
+            await world.host.close()
+            await world.start()
+        if repeated:  # the client asks again before anybody has cleaned up
+            assert list(await world.host.transfers(rows)) == [R.OK] * 2
+            decided = True
+        for _ in range(3):
+            await world.chains.look()
+        assert await world.balances() == ([990, 1010, 980, 1020, 1000, 1000] if decided else [FUND] * 6)
+        await world.is_clean()
+        begun = decided or part != 0
+        again = [R.OK] * 2 if decided or not begun else [R.LINKED_FAILED] * 2
+        assert list(await world.host.transfers(rows)) == again
+        await world.is_clean()
+    finally:
+        await world.host.close()
+
+
+async def test_steps_that_arrive_late_or_twice_change_nothing(world: World) -> None:
+    rows = linked([move(1, A, B, 10), move(2, C, D, 20)])
+    steps = Steps(world, rows)
+    await steps.take(1, 2)
+    for _ in range(3):
+        await world.chains.look()  # somebody else gives the chain up …
+    for ask in steps.plan.tries:  # … and only then the tries arrive
+        await world.chains.apply_step(ask.rows, ("USD",))
+    late = await world.chains.apply_step([steps.plan.decision], ())
+    assert list(late.codes) == [R.ID_REUSED]  # nobody can commit any more
+    for _ in range(3):
+        await world.chains.look()
+    assert await world.balances() == [FUND] * 6
+    await world.is_clean()
+
+
+async def test_a_decision_outlives_the_memory_of_its_id(tmp_path: Path) -> None:
+    """The shards forget ids under load; what was committed must still be known, and what was not must not become it."""
+    world = World(tmp_path)
+    world.host = await WalletHost.open(
+        config(tmp_path, SHARDS, snapshot_events=0, generation_ids=64, id_count_max=128), clock=world.native_clock
+    )
+    world.chains = Chains(world.host, NoPeers(), world.clock, answer_s=1.0, grace_s=0.0)
+    world.host.coordinate(world.chains.run)
+    try:
+        await world.open()
+        committed, undecided = (
+            linked([move(1, A, B, 10), move(2, C, D, 20)]),
+            linked([move(3, A, B, 1), move(4, C, D, 2)]),
+        )
+        await Steps(world, committed).take(3, 1)
+        steps = Steps(world, undecided)
+        await steps.take(1)
+        world.clock.advance(seconds=2)
+        later = NOW_MS + 2_000
+        world.native_clock.set(later * 1_000_000)
+        own = {shard: on_shard(shard, SHARDS, 1) for shard in range(SHARDS)}
+        opened = [AccountRow(one, "USD") for one in own.values() if one not in PEOPLE]
+        assert set(await world.host.create_accounts(opened)) == {1}
+        flood = [TransferRow(transfer_id(1_000 + n, NOW_MS + 1 + n), SOURCE, own[n % SHARDS], 1) for n in range(1_600)]
+        assert set(await world.host.transfers(flood)) == {R.OK}
+        assert list((await world.chains.apply_step([steps.plan.decision], ())).codes) == [R.ID_TOO_OLD]
+        for _ in range(3):
+            await world.chains.look()
+        assert (await world.balances())[:4] == [990, 1010, 980, 1020]
+        await world.is_clean()
+    finally:
+        await world.host.close()
+
+
+async def test_a_shard_that_does_not_answer_fails_the_chain_for_good(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., object] = world.host.apply_step
+
+    async def silent(rows: Sequence[TransferRow]) -> RowsResult:
+        if any(row.credit_id == D for row in rows):
+            raise TimeoutError
+        return await real(rows)  # type: ignore[misc,no-any-return]
+
+    monkeypatch.setattr(world.host, "apply_step", silent)
+    rows = (move(1, A, B, 10), move(2, C, D, 20))
+    assert await world.chain(*rows) == [R.LINKED_FAILED] * 2
+    monkeypatch.undo()
+    assert await world.chain(*rows) == [R.LINKED_FAILED] * 2
+    assert await world.balances() == [FUND] * 6
+    await world.is_clean()
+
+
+async def test_without_a_coordinator_chains_across_shards_are_refused(world: World) -> None:
+    codes = (await world.host.apply_step(linked([move(1, A, B, 1), move(2, C, D, 1)]))).codes
+    assert list(codes) == [R.CROSS_SHARD_UNSUPPORTED] * 2

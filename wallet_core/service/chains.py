@@ -1,0 +1,287 @@
+"""Runs chains across shards: those that this process was asked for, and those that somebody left half-way.
+
+What has to be remembered is in the shards' logs (`chain_rules`), so nothing here outlives the process: after a crash, and
+beside every coordinator, `watch` ends whatever is older than a few seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from kernel.clock import Clock
+from kernel.errors import DucatError
+from wallet_core.engine.codes import AccountResult, TransferResult
+from wallet_core.service import chain_rules
+from wallet_core.service.chain_rules import MARKS, NO_CURRENCY, Ask, ChainMark, End
+from wallet_core.service.port import AccountRow, AccountState, RowsAnswer, TransferRow
+
+__all__ = ["ChainHost", "ChainPeers", "Chains", "NoPeers"]
+
+ANSWER_S = 4.0
+"""How long one step is tried before its answer counts as not known."""
+RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+LOOK_S = 1.0
+"""How often it is looked for chains that were left."""
+GRACE_S = 8.0
+"""How old a mark must be to be ended from outside; greater than what its own coordinator needs."""
+BLOCKED_S_MAX = 60.0
+"""A chain that cannot be ended yet (an account is frozen, a process is down) is tried again ever more rarely, up to this."""
+MARKS_A_LOOK = 1_000
+KNOWN_CURRENCY_COUNT_MAX = 50_000
+
+_T = TypeVar("_T")
+
+
+class ChainHost(Protocol):
+    """The shards of this process, as chains need them."""
+
+    @property
+    def shard_count(self) -> int:
+        """Shards of the whole system."""
+
+    @property
+    def shard_ids(self) -> tuple[int, ...]:
+        """Shards that this process owns."""
+
+    def apply_step(self, rows: Sequence[TransferRow]) -> Awaitable[RowsAnswer]:
+        """Rows of one shard; a chain among them that would cross shards is refused."""
+
+    def chain_marks(self, shard: int) -> Awaitable[list[ChainMark]]:
+        """Every mark of a shard with its holds, every decision with none."""
+
+    def create_accounts(self, rows: Sequence[AccountRow], *, update: bool = False) -> Awaitable[bytes]:
+        """One AccountResult byte a row."""
+
+    def accounts(self, ids: Sequence[bytes]) -> Awaitable[list[AccountState | None]]:
+        """Accounts as they durably stand."""
+
+
+class ChainPeers(Protocol):
+    """The shards of other processes. Everything raises DucatError where a process does not answer."""
+
+    async def apply_step(self, shard: int, rows: Sequence[TransferRow], currencies: Sequence[str]) -> RowsAnswer:
+        """`Chains.apply_step` there."""
+
+    async def currencies(self, shard: int, ids: Sequence[bytes]) -> list[str]:
+        """`Chains.currencies` there."""
+
+    async def mark_ids(self) -> set[bytes]:
+        """The ids of all marks and decisions of all other processes."""
+
+
+class NoPeers:
+    """All shards are here."""
+
+    async def apply_step(self, shard: int, rows: Sequence[TransferRow], currencies: Sequence[str]) -> RowsAnswer:
+        raise LookupError(f"nobody owns shard {shard}")
+
+    async def currencies(self, shard: int, ids: Sequence[bytes]) -> list[str]:
+        raise LookupError(f"nobody owns shard {shard}")
+
+    async def mark_ids(self) -> set[bytes]:
+        return set()
+
+
+class Chains:
+    """The coordinator of this process. `on_blocked(mark, seconds)`: a chain has waited so long for its end."""
+
+    def __init__(
+        self,
+        host: ChainHost,
+        peers: ChainPeers,
+        clock: Clock,
+        *,
+        answer_s: float = ANSWER_S,
+        look_s: float = LOOK_S,
+        grace_s: float = GRACE_S,
+        on_blocked: Callable[[ChainMark, float], None] = lambda mark, seconds: None,
+    ) -> None:
+        self._host, self._peers, self._clock = host, peers, clock
+        self._answer_s, self._look_s, self._grace_s = answer_s, look_s, grace_s
+        self._on_blocked = on_blocked
+        self._open: set[str] = set()
+        self._known: dict[bytes, str] = {}
+        self._later: set[asyncio.Task[None]] = set()
+        self._seen: dict[bytes, float] = {}
+        self._next: dict[bytes, tuple[float, float]] = {}  # blocked: when again, and the pause before that
+
+    # ---- a chain from a caller
+
+    async def run(
+        self, rows: Sequence[TransferRow], routes: Sequence[tuple[int, int]]
+    ) -> tuple[bytes, list[tuple[int, int]]]:
+        """One TransferResult byte a row, and the positions that include them. IN_FLIGHT: not known yet, or decided and not yet
+        followed by every shard; sending the same chain again tells."""
+        codes = chain_rules.refused_at_once(rows)
+        if codes is not None:
+            return codes, []
+        positions: dict[int, int] = {}
+        try:
+            currencies = await self._currencies_of(rows, routes)
+        except DucatError:
+            return bytes([TransferResult.IN_FLIGHT]) * len(rows), []
+        chain = chain_rules.plan(rows, routes, currencies, self._host.shard_count)
+        end: End = await self._drive(
+            chain_rules.run(chain, self._clock.now_ns), tuple(dict.fromkeys(currencies)), positions
+        )
+        if end.committed and end.settled:
+            self._soon(self._forget(chain.decision.id))
+        return end.codes, list(positions.items())
+
+    async def _currencies_of(self, rows: Sequence[TransferRow], routes: Sequence[tuple[int, int]]) -> list[str]:
+        """Of the debit accounts of legs that cross; they never change."""
+        wanted: dict[int, list[bytes]] = {}
+        found: dict[bytes, str] = {}
+        for row, (home, credit) in zip(rows, routes, strict=True):
+            if home == credit:
+                continue
+            known = self._known.get(row.debit_id)
+            if known is None:
+                wanted.setdefault(home, []).append(row.debit_id)
+            else:
+                found[row.debit_id] = known
+        for shard, ids in wanted.items():
+            here = shard in self._host.shard_ids
+            told = await (self.currencies(ids) if here else self._peers.currencies(shard, ids))
+            found |= zip(ids, told, strict=True)
+            if len(self._known) > KNOWN_CURRENCY_COUNT_MAX:
+                self._known.clear()
+            self._known |= {id_: one for id_, one in zip(ids, told, strict=True) if one != NO_CURRENCY}
+        return [
+            NO_CURRENCY if home == credit else found[row.debit_id]
+            for row, (home, credit) in zip(rows, routes, strict=True)
+        ]
+
+    # ---- what other processes ask of this one
+
+    async def currencies(self, ids: Sequence[bytes]) -> list[str]:
+        """The currencies of accounts that live here, NO_CURRENCY where there is none."""
+        return [NO_CURRENCY if state is None else state.currency for state in await self._host.accounts(ids)]
+
+    async def apply_step(self, rows: Sequence[TransferRow], currencies: Sequence[str]) -> RowsAnswer:
+        """Rows of one shard of this process. Opens what they need first."""
+        for currency in (NO_CURRENCY, *currencies):
+            if currency not in self._open:
+                results = await self._host.create_accounts(chain_rules.accounts_of(currency))
+                if set(results) <= {AccountResult.OK, AccountResult.ALREADY_EXISTS}:
+                    self._open.add(currency)
+        return await self._host.apply_step(rows)
+
+    async def mark_ids(self) -> set[bytes]:
+        """The ids of all marks and decisions of this process's shards."""
+        return {mark.id for shard in self._host.shard_ids for mark in await self._host.chain_marks(shard)}
+
+    # ---- chains that were left
+
+    async def watch(self) -> None:
+        """Ends what is older than `grace_s` for ever, until cancelled."""
+        while True:
+            await asyncio.sleep(self._look_s)
+            try:
+                await self.look()
+            except DucatError:
+                continue  # the shards do not answer now
+
+    async def look(self) -> int:
+        """Ends what was seen `grace_s` ago and is still there; returns how many marks and decisions are left. Costs one read where
+        there is none."""
+        (marks_account,) = await self._host.accounts([MARKS])
+        if marks_account is None or marks_account.held_out == 0:
+            self._seen.clear()
+            self._next.clear()
+            return 0
+        found = [mark for shard in self._host.shard_ids for mark in await self._host.chain_marks(shard)]
+        now = asyncio.get_running_loop().time()
+        self._seen = {mark.id: self._seen.get(mark.id, now) for mark in found}
+        self._next = {id_: when for id_, when in self._next.items() if id_ in self._seen}
+        old = [
+            mark
+            for mark in found
+            if now - self._seen[mark.id] >= self._grace_s and self._next.get(mark.id, (0.0, 0.0))[0] <= now
+        ]
+        left = len(found)
+        for mark in [mark for mark in old if mark.holds][:MARKS_A_LOOK]:
+            done = await self._drive(chain_rules.settle(mark, self._host.shard_count, self._clock.now_ns))
+            left -= bool(done)
+            if not done:
+                self._blocked(mark, now)
+        decisions = [mark for mark in old if not mark.holds][:MARKS_A_LOOK]
+        if decisions:
+            left -= await self._forget_those_without_marks(decisions)
+        return left
+
+    def _blocked(self, mark: ChainMark, now: float) -> None:
+        pause = min(2 * self._next.get(mark.id, (0.0, self._look_s))[1], BLOCKED_S_MAX)
+        self._next[mark.id] = (now + pause, pause)
+        self._on_blocked(mark, now - self._seen[mark.id])
+
+    async def _forget_those_without_marks(self, decisions: Sequence[ChainMark]) -> int:
+        """A decision may go once no shard has a mark of its chain; no new one can come, because all of them were there before it
+        was placed."""
+        try:
+            marks = await self.mark_ids() | await self._peers.mark_ids()
+        except DucatError:
+            return 0
+        count = 0
+        for decision in decisions:
+            shards = range(self._host.shard_count)
+            if not any(chain_rules.mark_of(decision.id, shard, self._host.shard_count) in marks for shard in shards):
+                await self._forget(decision.id)
+                count += 1
+        return count
+
+    # ---- driving
+
+    async def _forget(self, decision_id: bytes) -> None:
+        await self._drive(chain_rules.forget(decision_id, self._clock.now_ns()))
+
+    def _soon(self, coroutine: Any) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
+
+    async def _drive(
+        self,
+        steps: Generator[list[Ask], list[bytes | None], _T],
+        currencies: Sequence[str] = (),
+        positions: dict[int, int] | None = None,
+    ) -> _T:
+        """Asks the shards what the steps ask for, all of one yield at once."""
+        answers: list[bytes | None] | None = None
+        while True:
+            try:
+                asks = next(steps) if answers is None else steps.send(answers)
+            except StopIteration as stop:
+                result: _T = stop.value
+                return result
+            if len(asks) == 1:
+                answers = [await self._ask(asks[0], currencies, positions)]
+            else:
+                answers = list(await asyncio.gather(*(self._ask(ask, currencies, positions) for ask in asks)))
+
+    async def _ask(self, ask: Ask, currencies: Sequence[str], positions: dict[int, int] | None) -> bytes | None:
+        """The answer, or None after `answer_s`. Asking again is harmless: the ids are the same."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._answer_s
+        attempt = 0
+        while True:
+            try:
+                async with asyncio.timeout_at(until):
+                    if ask.shard in self._host.shard_ids:
+                        answer = await self.apply_step(ask.rows, currencies)
+                    else:
+                        answer = await self._peers.apply_step(ask.shard, ask.rows, currencies)
+                if TransferResult.WRONG_SHARD in answer.codes:
+                    return None
+                if positions is not None:
+                    for shard, sequence in answer.positions:
+                        positions[shard] = max(sequence, positions.get(shard, 0))
+                return answer.codes
+            except (DucatError, TimeoutError):
+                delay = RETRY_S[min(attempt, len(RETRY_S) - 1)]
+                attempt += 1
+                if loop.time() + delay >= until:
+                    return None
+                await asyncio.sleep(delay)
