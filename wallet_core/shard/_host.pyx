@@ -488,7 +488,7 @@ cdef class ShardHost:
         except BaseException:
             self._drop(request)
             raise
-        request.settled = settled
+        request.settled, request.whole = settled, whole
         self._point_columns(request, data)
         self._submit_transfers(request)
 
@@ -562,8 +562,6 @@ cdef class ShardHost:
         """The columns of rows that were gathered: amounts, ids, debits, credits, holds, timeouts, flags, codes."""
         cdef size_t n = request.count
         request.columns.count = request.count
-        request.settled, request.whole = settled, whole
-        request.columns.count = count
         request.columns.amounts, request.columns.ids = data, data + 8 * n
         request.columns.debit_ids, request.columns.credit_ids = data + 24 * n, data + 40 * n
         request.columns.pending_ids, request.columns.timeouts_s = data + 56 * n, data + 72 * n
