@@ -156,16 +156,16 @@ class PostgresAttemptStore:
         return await self._finish.submit((row, sent))
 
     async def reroute(self, attempt: Attempt, psp: str, now_ns: int) -> bool:
-        status: str = await self._pool.execute(
+        updated = await self._pool.fetch(
             """UPDATE executor.attempt SET psp = $4, call_count = call_count + 1, update_time = $5
-               WHERE kind = $1 AND reference = $2 AND state = 1 AND psp = $3""",
+               WHERE kind = $1 AND reference = $2 AND state = 1 AND psp = $3 RETURNING reference""",
             attempt.kind.value,
             attempt.reference,
             attempt.psp,
             psp,
             _time(now_ns),
         )
-        return status == "UPDATE 1"
+        return bool(updated)
 
     def _others_are_out(self) -> bool:
         """True where a PSP has been called lately whose answer is not here yet."""

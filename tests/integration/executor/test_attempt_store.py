@@ -8,7 +8,7 @@ from executor.adapters.postgres import PostgresAttemptStore
 from executor.domain.attempt import AttemptKind, AttemptState
 from executor.domain.command import ExecuteOrder, ExecutePayout
 from kernel.money import Money
-from runtime.postgres import create_pool
+from runtime.postgres import KeptConnections, create_pool
 
 NOW_NS = 1_753_056_000_000_000_000
 DAY_NS = 86_400 * 1_000_000_000
@@ -17,7 +17,8 @@ ORDER = ExecuteOrder("ORD-1", "CHCKT-1", "SELL-1", Money("USD", 7500))
 
 async def test_a_late_answer_of_the_psp_before_does_not_end_a_rerouted_attempt(postgres_dsn: str) -> None:
     async with await create_pool(postgres_dsn, "executor") as pool:
-        store = PostgresAttemptStore(pool)
+        kept = KeptConnections(pool)  # as the process has it
+        store = PostgresAttemptStore(kept)
         first = await store.begin(ORDER, "a", NOW_NS, NOW_NS, "")
         assert first.is_new
         assert await store.reroute(first, "b", NOW_NS)
@@ -30,6 +31,7 @@ async def test_a_late_answer_of_the_psp_before_does_not_end_a_rerouted_attempt(p
         stored = await store.load(AttemptKind.ORDER, "ORD-1")
         assert stored is not None
         assert (stored.attempt.psp, stored.attempt.state, stored.attempt.call_count) == ("b", AttemptState.ACCEPTED, 2)
+        await kept.close()
 
 
 async def test_a_settled_payout_is_asked_for_once_more_and_an_order_is_not(postgres_dsn: str) -> None:
