@@ -1,7 +1,7 @@
 """The event log on Apache Kafka: one shard's frames in one partition, a transaction a group commit.
 
-    apply thread ─ group ─► sync thread ─ GIL ─► KafkaFrames.append: begin · produce each frame · commit ─► partition
-                                          └────► the same bytes to the local segments (no sync) ─► results leave
+    apply ─ group ─► commit ─ GIL ─► KafkaFrames.append: begin · produce each frame · commit ─► partition
+                      └────────────► the same bytes to the local segments (no sync) ─► results leave
 
 - A record's value is a frame, the very bytes of docs/event-log-format.md. A frame larger than `RECORD_BYTES_MAX` (only the expiry of
   very many holds at once makes one) goes on in the records behind it, whose key is `CONTINUED`.
@@ -329,8 +329,8 @@ class KafkaPartition:
 
 
 class KafkaFrames(KafkaPartition):
-    """One shard's partition, owned: making one fences every owner before it (satisfies FrameStore). Blocks; `append` belongs to
-    one thread. Raises StoreUnusable, LogFenced (somebody newer came at the same moment)."""
+    """One shard's partition, owned: making one fences every owner before it (satisfies FrameStore). Blocks; one call of
+    `append` at a time. Raises StoreUnusable, LogFenced (somebody newer came at the same moment)."""
 
     def __init__(self, config: KafkaLogConfig, shard: int) -> None:
         super().__init__(config, shard)
@@ -343,7 +343,6 @@ class KafkaFrames(KafkaPartition):
                 "transactional.id": config.transactional_id(shard),
                 "acks": "all",
                 "enable.idempotence": True,
-                "max.in.flight.requests.per.connection": 1,  # see runtime/bus/kafka.py: in a new partition a refused first batch is lost
                 "linger.ms": 0,  # a group is whole when it comes here
                 "message.timeout.ms": config.timeout_ms,
                 "transaction.timeout.ms": config.timeout_ms,
@@ -430,6 +429,7 @@ def fetch_missing(
                 from_hash=begin.hash if begin.next_sequence > 1 else None,
                 direct=direct,
             )
+            end = replace(end, timestamp_ns=max(end.timestamp_ns, begin.timestamp_ns))  # 0 where no frame follows yet
         except (LogDamaged, LogGap):
             with contextlib.closing(_following(store, oldest)) as frames:
                 next(frames, None)  # raises where the partition does not lead on from there either
@@ -443,7 +443,6 @@ def fetch_missing(
         if last.frame.hash != end.hash:
             raise _other_history(store, last)
         return aside
-    end = replace(end, timestamp_ns=max(end.timestamp_ns, oldest.timestamp_ns))
     _copy(store, folder, end, segment_bytes, reserve_bytes, record_bytes, direct, progress)
     return aside
 
@@ -506,7 +505,7 @@ def _copy(
 
 def _following(store: KafkaPartition, end: LogEnd) -> Generator[StoredFrame]:
     """The frames behind `end`, each in its place in the history. Raises StoreDamaged, LogGap."""
-    following, previous_hash, epoch, time_ns = end.next_sequence, end.hash, 0, 0
+    following, previous_hash, epoch, time_ns = end.next_sequence, end.hash, 0, end.timestamp_ns
     before: StoredFrame | None = None
     for one in store.read(end.timestamp_ns if following > 1 else 0):
         frame = one.frame
@@ -519,7 +518,7 @@ def _following(store: KafkaPartition, end: LogEnd) -> Generator[StoredFrame]:
                 raise StoreDamaged(store.place, one.offset, "the frame does not continue the hash chain")
             if frame.last_sequence == following - 1 and frame.hash != end.hash:
                 raise _other_history(store, one)
-            before = one
+            before, epoch = one, frame.epoch  # the local end's own may be higher: an opening counts it up
             continue
         if frame.first_sequence > following:
             if before is None:

@@ -161,8 +161,8 @@ class FrameStore(Protocol):
         """The place for people, such as "topic ducat.wallet.log, partition 3"."""
 
     def append(self, frames: memoryview) -> int:
-        """Make whole frames, one behind the other, durable in order, all or none; returns the offset of the last. Called by
-        one thread, once a group commit; the memory is only valid during the call. Raises LogFenced, LogNotCommitted, after
+        """Make whole frames, one behind the other, durable in order, all or none; returns the offset of the last. One call at
+        a time, one a group commit; the memory is only valid during the call. Raises LogFenced, LogNotCommitted, after
         which only `close` is allowed."""
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from confluent_kafka import KafkaException
@@ -291,6 +292,40 @@ def test_a_transaction_that_never_ended_does_not_count(kafka_harness: KafkaHarne
     log.close()
     second.close()
     assert [one.count for one in kafka_harness.durable("b")] == [10, 5]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"previous_hash": bytes(16)}, "does not continue the hash chain"),
+        ({"first_sequence": 12}, "event 11 is missing, event 12 comes next"),
+        ({"first_sequence": 10, "count": 2}, "event 11 is inside a frame that begins before it"),
+        ({"epoch": 0}, "epoch or time is older"),
+        ({"timestamp_ns": 1_800_000_000_000_000_000}, "epoch or time is older"),
+        ({"shard": 1}, "the frame belongs to shard 1"),
+    ],
+)
+def test_a_frame_out_of_its_place_is_refused(kafka_harness: KafkaHarness, wrong: dict[str, Any], said: str) -> None:
+    log = kafka_harness.open("a")
+    append(log)
+    log.sync()
+    log.close()
+    [one] = KafkaFrames(kafka_harness.kafka, 0).read()
+    right: dict[str, Any] = {
+        "shard": 0,
+        "epoch": 1,
+        "first_sequence": 11,
+        "count": 1,
+        "timestamp_ns": one.frame.timestamp_ns + 1,
+        "durable_sequence": 10,
+        "previous_hash": one.frame.hash,
+        "digest": bytes(16),
+    }
+    fields = {**right, **wrong}
+    kafka_harness.put([pack_frame(**fields, body=bytes(48 * fields["count"]))], [right["timestamp_ns"]])
+    for node in ("a", "b"):  # with the frame before in the folder, and with nothing
+        with pytest.raises(StoreDamaged, match=rf"partition 0 at offset 2: .*{said}"):
+            kafka_harness.open(node)
 
 
 def test_a_frame_larger_than_a_record(kafka_harness: KafkaHarness) -> None:
