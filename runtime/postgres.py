@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
@@ -151,13 +151,7 @@ class KeptConnections:
 
     async def fetch(self, statement: str, *arguments: Any) -> list[Any]:
         """The rows of a statement."""
-        connection = await self._take()
-        try:
-            rows: list[Any] = await connection.fetch(statement, *arguments)
-        except BaseException as error:
-            await self._after_error(connection, error)
-            raise
-        await self._give(connection)
+        rows: list[Any] = await self._run("fetch", statement, arguments)
         return rows
 
     async def fetchrow(self, statement: str, *arguments: Any) -> Any:
@@ -169,14 +163,24 @@ class KeptConnections:
         """The first column of the first row, which must be there."""
         return (await self.fetch(statement, *arguments))[0][0]
 
-    async def execute(self, statement: str, *arguments: Any) -> None:
-        """A statement without rows."""
-        await self.fetch(statement, *arguments)
+    async def execute(self, statement: str, *arguments: Any) -> str:
+        """A statement without rows; its command tag, such as ``UPDATE 1``."""
+        return str(await self._run("execute", statement, arguments))
 
     async def close(self) -> None:
         """Gives the connections back."""
         while self._free:
             await self._pool.release(self._free.pop())
+
+    async def _run(self, method: str, statement: str, arguments: Sequence[Any]) -> Any:
+        connection = await self._take()
+        try:
+            answer = await getattr(connection, method)(statement, *arguments)
+        except BaseException as error:
+            await self._after_error(connection, error)
+            raise
+        await self._give(connection)
+        return answer
 
     async def _take(self) -> Any:
         while self._free:

@@ -39,18 +39,18 @@ async def notified(dsn: str, writer: asyncpg.Connection) -> int:
 async def test_a_watcher_hears_of_every_change(two: tuple[Any, PaymentChanges]) -> None:
     writer, changes = two
     watching = changes.watch("CHK-1")
-    await anext(watching)  # type: ignore[call-overload]
+    await anext(watching)
     for _ in range(3):
         await writer.execute(CHANGE, DOCUMENT)
         async with asyncio.timeout(5):
-            await anext(watching)  # type: ignore[call-overload]
+            await anext(watching)
 
 
 async def test_nobody_is_told_where_nobody_watches(two: tuple[Any, PaymentChanges], postgres_dsn: str) -> None:
     writer, changes = two
     assert await notified(postgres_dsn, writer) == 0
     watching = changes.watch("CHK-2")
-    await anext(watching)  # type: ignore[call-overload]
+    await anext(watching)
     assert await notified(postgres_dsn, writer) == 1
 
 
@@ -61,7 +61,7 @@ async def test_who_begins_to_watch_reads_after_the_change_under_way(two: tuple[A
     await writer.execute(CHANGE, DOCUMENT)
     assert await writer.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = $1", LOCK[0])
     watching = changes.watch("CHK-1")
-    first = asyncio.ensure_future(anext(watching))  # type: ignore[call-overload]
+    first = asyncio.ensure_future(anext(watching))
     done, _ = await asyncio.wait({first}, timeout=0.3)
     assert not done  # it would read the state before the change, and never hear of it
     await transaction.commit()
