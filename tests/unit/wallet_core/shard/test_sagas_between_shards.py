@@ -424,7 +424,8 @@ def test_deliveries_that_contradict_themselves_are_refused(
 
 
 async def test_a_delivery_with_a_number_beyond_all_shards_is_the_peers_mistake(processes: TwoProcesses) -> None:
-    servicer = RelayServicer(SimpleNamespace(shard_ids=(1,), native=processes.two.host))  # type: ignore[arg-type]
+    host: Any = SimpleNamespace(shard_ids=(1,), native=processes.two.host)
+    servicer = RelayServicer(host, chains=None)  # type: ignore[arg-type]
     delivery = relay_pb2.Delivery(destination_shard=1, kind=1, source_shard=2**32 - 1, number=1, count=1)  # type: ignore[arg-type]
     delivery.payload = bytes(46)
     with pytest.raises(InvalidArgument, match=r"deliveries\[0\]"):
