@@ -74,6 +74,7 @@ class _ShardsMethods:
     create_snapshot = Unary(shard_pb2.CreateSnapshotRequest, shard_pb2.CreateSnapshotResponse, idempotent=False)
     list_snapshots = Unary(shard_pb2.ListSnapshotsRequest, shard_pb2.ListSnapshotsResponse)
     verify_shard = ServerStream(shard_pb2.VerifyShardRequest, shard_pb2.VerifyShardResponse)
+    check_balances = Unary(shard_pb2.CheckBalancesRequest, shard_pb2.CheckBalancesResponse)
 
 
 class _LedgerMethods:

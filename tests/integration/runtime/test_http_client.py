@@ -152,11 +152,11 @@ async def test_silence_is_no_reply_and_its_connection_is_not_used_again() -> Non
 
 async def test_no_free_connection_in_time_is_not_sent() -> None:
     async def late(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(3.0)
         writer.write(OK)
 
     async with serving(late) as server:
-        pool = HttpPool(server.url, timeout_s=0.5, connection_count_max=1)
+        pool = HttpPool(server.url, timeout_s=2, connection_count_max=1)
         first, second = await asyncio.gather(*(pool.request("GET", "/", {}) for _ in range(2)), return_exceptions=True)
         assert isinstance(first, NoReply)
         assert isinstance(second, NotSent)
