@@ -60,7 +60,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         if peers:
             process.spawn(Relay(host, peers, process.channel).run(), name="relay")
         elsewhere = Peers(peers, process.channel)
-        chains = Chains(host, elsewhere, clock, on_blocked=_log_blocked)
+        chains = Chains(host, elsewhere, clock, on_blocked=_log_blocked, on_look_failed=_log_look_failed)
         if config.shard_count > 1:
             host.coordinate(chains.run)
             process.spawn(chains.watch(), name="chains")
@@ -270,6 +270,10 @@ def _log_blocked(mark: ChainMark, seconds: float) -> None:
         holds=[id_.hex() for id_, _, _ in mark.holds[:8]],
         seconds=round(seconds),
     )
+
+
+def _log_look_failed(error: Exception) -> None:
+    _log.error("chains across shards that were left could not be looked at", error=f"{type(error).__name__}: {error}")
 
 
 def _log_snapshot_failure(shard: int, error: Exception) -> None:

@@ -30,6 +30,7 @@ from wallet_core.service.port import ID_NONE, SLOT_COUNT, AccountRow, TransferRo
 
 __all__ = [
     "LEG_COUNT_MAX",
+    "MARKED",
     "MARKS",
     "NO_CURRENCY",
     "Ask",
@@ -38,6 +39,7 @@ __all__ = [
     "Plan",
     "accounts_of",
     "forget",
+    "is_ours",
     "mark_of",
     "plan",
     "refused_at_once",
@@ -52,7 +54,8 @@ NO_CURRENCY = "XXX"
 """ISO 4217's code for no currency: that of marks and decisions, and of legs whose debit account does not exist."""
 MARKS = account_id("chain/marks")
 """Debit account of marks and decisions; nothing but their holds is ever on it."""
-_MARKED = account_id("chain/marked")
+MARKED = account_id("chain/marked")
+"""Their credit account. Rows of callers that name either are refused where chains across shards are coordinated."""
 _GONE = b"chain-aborted:"
 """Begins an account id that does not exist: a transfer from it uses its own id up and moves nothing."""
 
@@ -112,7 +115,7 @@ def accounts_of(currency: str) -> list[AccountRow]:
     flags = int(AccountFlags.MAY_OVERDRAW | AccountFlags.STRIPED)
     return [
         AccountRow(MARKS, NO_CURRENCY, flags),
-        AccountRow(_MARKED, NO_CURRENCY, flags),
+        AccountRow(MARKED, NO_CURRENCY, flags),
         AccountRow(transit_account(currency), currency, flags),
     ]
 
@@ -211,13 +214,20 @@ def settle(mark: ChainMark, shard_count: int, now_ns: Callable[[], int]) -> Step
 
 def forget(decision_id: bytes, now_ns: int) -> Step:
     """Voids a decision. Only for one of which no shard has a mark."""
-    (answer,) = yield [Ask(_home_of(decision_id), [_ending(decision_id, MARKS, _MARKED, _VOID, now_ns)])]
+    (answer,) = yield [Ask(_home_of(decision_id), [_ending(decision_id, MARKS, MARKED, _VOID, now_ns)])]
     return answer is not None
 
 
 def mark_of(decision_id: bytes, shard: int, shard_count: int) -> bytes:
     """The id of the mark that a shard would have of the chain of a decision."""
     return _placed(decision_id, _first_slot(shard, shard_count))
+
+
+def is_ours(id_: bytes, shard: int, shard_count: int) -> bool:
+    """Whether a hold on the account of marks has the id of a mark of this shard, or of a decision. Others are nobody's."""
+    if _home_of(id_) >= shard_count:
+        return False
+    return id_ in (mark_of(id_, shard, shard_count), _decision_id(id_, shard_count))
 
 
 # ---- steps
@@ -237,7 +247,7 @@ def _learn(mark_id: bytes, shard_count: int, now_ns: Callable[[], int]) -> Step:
     decision_id = _decision_id(mark_id, shard_count)
     home = _home_of(mark_id)
     gone = _GONE + _first_slot(home, shard_count).to_bytes(2, "big")
-    (answer,) = yield [Ask(home, [TransferRow(decision_id, gone, _MARKED, 1)])]
+    (answer,) = yield [Ask(home, [TransferRow(decision_id, gone, MARKED, 1)])]
     if answer is None:
         return None
     if answer[0] == R.ID_REUSED:
@@ -246,7 +256,7 @@ def _learn(mark_id: bytes, shard_count: int, now_ns: Callable[[], int]) -> Step:
         return False if answer[0] in _REMEMBERED else None
     # No longer remembered, so nobody can commit any more. A commit that some shard has yet to follow still has its hold:
     # asking for more than it has tells.
-    probe = _ending(decision_id, MARKS, _MARKED, _POST, now_ns())._replace(amount_minor=2)
+    probe = _ending(decision_id, MARKS, MARKED, _POST, now_ns())._replace(amount_minor=2)
     (answer,) = yield [Ask(home, [probe])]
     if answer is None or answer[0] in (R.ID_TOO_OLD, R.ID_AHEAD):
         return None
@@ -261,7 +271,7 @@ def _settle_all(
     kind = _POST if committed else _VOID
     asks = []
     for mark in marks:
-        rows = [_ending(mark.id, MARKS, _MARKED, _VOID, now_ns)]
+        rows = [_ending(mark.id, MARKS, MARKED, _VOID, now_ns)]
         rows += [_ending(id_, debit_id, credit_id, kind, now_ns) for id_, debit_id, credit_id in mark.holds]
         asks.append(Ask(mark.shard, _linked(rows)))
     answers = yield asks
@@ -289,7 +299,7 @@ def _linked(rows: list[TransferRow]) -> list[TransferRow]:
 
 
 def _marker(id_: bytes, amount: int, timeout_s: int) -> TransferRow:
-    return TransferRow(id_, MARKS, _MARKED, amount, _HOLD, ID_NONE, timeout_s)
+    return TransferRow(id_, MARKS, MARKED, amount, _HOLD, ID_NONE, timeout_s)
 
 
 def _ending(hold_id: bytes, debit_id: bytes, credit_id: bytes, kind: int, now_ns: int) -> TransferRow:

@@ -97,10 +97,11 @@ class Chains:
         look_s: float = LOOK_S,
         grace_s: float = GRACE_S,
         on_blocked: Callable[[ChainMark, float], None] = lambda mark, seconds: None,
+        on_look_failed: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._host, self._peers, self._clock = host, peers, clock
         self._answer_s, self._look_s, self._grace_s = answer_s, look_s, grace_s
-        self._on_blocked = on_blocked
+        self._on_blocked, self._on_look_failed = on_blocked, on_look_failed
         self._open: set[str] = set()
         self._known: dict[bytes, str] = {}
         self._later: set[asyncio.Task[None]] = set()
@@ -183,6 +184,8 @@ class Chains:
                 await self.look()
             except DucatError:
                 continue  # the shards do not answer now
+            except Exception as error:  # whatever a shard holds must not stop the process, again after each restart
+                self._on_look_failed(error)
 
     async def look(self) -> int:
         """Ends what was seen `grace_s` ago and is still there; returns how many marks and decisions are left. Costs one read where

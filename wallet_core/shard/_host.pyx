@@ -95,7 +95,8 @@ cdef class ShardHost:
     cdef list _call_counts           # rows of each of them
     cdef list _callers               # who waits for each of them
     cdef list _chains                # set aside: (request, first row, rows, routes)
-    cdef public bint coordinated     # chains across shards are set aside for `chains`, not refused
+    cdef readonly bint coordinated   # chains across shards are set aside for `chains`, not refused
+    cdef uint8_t _reserved[32]       # two accounts that only steps of chains may name
     cdef readonly uint32_t shard_count
     cdef readonly int64_t rows_in_flight_max
     cdef readonly int64_t bytes_in_flight_max
@@ -635,7 +636,7 @@ cdef class ShardHost:
         cdef uint32_t filled[SHARDS_MAX]
         cdef Work* works[SHARDS_MAX]
         cdef Work* work
-        cdef bint split
+        cdef bint split, reserved = False
         cdef uint8_t code
         request.row_index = <uint32_t*>malloc(4 * n)
         request.credit_shards = <uint8_t*>malloc(2 * n)
@@ -649,6 +650,9 @@ cdef class ShardHost:
         with nogil:
             for row in range(count):
                 self._home_of(request, row, &home[row], &credit[row])
+                if self.coordinated and not request.whole and self._names_reserved(request, row):
+                    request.results[row], home[row] = CROSS_SHARD_UNSUPPORTED, LOCATE_NONE
+                    reserved = True
             if request.columns.flags != NULL:
                 row = 0
                 while row < count:
@@ -665,7 +669,9 @@ cdef class ShardHost:
                     code = CROSS_SHARD_UNSUPPORTED
                     if self.coordinated and not request.whole:
                         code = CHAIN_OPEN if chain_end == count else \
+                            CROSS_SHARD_UNSUPPORTED if reserved and self._any_refused(request, row, chain_end) else \
                             WRONG_SHARD if self.core.shards[home[row]] == NULL else SET_ASIDE
+                        split = split or code == CROSS_SHARD_UNSUPPORTED
                     aside += split and code == SET_ASIDE
                     while row <= chain_end and row < count:
                         if split:
@@ -722,6 +728,28 @@ cdef class ShardHost:
         return 0
 
     # ---- chains across shards ----
+
+    def coordinate(self, bytes marks_id not None, bytes marked_id not None):
+        """From now on chains across shards are set aside for `chains`. Rows that name one of the two accounts are refused, with
+        their whole chain, unless they are submitted with whole=True."""
+        if len(marks_id) != 16 or len(marked_id) != 16:
+            raise ValueError("ids of 16 bytes are expected")
+        memcpy(self._reserved, PyBytes_AS_STRING(marks_id), 16)
+        memcpy(self._reserved + 16, PyBytes_AS_STRING(marked_id), 16)
+        self.coordinated = True
+
+    cdef bint _names_reserved(self, Request* request, uint32_t row) noexcept nogil:
+        cdef const uint8_t* debit_id = request.columns.debit_ids + 16 * <size_t>row
+        cdef const uint8_t* credit_id = request.columns.credit_ids + 16 * <size_t>row
+        return ducat_same_id(debit_id, self._reserved) or ducat_same_id(credit_id, self._reserved + 16) \
+            or ducat_same_id(debit_id, self._reserved + 16) or ducat_same_id(credit_id, self._reserved)
+
+    cdef bint _any_refused(self, Request* request, uint32_t first, uint32_t last) noexcept nogil:
+        cdef uint32_t row
+        for row in range(first, last + 1):
+            if request.results[row] == CROSS_SHARD_UNSUPPORTED:
+                return True
+        return False
 
     cdef int _set_aside(self, Request* request, const uint16_t* home, const uint16_t* credit) except -1:
         """Rows that were marked SET_ASIDE, chain by chain, for a coordinator. Each counts as a part of the request."""

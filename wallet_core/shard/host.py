@@ -28,7 +28,7 @@ from kernel.errors import (
 )
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.event_log import DiskNearlyFull, LogGap, LogTail, delete_segments_below, segments
-from wallet_core.service.chain_rules import MARKS, ChainMark
+from wallet_core.service.chain_rules import MARKED, MARKS, ChainMark, is_ours
 from wallet_core.shard._host import ShardClock, ShardHost
 from wallet_core.shard.port import (
     MESSAGE_BYTES_MAX,
@@ -246,7 +246,8 @@ class WalletHost:
 
     def coordinate(self, on_chain: RunChain) -> None:
         """Chains across shards go to `on_chain(rows, routes)`, which gives one TransferResult byte a row and positions."""
-        self.on_chain, self._native.coordinated = on_chain, True
+        self.on_chain = on_chain
+        self._native.coordinate(MARKS, MARKED)
 
     async def apply_step(self, rows: Sequence[TransferRow]) -> RowsResult:
         """As `transfer_rows`, for a step of a chain across shards: rows of one shard, never set aside again. Never waits for
@@ -280,7 +281,8 @@ class WalletHost:
             done.add_done_callback(lambda done: _share(done, steps))
 
     async def chain_marks(self, shard: int) -> list[ChainMark]:
-        """Every mark of a chain across shards with the holds that it stands for; decisions have none."""
+        """Every mark of a chain across shards with the holds that it stands for; decisions have none. A hold on the account of
+        marks that has no mark's id is not one."""
         found: list[ChainMark] = []
         at = 0
         while True:
@@ -293,7 +295,8 @@ class WalletHost:
             waiting: list[tuple[bytes, bytes, bytes]] = []
             for id_, debit_id, credit_id in holds:
                 if debit_id == MARKS:
-                    found.append(ChainMark(shard, id_, tuple(waiting)))
+                    if is_ours(id_, shard, self.shard_count):
+                        found.append(ChainMark(shard, id_, tuple(waiting)))
                     waiting = []
                 else:
                     waiting.append((id_, debit_id, credit_id))

@@ -13,7 +13,7 @@ from ducat.wallet.v1 import wallet_pb2
 from kernel.clock import FixedClock
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.service import chain_rules
-from wallet_core.service.chain_rules import MARKS, transit_account
+from wallet_core.service.chain_rules import MARKED, MARKS, transit_account
 from wallet_core.service.chains import Chains, NoPeers
 from wallet_core.service.port import AccountRow, TransferRow
 from wallet_core.shard import ShardClock, WalletHost
@@ -25,7 +25,7 @@ A, B, C, D = (on_shard(shard, SHARDS) for shard in range(SHARDS))
 A2, B2 = on_shard(0, SHARDS, 1), on_shard(1, SHARDS, 1)
 PEOPLE = (A, B, C, D, A2, B2)
 EURO = on_shard(3, SHARDS, 3)
-LINKED = int(TransferFlags.LINKED)
+LINKED, HOLD = int(TransferFlags.LINKED), int(TransferFlags.HOLD)
 R = TransferResult
 FUND = 1_000
 
@@ -358,3 +358,48 @@ async def test_a_shard_that_does_not_answer_fails_the_chain_for_good(
 async def test_without_a_coordinator_chains_across_shards_are_refused(world: World) -> None:
     codes = (await world.host.apply_step(linked([move(1, A, B, 1), move(2, C, D, 1)]))).codes
     assert list(codes) == [R.CROSS_SHARD_UNSUPPORTED] * 2
+
+
+async def test_nobody_but_chains_uses_the_accounts_of_marks(world: World) -> None:
+    assert await world.chain(move(1, A, B, 10), move(2, C, D, 10)) == [R.OK] * 2
+    refused = R.CROSS_SHARD_UNSUPPORTED
+    for number, (debit, credit) in enumerate([(MARKS, MARKED), (MARKED, MARKS), (MARKS, A), (A, MARKED), (MARKED, B)]):
+        alone = move(100 + number, debit, credit, 10**12, flags=HOLD)
+        assert list(await world.host.transfers([alone, move(200 + number, A, A2, 1)])) == [refused, R.OK]
+        assert list(await world.host.transfers([alone])) == [refused]
+    a_chain = [move(300, A, A2, 1), move(301, MARKS, MARKED, 1, flags=HOLD), move(302, A2, A, 1)]
+    assert await world.chain(*a_chain) == [refused] * 3
+    assert await world.chain(move(303, A, B, 1), a_chain[1]) == [refused] * 2
+    assert await world.chain(move(304, MARKS, MARKED, 1), move(305, A, B, 1)) == [refused] * 2
+    assert list(await world.host.transfers([a_chain[1]._replace(flags=HOLD | LINKED)])) == [refused]
+    raw = message([move(306, MARKS, MARKED, 1, flags=HOLD), *linked([move(307, C, B, 1), move(308, D, A, 1)])], settle=2)
+    answer = wallet_pb2.TransferBatchResult.FromString(await world.host.transfer_batch(raw))
+    assert (list(answer.failed_rows), list(answer.failed_results)) == ([0], [refused])
+    await world.is_clean()
+
+
+async def test_a_hold_that_has_no_marks_id_is_not_a_mark(world: World) -> None:
+    """Ids that name shards which do not exist, and other people's holds just before it."""
+    assert await world.chain(move(1, A, B, 10), move(2, C, D, 10)) == [R.OK] * 2
+    payout = move(3, A, A2, 900, flags=HOLD)
+    assert list(await world.host.transfers([payout])) == [R.OK]
+    for number in range(200, 300):
+        foreign = TransferRow(transfer_id(number), MARKS, MARKED, 2 + number, HOLD)
+        # as a shard would have it that took it before such rows were refused
+        assert list((await world.host.apply_step([foreign])).codes) == [R.OK]
+    assert await world.chains.look() == 0
+    (state,) = await world.host.accounts([A])
+    assert state is not None and state.held_out == 900
+    post = move(4, A, A2, 0, flags=int(TransferFlags.POST))._replace(pending_id=payout.id)
+    assert list(await world.host.transfers([post])) == [R.OK]
+
+
+async def test_a_look_that_fails_does_not_end_the_process(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: list[Exception] = []
+    chains = Chains(world.host, NoPeers(), world.clock, look_s=0.0, on_look_failed=failures.append)
+    monkeypatch.setattr(chains, "look", lambda: 1 // 0)
+    task = asyncio.ensure_future(chains.watch())
+    while len(failures) < 3 and not task.done():
+        await asyncio.sleep(0)
+    task.cancel()
+    assert {type(one) for one in failures} == {ZeroDivisionError}
