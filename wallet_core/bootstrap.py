@@ -263,8 +263,11 @@ async def _keep_checking(host: WalletHost, shards: AllShards, interval_s: float)
 
 
 def _log_blocked(mark: ChainMark, seconds: float) -> None:
-    _log.warning(
-        "a chain across shards cannot end yet: an account is frozen, or a process is down",
+    log = _log.warning if mark.complete else _log.error
+    log(
+        "a chain across shards cannot end yet: an account is frozen, or a process is down"
+        if mark.complete
+        else "a chain across shards waits for ever: it was tried, and some of its holds were posted or voided by hand",
         shard=mark.shard,
         mark=mark.id.hex(),
         holds=[id_.hex() for id_, _, _ in mark.holds[:8]],

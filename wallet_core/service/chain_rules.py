@@ -77,11 +77,18 @@ class Ask(NamedTuple):
 
 
 class ChainMark(NamedTuple):
-    """A mark that a shard has, with the holds that it stands for: (id, debit account, credit account)."""
+    """A mark that a shard has, with the holds that it stands for: (id, debit account, credit account). Not complete: some of
+    them are no longer held, so somebody ended them by hand. A decision is complete and has none."""
 
     shard: int
     id: bytes
     holds: tuple[tuple[bytes, bytes, bytes], ...]
+    complete: bool = True
+
+    @property
+    def is_decision(self) -> bool:
+        """A mark stands for at least one hold."""
+        return self.complete and not self.holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +212,13 @@ def run(chain: Plan, now_ns: Callable[[], int]) -> Generator[list[Ask], list[byt
 
 def settle(mark: ChainMark, shard_count: int, now_ns: Callable[[], int]) -> Step:
     """Ends a chain on a shard that was left with a mark: as it was decided, and if it was not, by an abort. True once the
-    mark is gone; None: not known how it was decided."""
+    mark is gone; None: not known how it was decided. A commit of which holds are missing is left as it is: to post the
+    others would look like all of it."""
     committed = yield from _learn(mark.id, shard_count, now_ns)
     if committed is None:
         return None
+    if committed and not mark.complete:
+        return False
     return (yield from _settle_all([mark], now_ns(), committed=committed))
 
 

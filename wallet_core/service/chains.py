@@ -205,12 +205,12 @@ class Chains:
             if now - self._seen[mark.id] >= self._grace_s and self._next.get(mark.id, (0.0, 0.0))[0] <= now
         ]
         left = len(found)
-        for mark in [mark for mark in old if mark.holds][:MARKS_A_LOOK]:
+        for mark in [mark for mark in old if not mark.is_decision][:MARKS_A_LOOK]:
             done = await self._drive(chain_rules.settle(mark, self._host.shard_count, self._clock.now_ns))
             left -= bool(done)
             if not done:
                 self._blocked(mark, now)
-        decisions = [mark for mark in old if not mark.holds][:MARKS_A_LOOK]
+        decisions = [mark for mark in old if mark.is_decision][:MARKS_A_LOOK]
         if decisions:
             left -= await self._forget_those_without_marks(decisions)
         return left

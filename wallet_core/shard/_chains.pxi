@@ -9,6 +9,7 @@
 cdef enum:
     HOLD_SLOTS_A_LOOK = 32768        # 2 MiB of records: the writer's pause
     HOLDS_A_LOOK = 256
+    LEGS_MAX = 1024                  # chain_rules.LEG_COUNT_MAX: a row of a chain has one hold on a shard
 
 cdef struct Blob:
     uint8_t* data
@@ -50,7 +51,8 @@ cdef int blob_add(Blob* blob, const void* data, size_t length) noexcept nogil:
 
 
 cdef int chain_holds_read(Engine engine, const uint8_t* marks_id, uint64_t from_slot, Blob* blob) noexcept nogil:
-    """Some marks (holds on the account of marks), each behind the amount - 1 holds that its frame placed just before it."""
+    """Some marks (holds on the account of marks), each behind those of the amount - 1 holds that its frame placed just before it
+    which are still held. One that stands for more than a chain can have is no mark and comes alone."""
     cdef HoldState marks[HOLDS_A_LOOK]
     cdef HoldState leg
     cdef uint64_t slot = from_slot, sequence
@@ -58,7 +60,9 @@ cdef int chain_holds_read(Engine engine, const uint8_t* marks_id, uint64_t from_
     if blob_add(blob, &slot, 8) < 0:
         return -1
     for i in range(count):
-        sequence = marks[i].sequence - min(<uint64_t>marks[i].amount - 1, marks[i].sequence)
+        sequence = marks[i].sequence
+        if <uint64_t>marks[i].amount - 1 <= min(<uint64_t>LEGS_MAX, sequence):
+            sequence -= <uint64_t>marks[i].amount - 1
         while sequence < marks[i].sequence:
             if engine.hold_placed_at(sequence, &leg) and blob_add(blob, &leg, sizeof(HoldState)) < 0:
                 return -1

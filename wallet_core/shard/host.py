@@ -293,10 +293,10 @@ class WalletHost:
                 raise self._forget(error) from None
             at, holds = unpack_holds(await future)
             waiting: list[tuple[bytes, bytes, bytes]] = []
-            for id_, debit_id, credit_id in holds:
+            for id_, debit_id, credit_id, amount in holds:
                 if debit_id == MARKS:
                     if is_ours(id_, shard, self.shard_count):
-                        found.append(ChainMark(shard, id_, tuple(waiting)))
+                        found.append(ChainMark(shard, id_, tuple(waiting), len(waiting) == amount - 1))
                     waiting = []
                 else:
                     waiting.append((id_, debit_id, credit_id))

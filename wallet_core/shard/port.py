@@ -195,9 +195,9 @@ _CUT_HEAD, _CUT_BOOK = struct.Struct("<QQ"), struct.Struct("<4sIqq")
 _CUT_LINK, _CUT_SEND, _CUT_REFUSAL = struct.Struct("<QQQQQQ"), struct.Struct("<q4sI"), struct.Struct("<QQ")
 
 
-def unpack_holds(packed: bytes) -> tuple[int, list[tuple[bytes, bytes, bytes]]]:
-    """What `submit_chain_holds` gives: where to go on (0 = the end), and (id, debit account, credit account) of holds."""
-    holds = [(id_, debit_id, credit_id) for id_, debit_id, credit_id, *_ in _HOLD.iter_unpack(packed[8:])]
+def unpack_holds(packed: bytes) -> tuple[int, list[tuple[bytes, bytes, bytes, int]]]:
+    """What `submit_chain_holds` gives: where to go on (0 = the end), and (id, debit account, credit account, amount) of holds."""
+    holds = [(one[0], one[1], one[2], one[4]) for one in _HOLD.iter_unpack(packed[8:])]
     return int.from_bytes(packed[:8], "little"), holds
 
 

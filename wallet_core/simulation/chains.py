@@ -202,7 +202,7 @@ class Coordinators:
         seen = self._seen[at] = {mark.id: self._seen[at].get(mark.id, now) for mark in marks}
         old = [mark for mark in marks if now - seen[mark.id] >= GRACE_NS]
         for mark in old:
-            if mark.holds:
+            if not mark.is_decision:
                 steps = shard.chain_rules.settle(mark, len(self.shards), lambda: self._now(shard))
                 self._start(_Run(at, life, steps, self._ended))
             else:

@@ -394,7 +394,7 @@ class SimulatedShard:
         for mark in self.engine.holds(chain_rules.MARKS):
             legs = [self.engine.hold_at(mark.sequence - back) for back in range(mark.amount - 1, 0, -1)]
             holds = tuple((leg.id, leg.debit_id, leg.credit_id) for leg in legs if leg is not None)
-            found.append(ChainMark(self.shard, mark.id, holds))
+            found.append(ChainMark(self.shard, mark.id, holds, len(holds) == mark.amount - 1))
         return found
 
     def send_credits(self, destination: int, settled: int, number: int, last: int, group: Group) -> None:

@@ -403,3 +403,51 @@ async def test_a_look_that_fails_does_not_end_the_process(world: World, monkeypa
         await asyncio.sleep(0)
     task.cancel()
     assert {type(one) for one in failures} == {ZeroDivisionError}
+
+
+async def test_a_mark_that_stands_for_more_than_a_chain_has_stands_for_nothing(world: World) -> None:
+    """With the id of a mark of this shard: whatever was held before it is somebody else's."""
+    assert await world.chain(move(1, A, B, 10), move(2, C, D, 10)) == [R.OK] * 2
+    payout = move(3, A, A2, 900, flags=HOLD)
+    assert list(await world.host.transfers([payout])) == [R.OK]
+    id_ = chain_rules.mark_of(transfer_id(4)[:13] + bytes(3), 0, SHARDS)
+    assert list((await world.host.apply_step([TransferRow(id_, MARKS, MARKED, 10**12, HOLD)])).codes) == [R.OK]
+    assert [(mark.holds, mark.complete) for mark in await world.host.chain_marks(0)] == [((), False)]
+    await world.chains.look()
+    (state,) = await world.host.accounts([A])
+    assert state is not None and state.held_out == 900
+
+
+@pytest.mark.parametrize("ended", [1, 2])
+@pytest.mark.parametrize("kind", [TransferFlags.VOID, TransferFlags.POST])
+async def test_a_committed_chain_with_a_leg_ended_by_hand_waits_and_is_reported(
+    world: World, kind: TransferFlags, ended: int
+) -> None:
+    waiting: list[chain_rules.ChainMark] = []
+    world.chains = Chains(
+        world.host, NoPeers(), world.clock, grace_s=0.0, on_blocked=lambda mark, seconds: waiting.append(mark)
+    )
+    rows = linked([move(1, A, B, 400), move(2, A, B, 300)])
+    steps = Steps(world, rows)
+    await steps.take(2)  # tried and committed, the settle steps get lost
+    for number in range(1, ended + 1):
+        by_hand = TransferRow(transfer_id(76 + number), bytes(16), bytes(16), 0, int(kind), transfer_id(number))
+        assert list(await world.host.transfers([by_hand])) == [R.OK]
+    for _ in range(3):
+        world.clock.advance(seconds=100)
+        assert await world.chains.look() > 0
+    assert {(mark.shard, len(mark.holds), mark.complete) for mark in waiting} == {(0, 2 - ended, False)}
+    assert list((await world.chains.run(rows, steps.routes))[0]) == [R.IN_FLIGHT] * 2  # and never OK
+    (state,) = await world.host.accounts([A])
+    held = 300 * (2 - ended)
+    assert state is not None and state.held_out == held
+
+
+async def test_a_chain_given_up_with_a_leg_voided_by_hand_leaves_nothing(world: World) -> None:
+    await Steps(world, linked([move(1, A, B, 400), move(2, A, B, 300)])).take(1)
+    by_hand = TransferRow(transfer_id(77), bytes(16), bytes(16), 0, int(TransferFlags.VOID), transfer_id(1))
+    assert list(await world.host.transfers([by_hand])) == [R.OK]
+    for _ in range(3):
+        await world.chains.look()
+    assert await world.balances() == [FUND] * 6
+    await world.is_clean()
