@@ -51,10 +51,10 @@ class ChainHost(Protocol):
     def chain_marks(self, shard: int) -> Awaitable[list[ChainMark]]:
         """Every mark of a shard with its holds, every decision with none."""
 
-    def create_accounts(self, rows: Sequence[AccountRow], *, update: bool = False) -> Awaitable[bytes]:
-        """One AccountResult byte a row."""
+    def create_accounts(self, rows: Sequence[AccountRow], *, always: bool = False) -> Awaitable[bytes]:
+        """One AccountResult byte a row. always: does not wait for room, which requests may hold that wait for chains."""
 
-    def accounts(self, ids: Sequence[bytes]) -> Awaitable[list[AccountState | None]]:
+    def accounts(self, ids: Sequence[bytes], *, always: bool = False) -> Awaitable[list[AccountState | None]]:
         """Accounts as they durably stand."""
 
 
@@ -120,8 +120,9 @@ class Chains:
             return codes, []
         positions: dict[int, int] = {}
         try:
-            currencies = await self._currencies_of(rows, routes)
-        except DucatError:
+            async with asyncio.timeout(self._answer_s):
+                currencies = await self._currencies_of(rows, routes)
+        except (DucatError, TimeoutError):
             return bytes([TransferResult.IN_FLIGHT]) * len(rows), []
         chain = chain_rules.plan(rows, routes, currencies, self._host.shard_count)
         end: End = await self._drive(
@@ -159,13 +160,13 @@ class Chains:
 
     async def currencies(self, ids: Sequence[bytes]) -> list[str]:
         """The currencies of accounts that live here, NO_CURRENCY where there is none."""
-        return [NO_CURRENCY if state is None else state.currency for state in await self._host.accounts(ids)]
+        return [NO_CURRENCY if state is None else state.currency for state in await self._host.accounts(ids, always=True)]
 
     async def apply_step(self, rows: Sequence[TransferRow], currencies: Sequence[str]) -> RowsAnswer:
         """Rows of one shard of this process. Opens what they need first."""
         for currency in (NO_CURRENCY, *currencies):
             if currency not in self._open:
-                results = await self._host.create_accounts(chain_rules.accounts_of(currency))
+                results = await self._host.create_accounts(chain_rules.accounts_of(currency), always=True)
                 if set(results) <= {AccountResult.OK, AccountResult.ALREADY_EXISTS}:
                     self._open.add(currency)
         return await self._host.apply_step(rows)
@@ -190,7 +191,7 @@ class Chains:
     async def look(self) -> int:
         """Ends what was seen `grace_s` ago and is still there; returns how many marks and decisions are left. Costs one read where
         there is none."""
-        (marks_account,) = await self._host.accounts([MARKS])
+        (marks_account,) = await self._host.accounts([MARKS], always=True)
         if marks_account is None or marks_account.held_out == 0:
             self._seen.clear()
             self._next.clear()

@@ -819,7 +819,7 @@ cdef class ShardHost:
 
     cdef int _submit_blob(self, uint64_t ticket, int shard, int shape, int kind, bytes account, uint64_t number) except -1:
         cdef Shard one = self._shards[shard]
-        cdef Request* request = self._new(ticket, shape, 1, 0, account, 1)
+        cdef Request* request = self._new(ticket, shape, 1, 0, account, 1, kind == WORK_HOLDS)  # chains end whatever else waits
         cdef Work* work = work_new(kind, request)
         request.extra = calloc(1, sizeof(Blob))
         if work == NULL or request.extra == NULL:
@@ -873,9 +873,9 @@ cdef class ShardHost:
 
     # ---- accounts and reads ----
 
-    def submit_accounts(self, uint64_t ticket, rows, *, bint update=False):
+    def submit_accounts(self, uint64_t ticket, rows, *, bint update=False, bint always=False):
         """Open (or update) accounts; tuples in the order of AccountRow. A striped account is opened on every shard of this
-        process. The completion's result is an AccountsResult."""
+        process. The completion's result is an AccountsResult. always: the limits of what is under way do not count."""
         cdef Request* request
         cdef uint32_t count = len(rows), i = 0
         cdef size_t n = count
@@ -887,7 +887,7 @@ cdef class ShardHost:
             raise port.BatchInvalid("rows", "the batch has no rows")
         if count > ROWS_MAX:
             raise port.BatchInvalid("rows", f"{count} rows, at most {ROWS_MAX} are allowed")
-        request = self._new(ticket, SHAPE_ACCOUNTS, count, 64 * <uint64_t>count, None, n * len(self._order))
+        request = self._new(ticket, SHAPE_ACCOUNTS, count, 64 * <uint64_t>count, None, n * len(self._order), always)
         try:
             data = <uint8_t*>malloc(38 * n)
             if data == NULL:
@@ -985,17 +985,18 @@ cdef class ShardHost:
             shard_push(&shard.core, works[at], False)
         return 0
 
-    def submit_read(self, uint64_t ticket, ids):
-        """Read accounts; the completion's result is a ReadResult of what is durable. At most 8,190 ids."""
-        self._submit_read(ticket, ids, 0)
+    def submit_read(self, uint64_t ticket, ids, *, bint always=False):
+        """Read accounts; the completion's result is a ReadResult of what is durable. At most 8,190 ids. always: the limits of
+        what is under way do not count."""
+        self._submit_read(ticket, ids, 0, always)
 
-    cdef Request* _submit_read(self, uint64_t ticket, object ids, int waiter) except NULL:
+    cdef Request* _submit_read(self, uint64_t ticket, object ids, int waiter, bint always=False) except NULL:
         cdef bytes packed = b"".join(ids)
         cdef uint32_t count = len(ids)
         cdef Request* request
         if count == 0 or count > ROWS_MAX or <uint32_t>len(packed) != 16 * count:
             raise port.BatchInvalid("ids", f"1 to {ROWS_MAX} ids of 16 bytes are expected")
-        request = self._new(ticket, SHAPE_READ, count, 64 * <uint64_t>count, packed, 0)
+        request = self._new(ticket, SHAPE_READ, count, 64 * <uint64_t>count, packed, 0, always)
         request.waiter = waiter
         request.columns.ids = <const uint8_t*>PyBytes_AS_STRING(packed)
         self._submit_parts(request, WORK_READ, NULL, False)

@@ -313,10 +313,11 @@ class WalletHost:
         packed: bytes = await future
         return packed
 
-    async def create_accounts(self, rows: Sequence[AccountRow], *, update: bool = False) -> bytes:
+    async def create_accounts(self, rows: Sequence[AccountRow], *, update: bool = False, always: bool = False) -> bytes:
         """One AccountResult byte a row; a striped account is opened on every shard of this process. Until that is done nobody
-        knows where its transfers go, so whatever comes meanwhile waits: its id would be remembered on the wrong shard."""
-        if self._must_wait(len(rows), 64 * len(rows)):
+        knows where its transfers go, so whatever comes meanwhile waits: its id would be remembered on the wrong shard.
+        always: without waiting for room, as `apply_step`."""
+        if not always and self._must_wait(len(rows), 64 * len(rows)):
             await self._wait_turn(len(rows), 64 * len(rows))
         while self._striping:
             await asyncio.wait(self._striping)
@@ -325,7 +326,7 @@ class WalletHost:
         self._flush_steps()
         future = self._future()
         try:
-            self._native.submit_accounts(self._ticket, rows, update=update)
+            self._native.submit_accounts(self._ticket, rows, update=update, always=always)
         except Exception as error:
             raise self._forget(error) from None
         if self._native.shard_count > 1 and not update and any(row[2:3] and row[2] & _STRIPED for row in rows):
@@ -334,22 +335,23 @@ class WalletHost:
         result: AccountsResult = await asyncio.shield(future)
         return result.codes
 
-    async def accounts(self, ids: Sequence[bytes]) -> list[AccountState | None]:
-        """Accounts as they durably stand, None where there is none. Raises FailedPrecondition WRONG_SHARD."""
-        return list((await self.read_accounts(ids)).accounts)
+    async def accounts(self, ids: Sequence[bytes], *, always: bool = False) -> list[AccountState | None]:
+        """Accounts as they durably stand, None where there is none. Raises FailedPrecondition WRONG_SHARD. always: without
+        waiting for room, as `apply_step`."""
+        return list((await self.read_accounts(ids, always=always)).accounts)
 
-    async def read_accounts(self, ids: Sequence[bytes]) -> ReadResult:
+    async def read_accounts(self, ids: Sequence[bytes], *, always: bool = False) -> ReadResult:
         """As `accounts`, with the positions that were seen. Any number of ids."""
         found: list[AccountState | None] = []
         positions: dict[int, Any] = {}
         for at in range(0, len(ids), ROWS_MAX):
             part = ids[at : at + ROWS_MAX]
             self._owned(part)
-            if self._must_wait(len(part), 64 * len(part)):
+            if not always and self._must_wait(len(part), 64 * len(part)):
                 await self._wait_turn(len(part), 64 * len(part))
             future = self._future()
             try:
-                self._native.submit_read(self._ticket, part)
+                self._native.submit_read(self._ticket, part, always=always)
             except Exception as error:
                 raise self._forget(error) from None
             result: ReadResult = await future

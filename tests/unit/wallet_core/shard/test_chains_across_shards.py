@@ -40,8 +40,9 @@ class World:
         self.host: WalletHost
         self.chains: Chains
 
-    async def start(self) -> World:
-        self.host = await WalletHost.open(config(self.folder, SHARDS, snapshot_events=0), clock=self.native_clock)
+    async def start(self, **options: int) -> World:
+        settings = config(self.folder, SHARDS, snapshot_events=0, **options)
+        self.host = await WalletHost.open(settings, clock=self.native_clock)
         self.chains = Chains(self.host, NoPeers(), self.clock, answer_s=1.0, grace_s=0.0)
         self.host.coordinate(self.chains.run)
         return self
@@ -451,3 +452,37 @@ async def test_a_chain_given_up_with_a_leg_voided_by_hand_leaves_nothing(world: 
         await world.chains.look()
     assert await world.balances() == [FUND] * 6
     await world.is_clean()
+
+
+async def test_chains_end_while_the_requests_that_they_belong_to_hold_all_the_room(tmp_path: Path) -> None:
+    """What a chain asks for must not wait for the room that its own request has."""
+    world = await World(tmp_path).start(rows_in_flight_max=20)
+    try:
+        await world.open()
+        batches = []
+        for number in range(12):
+            alone = [move(1_000 + 20 * number + n, A2, A, 1) for n in range(6)]
+            chain = linked([move(1_018 + 20 * number, A, B, 1), move(1_019 + 20 * number, C, D, 1)])
+            batches.append(message([*alone, *chain], settle=2))
+        async with asyncio.timeout(30):
+            answers = await asyncio.gather(*(world.host.transfer_batch(batch) for batch in batches))
+            assert [list(wallet_pb2.TransferBatchResult.FromString(one).failed_rows) for one in answers] == [[]] * 12
+            assert await world.balances() == [FUND + 72 - 12, FUND + 12, FUND - 12, FUND + 12, FUND - 72, FUND]
+            await world.is_clean()
+    finally:
+        await world.host.close()
+
+
+async def test_a_read_that_does_not_answer_leaves_no_chain_waiting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains = Chains(world.host, NoPeers(), world.clock, answer_s=0.05)
+
+    async def silent(ids: Sequence[bytes], *, always: bool = False) -> list[None]:
+        await asyncio.sleep(3600)
+        return []
+
+    monkeypatch.setattr(world.host, "accounts", silent)
+    rows = linked([move(1, A, B, 10), move(2, C, D, 20)])
+    async with asyncio.timeout(10):
+        assert list((await chains.run(rows, [(0, 1), (2, 3)]))[0]) == [R.IN_FLIGHT] * 2
