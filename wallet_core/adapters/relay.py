@@ -183,7 +183,7 @@ class RelayServicer(RelayServiceServicer):
 
     async def ApplyStep(self, request: relay_pb2.ApplyStepRequest, context: Any) -> relay_pb2.ApplyStepResponse:  # noqa: N802
         self._own(request.shard)
-        done = await self._chains.apply_step(batch_rows(request.batch), request.currency_codes)
+        done = await self._chains.apply_step(request.shard, batch_rows(request.batch), request.currency_codes)
         positions = [wallet_pb2.ShardPosition(shard=one[0], sequence_number=one[1]) for one in done.positions]
         return relay_pb2.ApplyStepResponse(results=done.codes, positions=positions)
 

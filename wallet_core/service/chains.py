@@ -45,7 +45,7 @@ class ChainHost(Protocol):
     def shard_ids(self) -> tuple[int, ...]:
         """Shards that this process owns."""
 
-    def apply_step(self, rows: Sequence[TransferRow]) -> Awaitable[RowsAnswer]:
+    def apply_step(self, shard: int, rows: Sequence[TransferRow]) -> Awaitable[RowsAnswer]:
         """Rows of one shard; a chain among them that would cross shards is refused."""
 
     def chain_marks(self, shard: int) -> Awaitable[list[ChainMark]]:
@@ -162,14 +162,14 @@ class Chains:
         """The currencies of accounts that live here, NO_CURRENCY where there is none."""
         return [NO_CURRENCY if state is None else state.currency for state in await self._host.accounts(ids, always=True)]
 
-    async def apply_step(self, rows: Sequence[TransferRow], currencies: Sequence[str]) -> RowsAnswer:
+    async def apply_step(self, shard: int, rows: Sequence[TransferRow], currencies: Sequence[str]) -> RowsAnswer:
         """Rows of one shard of this process. Opens what they need first."""
         for currency in (NO_CURRENCY, *currencies):
             if currency not in self._open:
                 results = await self._host.create_accounts(chain_rules.accounts_of(currency), always=True)
                 if set(results) <= {AccountResult.OK, AccountResult.ALREADY_EXISTS}:
                     self._open.add(currency)
-        return await self._host.apply_step(rows)
+        return await self._host.apply_step(shard, rows)
 
     async def mark_ids(self) -> set[bytes]:
         """The ids of all marks and decisions of this process's shards."""
@@ -274,7 +274,7 @@ class Chains:
             try:
                 async with asyncio.timeout_at(until):
                     if ask.shard in self._host.shard_ids:
-                        answer = await self.apply_step(ask.rows, currencies)
+                        answer = await self.apply_step(ask.shard, ask.rows, currencies)
                     else:
                         answer = await self._peers.apply_step(ask.shard, ask.rows, currencies)
                 if TransferResult.WRONG_SHARD in answer.codes:

@@ -86,8 +86,7 @@ class WalletHost:
         self._called_look = (0, 0.0)
         self._gathered: list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]] = []
         self._gathered_rows = 0
-        self._steps: list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]] = []  # of chains across shards
-        self._steps_rows = 0
+        self._steps: dict[int, list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]]] = {}  # of chains, by shard
         self._calls: deque[float] = deque(maxlen=_CALLS_SEEN)
         self._turn: deque[asyncio.Future[None]] = deque()
         self._striping: set[asyncio.Future[Any]] = set()  # striped accounts that are being opened
@@ -249,26 +248,26 @@ class WalletHost:
         self.on_chain = on_chain
         self._native.coordinate(MARKS, MARKED)
 
-    async def apply_step(self, rows: Sequence[TransferRow]) -> RowsResult:
+    async def apply_step(self, shard: int, rows: Sequence[TransferRow]) -> RowsResult:
         """As `transfer_rows`, for a step of a chain across shards: rows of one shard, never set aside again. Never waits for
-        room: the request that it belongs to holds some, and would hold it for ever. Steps of one iteration of the loop share a
-        batch."""
+        room: the request that it belongs to holds some, and would hold it for ever. Steps of one iteration of the loop for the
+        same shard share a batch; with those of another shard they would share its full disk."""
         while self._striping:
             await asyncio.wait(self._striping)
-        if self._steps_rows + len(rows) > ROWS_MAX:
+        if sum(len(part) for part, _ in self._steps.get(shard, ())) + len(rows) > ROWS_MAX:
             self._flush_steps()
         if not self._steps:
             self._loop.call_soon(self._flush_steps)
         future: asyncio.Future[RowsResult] = self._loop.create_future()
-        self._steps.append((rows, future))
-        self._steps_rows += len(rows)
+        self._steps.setdefault(shard, []).append((rows, future))
         return await future
 
     def _flush_steps(self) -> None:
-        steps = self._steps
-        if not steps:
-            return
-        self._steps, self._steps_rows = [], 0
+        by_shard, self._steps = self._steps, {}
+        for steps in by_shard.values():
+            self._submit_steps(steps)
+
+    def _submit_steps(self, steps: Sequence[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]]) -> None:
         try:
             done = self._future()
             self._native.submit_rows(self._ticket, [row for rows, _ in steps for row in rows], whole=True)

@@ -240,7 +240,7 @@ class Steps:
         for number in range(count):
             here = asks if number < count - 1 or part is None else asks[:part]
             answers: list[bytes | None] = [
-                (await self.world.chains.apply_step(ask.rows, ("USD",))).codes for ask in here
+                (await self.world.chains.apply_step(ask.shard, ask.rows, ("USD",))).codes for ask in here
             ]
             if number == count - 1 and part is not None:
                 return
@@ -294,8 +294,8 @@ async def test_steps_that_arrive_late_or_twice_change_nothing(world: World) -> N
     for _ in range(3):
         await world.chains.look()  # somebody else gives the chain up …
     for ask in steps.plan.tries:  # … and only then the tries arrive
-        await world.chains.apply_step(ask.rows, ("USD",))
-    late = await world.chains.apply_step([steps.plan.decision], ())
+        await world.chains.apply_step(ask.shard, ask.rows, ("USD",))
+    late = await world.chains.apply_step(steps.plan.home, [steps.plan.decision], ())
     assert list(late.codes) == [R.ID_REUSED]  # nobody can commit any more
     for _ in range(3):
         await world.chains.look()
@@ -328,7 +328,7 @@ async def test_a_decision_outlives_the_memory_of_its_id(tmp_path: Path) -> None:
         assert set(await world.host.create_accounts(opened)) == {1}
         flood = [TransferRow(transfer_id(1_000 + n, NOW_MS + 1 + n), SOURCE, own[n % SHARDS], 1) for n in range(1_600)]
         assert set(await world.host.transfers(flood)) == {R.OK}
-        assert list((await world.chains.apply_step([steps.plan.decision], ())).codes) == [R.ID_TOO_OLD]
+        assert list((await world.chains.apply_step(steps.plan.home, [steps.plan.decision], ())).codes) == [R.ID_TOO_OLD]
         for _ in range(3):
             await world.chains.look()
         assert (await world.balances())[:4] == [990, 1010, 980, 1020]
@@ -342,10 +342,10 @@ async def test_a_shard_that_does_not_answer_fails_the_chain_for_good(
 ) -> None:
     real: Callable[..., object] = world.host.apply_step
 
-    async def silent(rows: Sequence[TransferRow]) -> RowsResult:
+    async def silent(shard: int, rows: Sequence[TransferRow]) -> RowsResult:
         if any(row.credit_id == D for row in rows):
             raise TimeoutError
-        return await real(rows)  # type: ignore[misc,no-any-return]
+        return await real(shard, rows)  # type: ignore[misc,no-any-return]
 
     monkeypatch.setattr(world.host, "apply_step", silent)
     rows = (move(1, A, B, 10), move(2, C, D, 20))
@@ -357,7 +357,7 @@ async def test_a_shard_that_does_not_answer_fails_the_chain_for_good(
 
 
 async def test_without_a_coordinator_chains_across_shards_are_refused(world: World) -> None:
-    codes = (await world.host.apply_step(linked([move(1, A, B, 1), move(2, C, D, 1)]))).codes
+    codes = (await world.host.apply_step(0, linked([move(1, A, B, 1), move(2, C, D, 1)]))).codes
     assert list(codes) == [R.CROSS_SHARD_UNSUPPORTED] * 2
 
 
@@ -387,7 +387,7 @@ async def test_a_hold_that_has_no_marks_id_is_not_a_mark(world: World) -> None:
     for number in range(200, 300):
         foreign = TransferRow(transfer_id(number), MARKS, MARKED, 2 + number, HOLD)
         # as a shard would have it that took it before such rows were refused
-        assert list((await world.host.apply_step([foreign])).codes) == [R.OK]
+        assert list((await world.host.apply_step(0, [foreign])).codes) == [R.OK]
     assert await world.chains.look() == 0
     (state,) = await world.host.accounts([A])
     assert state is not None and state.held_out == 900
@@ -412,7 +412,7 @@ async def test_a_mark_that_stands_for_more_than_a_chain_has_stands_for_nothing(w
     payout = move(3, A, A2, 900, flags=HOLD)
     assert list(await world.host.transfers([payout])) == [R.OK]
     id_ = chain_rules.mark_of(transfer_id(4)[:13] + bytes(3), 0, SHARDS)
-    assert list((await world.host.apply_step([TransferRow(id_, MARKS, MARKED, 10**12, HOLD)])).codes) == [R.OK]
+    assert list((await world.host.apply_step(0, [TransferRow(id_, MARKS, MARKED, 10**12, HOLD)])).codes) == [R.OK]
     assert [(mark.holds, mark.complete) for mark in await world.host.chain_marks(0)] == [((), False)]
     await world.chains.look()
     (state,) = await world.host.accounts([A])
@@ -486,3 +486,27 @@ async def test_a_read_that_does_not_answer_leaves_no_chain_waiting(
     rows = linked([move(1, A, B, 10), move(2, C, D, 20)])
     async with asyncio.timeout(10):
         assert list((await chains.run(rows, [(0, 1), (2, 3)]))[0]) == [R.IN_FLIGHT] * 2
+
+
+async def test_a_shard_that_is_read_only_fails_no_steps_of_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of one turn of the loop: those of a healthy shard are applied, and must not be told that they failed."""
+    asked: list[set[bytes]] = []
+    real = world.host.native.submit_rows
+
+    class Native:
+        def __getattr__(self, name: str) -> object:
+            return getattr(native, name)
+
+        def submit_rows(self, ticket: int, rows: Sequence[TransferRow], **options: bool) -> None:
+            asked.append({row.debit_id for row in rows})
+            real(ticket, rows, **options)
+
+    native = world.host.native
+    monkeypatch.setattr(world.host, "_native", Native())
+    steps = [(0, move(1, A, A2, 1)), (1, move(2, B, B2, 1)), (0, move(3, A2, A, 1))]
+    answers = await asyncio.gather(*(world.host.apply_step(shard, [row]) for shard, row in steps))
+    assert [list(answer.codes) for answer in answers] == [[R.OK]] * 3
+    assert asked == [{A, A2}, {B}]
+    assert [{one.shard for one in answer.positions} for answer in answers] == [{0}, {1}, {0}]
