@@ -60,7 +60,14 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         if peers:
             process.spawn(Relay(host, peers, process.channel).run(), name="relay")
         elsewhere = Peers(peers, process.channel)
-        chains = Chains(host, elsewhere, clock, on_blocked=_log_blocked, on_look_failed=_log_look_failed)
+        chains = Chains(
+            host,
+            elsewhere,
+            clock,
+            on_blocked=_log_blocked,
+            on_look_failed=_log_look_failed,
+            on_taken=_log_accounts_taken,
+        )
         if config.shard_count > 1:
             host.coordinate(chains.run)
             process.spawn(chains.watch(), name="chains")
@@ -277,6 +284,13 @@ def _log_blocked(mark: ChainMark, seconds: float) -> None:
 
 def _log_look_failed(error: Exception) -> None:
     _log.error("chains across shards that were left could not be looked at", error=f"{type(error).__name__}: {error}")
+
+
+def _log_accounts_taken(ids: list[bytes]) -> None:
+    _log.error(
+        "chains across shards are refused: accounts that they need were opened by somebody else, with other flags",
+        accounts=[id_.hex() for id_ in ids],
+    )
 
 
 def _log_snapshot_failure(shard: int, error: Exception) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "Plan",
     "accounts_of",
     "forget",
+    "home_of",
     "is_ours",
     "mark_of",
     "plan",
@@ -105,7 +106,7 @@ class Plan:
     @property
     def home(self) -> int:
         """The shard of the decision."""
-        return _home_of(self.decision.id)
+        return home_of(self.decision.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +225,7 @@ def settle(mark: ChainMark, shard_count: int, now_ns: Callable[[], int]) -> Step
 
 def forget(decision_id: bytes, now_ns: int) -> Step:
     """Voids a decision. Only for one of which no shard has a mark."""
-    (answer,) = yield [Ask(_home_of(decision_id), [_ending(decision_id, MARKS, MARKED, _VOID, now_ns)])]
+    (answer,) = yield [Ask(home_of(decision_id), [_ending(decision_id, MARKS, MARKED, _VOID, now_ns)])]
     return answer is not None
 
 
@@ -235,7 +236,7 @@ def mark_of(decision_id: bytes, shard: int, shard_count: int) -> bytes:
 
 def is_ours(id_: bytes, shard: int, shard_count: int) -> bool:
     """Whether a hold on the account of marks has the id of a mark of this shard, or of a decision. Others are nobody's."""
-    if _home_of(id_) >= shard_count:
+    if home_of(id_) >= shard_count:
         return False
     return id_ in (mark_of(id_, shard, shard_count), _decision_id(id_, shard_count))
 
@@ -255,7 +256,7 @@ def _commit(chain: Plan, now_ns: Callable[[], int]) -> Step:
 def _learn(mark_id: bytes, shard_count: int, now_ns: Callable[[], int]) -> Step:
     """Aborts unless the decision was a commit: True = committed, False = aborted for good, None = not known."""
     decision_id = _decision_id(mark_id, shard_count)
-    home = _home_of(mark_id)
+    home = home_of(mark_id)
     gone = _GONE + _first_slot(home, shard_count).to_bytes(2, "big")
     (answer,) = yield [Ask(home, [TransferRow(decision_id, gone, MARKED, 1)])]
     if answer is None:
@@ -332,12 +333,13 @@ def _placed(key: bytes, slot: int) -> bytes:
     return key[:14] + (int.from_bytes(key[14:], "big") & 0xF000 | slot).to_bytes(2, "big")
 
 
-def _home_of(id_: bytes) -> int:
+def home_of(id_: bytes) -> int:
+    """The shard of the decision that a mark or decision names."""
     return int.from_bytes(id_[13:15], "big") >> 4 & 0xFF
 
 
 def _decision_id(key: bytes, shard_count: int) -> bytes:
-    return _placed(key, _first_slot(_home_of(key), shard_count) + 1)
+    return _placed(key, _first_slot(home_of(key), shard_count) + 1)
 
 
 def _first_slot(shard: int, shard_count: int) -> int:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from kernel.clock import Clock
 from kernel.errors import DucatError
-from wallet_core.engine.codes import AccountResult, TransferResult
+from wallet_core.engine.codes import AccountResult, TransferFlags, TransferResult
 from wallet_core.service import chain_rules
 from wallet_core.service.chain_rules import MARKS, NO_CURRENCY, Ask, ChainMark, End
 from wallet_core.service.port import AccountRow, AccountState, RowsAnswer, TransferRow
@@ -29,6 +29,7 @@ GRACE_S = 8.0
 BLOCKED_S_MAX = 60.0
 """A chain that cannot be ended yet (an account is frozen, a process is down) is tried again ever more rarely, up to this."""
 MARKS_A_LOOK = 1_000
+MARKS_AT_ONCE = 32
 KNOWN_CURRENCY_COUNT_MAX = 50_000
 
 _T = TypeVar("_T")
@@ -84,8 +85,16 @@ class NoPeers:
         return set()
 
 
+class _Refused(NamedTuple):
+    """A RowsAnswer of rows that no shard was asked about."""
+
+    codes: bytes
+    positions: tuple[tuple[int, int], ...]
+
+
 class Chains:
-    """The coordinator of this process. `on_blocked(mark, seconds)`: a chain has waited so long for its end."""
+    """The coordinator of this process. `on_blocked(mark, seconds)`: a chain has waited so long for its end. `on_taken(ids)`:
+    accounts that chains need are open with other flags; each is told once."""
 
     def __init__(
         self,
@@ -98,10 +107,12 @@ class Chains:
         grace_s: float = GRACE_S,
         on_blocked: Callable[[ChainMark, float], None] = lambda mark, seconds: None,
         on_look_failed: Callable[[Exception], None] = lambda error: None,
+        on_taken: Callable[[list[bytes]], None] = lambda ids: None,
     ) -> None:
         self._host, self._peers, self._clock = host, peers, clock
         self._answer_s, self._look_s, self._grace_s = answer_s, look_s, grace_s
-        self._on_blocked, self._on_look_failed = on_blocked, on_look_failed
+        self._on_blocked, self._on_look_failed, self._on_taken = on_blocked, on_look_failed, on_taken
+        self._taken: set[bytes] = set()
         self._open: set[str] = set()
         self._known: dict[bytes, str] = {}
         self._later: set[asyncio.Task[None]] = set()
@@ -163,13 +174,25 @@ class Chains:
         return [NO_CURRENCY if state is None else state.currency for state in await self._host.accounts(ids, always=True)]
 
     async def apply_step(self, shard: int, rows: Sequence[TransferRow], currencies: Sequence[str]) -> RowsAnswer:
-        """Rows of one shard of this process. Opens what they need first."""
+        """Rows of one shard of this process. Opens what they need first. Where somebody has these accounts with other flags, holds
+        are CROSS_SHARD_UNSUPPORTED: what was begun can still be given up."""
         for currency in (NO_CURRENCY, *currencies):
-            if currency not in self._open:
-                results = await self._host.create_accounts(chain_rules.accounts_of(currency), always=True)
-                if set(results) <= {AccountResult.OK, AccountResult.ALREADY_EXISTS}:
-                    self._open.add(currency)
+            if currency not in self._open and not await self._opened(currency):
+                if any(row.flags & TransferFlags.HOLD for row in rows):
+                    return _Refused(bytes([TransferResult.CROSS_SHARD_UNSUPPORTED]) * len(rows), ())
         return await self._host.apply_step(shard, rows)
+
+    async def _opened(self, currency: str) -> bool:
+        accounts = chain_rules.accounts_of(currency)
+        results = await self._host.create_accounts(accounts, always=True)
+        if set(results) == {AccountResult.OK}:
+            self._open.add(currency)
+            return True
+        taken = {row.id for row, code in zip(accounts, results, strict=True) if code != AccountResult.OK} - self._taken
+        if taken:
+            self._taken |= taken
+            self._on_taken(sorted(taken))
+        return False
 
     async def mark_ids(self) -> set[bytes]:
         """The ids of all marks and decisions of this process's shards."""
@@ -206,19 +229,37 @@ class Chains:
             if now - self._seen[mark.id] >= self._grace_s and self._next.get(mark.id, (0.0, 0.0))[0] <= now
         ]
         left = len(found)
-        for mark in [mark for mark in old if not mark.is_decision][:MARKS_A_LOOK]:
-            done = await self._drive(chain_rules.settle(mark, self._host.shard_count, self._clock.now_ns))
-            left -= bool(done)
-            if not done:
-                self._blocked(mark, now)
+        left -= await self._settle([mark for mark in old if not mark.is_decision][:MARKS_A_LOOK], now)
         decisions = [mark for mark in old if mark.is_decision][:MARKS_A_LOOK]
         if decisions:
             left -= await self._forget_those_without_marks(decisions)
         return left
 
-    def _blocked(self, mark: ChainMark, now: float) -> None:
+    async def _settle(self, marks: Sequence[ChainMark], now: float) -> int:
+        """How many could be ended. Some at once; of a home that does not answer no further ones are tried in this look."""
+        count = 0
+        away: set[int] = set()
+        for at in range(0, len(marks), MARKS_AT_ONCE):
+            part = marks[at : at + MARKS_AT_ONCE]
+            tried = [mark for mark in part if chain_rules.home_of(mark.id) not in away]
+            for mark in part:
+                if mark not in tried:
+                    self._pause(mark, now)
+            steps = (chain_rules.settle(mark, self._host.shard_count, self._clock.now_ns) for mark in tried)
+            for mark, done in zip(tried, await asyncio.gather(*map(self._drive, steps)), strict=True):
+                if done is None:
+                    away.add(chain_rules.home_of(mark.id))
+                if not done:
+                    self._blocked(mark, now)
+                count += bool(done)
+        return count
+
+    def _pause(self, mark: ChainMark, now: float) -> None:
         pause = min(2 * self._next.get(mark.id, (0.0, self._look_s))[1], BLOCKED_S_MAX)
         self._next[mark.id] = (now + pause, pause)
+
+    def _blocked(self, mark: ChainMark, now: float) -> None:
+        self._pause(mark, now)
         self._on_blocked(mark, now - self._seen[mark.id])
 
     async def _forget_those_without_marks(self, decisions: Sequence[ChainMark]) -> int:

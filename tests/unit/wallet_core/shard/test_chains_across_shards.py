@@ -11,6 +11,7 @@ from host_fixtures import NOW_MS, NOW_NS, account, config, message, on_shard, tr
 
 from ducat.wallet.v1 import wallet_pb2
 from kernel.clock import FixedClock
+from kernel.ids import account_id
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.service import chain_rules
 from wallet_core.service.chain_rules import MARKED, MARKS, transit_account
@@ -510,3 +511,44 @@ async def test_a_shard_that_is_read_only_fails_no_steps_of_others(
     assert [list(answer.codes) for answer in answers] == [[R.OK]] * 3
     assert asked == [{A, A2}, {B}]
     assert [{one.shard for one in answer.positions} for answer in answers] == [{0}, {1}, {0}]
+
+
+@pytest.mark.parametrize("name", ["chain/marks", "chain/marked", "chain/transit/USD"])
+async def test_chains_are_refused_where_somebody_else_has_their_accounts(world: World, name: str) -> None:
+    taken: list[list[bytes]] = []
+    world.chains = Chains(world.host, NoPeers(), world.clock, answer_s=1.0, on_taken=taken.append)
+    world.host.coordinate(world.chains.run)
+    foreign = AccountRow(account_id(name), "USD" if "USD" in name else "XXX")
+    assert list(await world.host.create_accounts([foreign])) == [R.OK]
+    rows = (move(1, A, B, 10), move(2, C, D, 20))
+    for _ in range(2):
+        assert await world.chain(*rows) == [R.CROSS_SHARD_UNSUPPORTED] * 2
+    assert taken == [[foreign.id]]
+    assert await world.balances() == [FUND] * 6
+    assert list(await world.host.transfers([move(3, A, B, 1)])) == [R.OK]
+
+
+async def test_marks_of_a_home_that_is_away_keep_no_others_waiting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs what an answer may take; not one after the other, and not all of them."""
+    count = 70
+    for number in range(count):
+        await Steps(world, linked([move(10 * number, B, A, 1), move(10 * number + 1, A, B, 1)])).take(1)
+    await Steps(world, linked([move(5_000, A, C, 10), move(5_001, C, A, 20)])).take(1)
+    asked: list[int] = []
+    real = world.chains._ask
+
+    async def ask(ask: chain_rules.Ask, *more: object) -> bytes | None:
+        asked.append(ask.shard)
+        return None if ask.shard == 1 else await real(ask, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(world.chains, "_ask", ask)
+    assert await world.chains.look() == 2 * count
+    assert asked.count(1) <= 32
+    assert await world.chains.look() == 2 * count  # all of them pause
+    assert asked.count(1) <= 32
+    monkeypatch.undo()
+    world.chains._next.clear()
+    await world.is_clean()
+    assert await world.balances() == [FUND] * 6
