@@ -171,15 +171,19 @@ class Chains:
 
     async def currencies(self, ids: Sequence[bytes]) -> list[str]:
         """The currencies of accounts that live here, NO_CURRENCY where there is none."""
-        return [NO_CURRENCY if state is None else state.currency for state in await self._host.accounts(ids, always=True)]
+        return [
+            NO_CURRENCY if state is None else state.currency for state in await self._host.accounts(ids, always=True)
+        ]
 
     async def apply_step(self, shard: int, rows: Sequence[TransferRow], currencies: Sequence[str]) -> RowsAnswer:
         """Rows of one shard of this process. Opens what they need first. Where somebody has these accounts with other flags, holds
         are CROSS_SHARD_UNSUPPORTED: what was begun can still be given up."""
+        is_open = True
         for currency in (NO_CURRENCY, *currencies):
-            if currency not in self._open and not await self._opened(currency):
-                if any(row.flags & TransferFlags.HOLD for row in rows):
-                    return _Refused(bytes([TransferResult.CROSS_SHARD_UNSUPPORTED]) * len(rows), ())
+            if currency not in self._open:
+                is_open = await self._opened(currency) and is_open
+        if not is_open and any(row.flags & TransferFlags.HOLD for row in rows):
+            return _Refused(bytes([TransferResult.CROSS_SHARD_UNSUPPORTED]) * len(rows), ())
         return await self._host.apply_step(shard, rows)
 
     async def _opened(self, currency: str) -> bool:

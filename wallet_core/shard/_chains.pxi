@@ -13,7 +13,7 @@ cdef enum:
 
 cdef struct Blob:
     uint8_t* data
-    size_t length, capacity
+    size_t length, capacity, limit
 
 cdef struct CutCurrency:
     uint32_t currency
@@ -38,6 +38,8 @@ cdef struct CutSend:
 cdef int blob_add(Blob* blob, const void* data, size_t length) noexcept nogil:
     cdef size_t capacity = blob.capacity if blob.capacity else 1024
     cdef uint8_t* larger
+    if blob.length + length > blob.limit:
+        return -1
     if blob.length + length > blob.capacity:
         while capacity < blob.length + length:
             capacity *= 2
@@ -103,7 +105,8 @@ cdef int cut_read(Engine engine, uint32_t shard_count, uint16_t own, Blob* blob)
             currency.in_flight = totals[i].in_flight
             if blob_add(blob, &currency, sizeof(currency)) < 0:
                 break
-        code = 0
+        else:
+            code = 0
         break
     for shard in range(shard_count if code == 0 else 0):
         if shard == own:

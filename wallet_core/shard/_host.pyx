@@ -97,6 +97,7 @@ cdef class ShardHost:
     cdef list _chains                # set aside: (request, first row, rows, routes)
     cdef readonly bint coordinated   # chains across shards are set aside for `chains`, not refused
     cdef uint8_t _reserved[32]       # two accounts that only steps of chains may name
+    cdef public size_t blob_bytes_max    # of one answer to submit_chain_holds and submit_cut; beyond that it is given up
     cdef readonly uint32_t shard_count
     cdef readonly int64_t rows_in_flight_max
     cdef readonly int64_t bytes_in_flight_max
@@ -129,7 +130,7 @@ cdef class ShardHost:
         if self.core.event_fd < 0:
             raise OSError(errno, os.strerror(errno))
         self.rows_in_flight_max, self.bytes_in_flight_max = rows_in_flight_max, bytes_in_flight_max
-        self.config = config
+        self.config, self.blob_bytes_max = config, 1 << 30
         self._clock = clock if clock is not None else ShardClock()
         self._striped = StripedSet()
         self._call_counts, self._callers = [], []
@@ -826,6 +827,7 @@ cdef class ShardHost:
             free(work)
             self._drop(request)
             raise MemoryError()
+        (<Blob*>request.extra).limit = self.blob_bytes_max
         work.columns.ids = <const uint8_t*>PyBytes_AS_STRING(account)
         work.number = number
         request.remaining = 1

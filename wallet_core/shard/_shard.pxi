@@ -405,13 +405,22 @@ cdef class Shard:
 
     cdef int read_chain_holds(self, Work* work, Group* group) noexcept nogil:
         if chain_holds_read(self.engine, work.columns.ids, work.number, <Blob*>work.request.extra) < 0:
-            return -1
+            return self.give_up_blob(work)
         return self.finish_read(work.request, group)
 
     cdef int read_cut(self, Work* work, Group* group) noexcept nogil:
         if cut_read(self.engine, self.host.shard_count, self.shard, <Blob*>work.request.extra) < 0:
-            return -1
+            return self.give_up_blob(work)
         return self.finish_read(work.request, group)
+
+    cdef int give_up_blob(self, Work* work) noexcept nogil:
+        """No memory for an answer: that is no reason to stop the shard, whose state is as good as before."""
+        cdef Blob* blob = <Blob*>work.request.extra
+        free(blob.data)
+        blob.data = NULL
+        work.request.status = STATUS_ENGINE_FAILED
+        request_done(self.host, work.request, 1)
+        return 0
 
     cdef int expire(self, Group* group) noexcept nogil:
         cdef size_t offset = group.events.length

@@ -61,6 +61,7 @@ _STRIPED = int(AccountFlags.STRIPED)
 RunChain = Callable[
     [Sequence[TransferRow], Sequence[tuple[int, int]]], Coroutine[Any, Any, tuple[bytes, Sequence[tuple[int, int]]]]
 ]
+_Steps = list[tuple[Sequence[TransferRow], "asyncio.Future[RowsResult]"]]
 _CALLS_SEEN = 8  # the last so many single calls …
 _CALLS_WITHIN_S = 0.004  # … within this time: 2,000 a second, more than one caller alone can send
 _GATHER_S = 0.001
@@ -86,7 +87,7 @@ class WalletHost:
         self._called_look = (0, 0.0)
         self._gathered: list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]] = []
         self._gathered_rows = 0
-        self._steps: dict[int, list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]]] = {}  # of chains, by shard
+        self._steps: dict[int, _Steps] = {}  # of chains across shards, by shard
         self._calls: deque[float] = deque(maxlen=_CALLS_SEEN)
         self._turn: deque[asyncio.Future[None]] = deque()
         self._striping: set[asyncio.Future[Any]] = set()  # striped accounts that are being opened
@@ -267,7 +268,7 @@ class WalletHost:
         for steps in by_shard.values():
             self._submit_steps(steps)
 
-    def _submit_steps(self, steps: Sequence[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]]) -> None:
+    def _submit_steps(self, steps: _Steps) -> None:
         try:
             done = self._future()
             self._native.submit_rows(self._ticket, [row for rows, _ in steps for row in rows], whole=True)

@@ -11,6 +11,7 @@ from host_fixtures import NOW_MS, NOW_NS, account, config, message, on_shard, tr
 
 from ducat.wallet.v1 import wallet_pb2
 from kernel.clock import FixedClock
+from kernel.errors import Unavailable
 from kernel.ids import account_id
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.service import chain_rules
@@ -18,7 +19,7 @@ from wallet_core.service.chain_rules import MARKED, MARKS, transit_account
 from wallet_core.service.chains import Chains, NoPeers
 from wallet_core.service.port import AccountRow, TransferRow
 from wallet_core.shard import ShardClock, WalletHost
-from wallet_core.shard.port import RowsResult
+from wallet_core.shard.port import RowsResult, unpack_cut
 
 SHARDS = 4
 SOURCE = account(1_000_000)
@@ -374,7 +375,9 @@ async def test_nobody_but_chains_uses_the_accounts_of_marks(world: World) -> Non
     assert await world.chain(move(303, A, B, 1), a_chain[1]) == [refused] * 2
     assert await world.chain(move(304, MARKS, MARKED, 1), move(305, A, B, 1)) == [refused] * 2
     assert list(await world.host.transfers([a_chain[1]._replace(flags=HOLD | LINKED)])) == [refused]
-    raw = message([move(306, MARKS, MARKED, 1, flags=HOLD), *linked([move(307, C, B, 1), move(308, D, A, 1)])], settle=2)
+    raw = message(
+        [move(306, MARKS, MARKED, 1, flags=HOLD), *linked([move(307, C, B, 1), move(308, D, A, 1)])], settle=2
+    )
     answer = wallet_pb2.TransferBatchResult.FromString(await world.host.transfer_batch(raw))
     assert (list(answer.failed_rows), list(answer.failed_results)) == ([0], [refused])
     await world.is_clean()
@@ -391,7 +394,8 @@ async def test_a_hold_that_has_no_marks_id_is_not_a_mark(world: World) -> None:
         assert list((await world.host.apply_step(0, [foreign])).codes) == [R.OK]
     assert await world.chains.look() == 0
     (state,) = await world.host.accounts([A])
-    assert state is not None and state.held_out == 900
+    assert state is not None
+    assert state.held_out == 900
     post = move(4, A, A2, 0, flags=int(TransferFlags.POST))._replace(pending_id=payout.id)
     assert list(await world.host.transfers([post])) == [R.OK]
 
@@ -417,7 +421,8 @@ async def test_a_mark_that_stands_for_more_than_a_chain_has_stands_for_nothing(w
     assert [(mark.holds, mark.complete) for mark in await world.host.chain_marks(0)] == [((), False)]
     await world.chains.look()
     (state,) = await world.host.accounts([A])
-    assert state is not None and state.held_out == 900
+    assert state is not None
+    assert state.held_out == 900
 
 
 @pytest.mark.parametrize("ended", [1, 2])
@@ -442,7 +447,8 @@ async def test_a_committed_chain_with_a_leg_ended_by_hand_waits_and_is_reported(
     assert list((await world.chains.run(rows, steps.routes))[0]) == [R.IN_FLIGHT] * 2  # and never OK
     (state,) = await world.host.accounts([A])
     held = 300 * (2 - ended)
-    assert state is not None and state.held_out == held
+    assert state is not None
+    assert state.held_out == held
 
 
 async def test_a_chain_given_up_with_a_leg_voided_by_hand_leaves_nothing(world: World) -> None:
@@ -552,3 +558,17 @@ async def test_marks_of_a_home_that_is_away_keep_no_others_waiting(
     world.chains._next.clear()
     await world.is_clean()
     assert await world.balances() == [FUND] * 6
+
+
+@pytest.mark.parametrize("size", [4, 16, 40])
+async def test_an_answer_for_which_there_is_no_memory_does_not_stop_the_shard(world: World, size: int) -> None:
+    await Steps(world, linked([move(1, A, B, 10), move(2, C, D, 20)])).take(1)
+    world.host.native.blob_bytes_max = size
+    with pytest.raises(Unavailable):
+        await world.host.chain_marks(0)
+    with pytest.raises(Unavailable):  # and never what fits of it
+        await world.host.cut(0)
+    world.host.native.blob_bytes_max = 1 << 30
+    assert len(unpack_cut(0, await world.host.cut(0)).links) == SHARDS - 1
+    await world.chains.look()
+    await world.is_clean()
