@@ -178,6 +178,7 @@ cdef struct Request:
     int finished
     int locating                     # 1: holds are being looked for; not submitted yet
     int whole                        # 1: a chain across shards is refused, not set aside
+    int striping                     # 1: opens striped accounts; until it is done nobody knows where their transfers go
     uint64_t bytes_held              # for back-pressure
     uint8_t* results
     void* extra                      # shape's own memory (freed with the request)

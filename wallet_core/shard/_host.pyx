@@ -98,6 +98,9 @@ cdef class ShardHost:
     cdef readonly bint coordinated   # chains across shards are set aside for `chains`, not refused
     cdef uint8_t _reserved[32]       # two accounts that only steps of chains may name
     cdef public size_t blob_bytes_max    # of one answer to submit_chain_holds and submit_cut; beyond that it is given up
+    cdef Request* _parked            # located and not routed yet, oldest first
+    cdef Request* _parked_tail
+    cdef uint32_t _opening           # requests under way that open striped accounts
     cdef readonly uint32_t shard_count
     cdef readonly int64_t rows_in_flight_max
     cdef readonly int64_t bytes_in_flight_max
@@ -166,6 +169,10 @@ cdef class ShardHost:
             if request.message != NULL:
                 Py_DECREF(<object>request.message)
             request_free(request)
+        while self._parked != NULL:
+            request = self._parked
+            self._parked = request.next
+            self._drop(request)
         while self.core.outbound_head != NULL:
             work = self.core.outbound_head
             self.core.outbound_head = work.next
@@ -885,6 +892,7 @@ cdef class ShardHost:
         cdef AccountColumns columns
         cdef int64_t overdraft, limit
         cdef uint16_t flags
+        cdef bint striping
         if count == 0:
             raise port.BatchInvalid("rows", "the batch has no rows")
         if count > ROWS_MAX:
@@ -918,7 +926,13 @@ cdef class ShardHost:
         columns.overdraft_limits, columns.balance_limits, columns.ids = data, data + 8 * n, data + 16 * n
         columns.currencies, columns.flags = data + 32 * n, data + 36 * n
         request.columns.ids, request.columns.flags = columns.ids, columns.flags
+        if self.shard_count > 1 and not update:
+            for i in range(count):
+                if request.columns.flags[2 * <size_t>i] & ACCOUNT_STRIPED:
+                    request.striping = 1
+        striping = request.striping
         self._submit_parts(request, WORK_ACCOUNTS, &columns, update)
+        self._opening += striping
 
     cdef int _submit_parts(self, Request* request, int kind, AccountColumns* columns, bint update) except -1:
         """Account rows to their shards, rows of striped accounts to every shard."""
@@ -1073,12 +1087,37 @@ cdef class ShardHost:
         while request != NULL:
             following = request.next
             if request.locating:
-                request.locating = 0
-                self._route(request)
+                self._park(request)
             else:
                 done.append((request.ticket, self._finish(request)))
             request = following
+        self._route_parked(done)
         return done
+
+    cdef void _park(self, Request* request) noexcept:
+        request.next = NULL
+        if self._parked == NULL:
+            self._parked = request
+        else:
+            self._parked_tail.next = request
+        self._parked_tail = request
+
+    cdef int _route_parked(self, list done) except -1:
+        """Send on what was located, in order; not while striped accounts are being opened: a transfer that went where a plain
+        account lives would be sent elsewhere when it is repeated, and move the money twice."""
+        cdef Request* request
+        cdef bint over = self._closed or ducat_load_int(&self.core.failed)
+        while self._parked != NULL and (over or self._opening == 0):
+            request = self._parked
+            self._parked = request.next
+            request.next = NULL
+            request.locating = 0
+            if over:                       # nothing of it was applied
+                request.status = STATUS_CLOSED
+                done.append((request.ticket, self._finish(request)))
+            else:
+                self._route(request)
+        return 0
 
     cdef object _finish(self, Request* request):
         """The Python result of a finished request, which is freed."""
@@ -1111,6 +1150,8 @@ cdef class ShardHost:
             else:
                 result = None
         finally:
+            if request.striping:
+                self._opening -= 1
             self._unadmit(request)
         return result
 

@@ -7,11 +7,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from host_fixtures import NOW_NS, Driver, account, config, on_shard, transfer_id
+from host_fixtures import NOW_NS, Driver, account, config, message, on_shard, transfer_id
 
 from wallet_core.engine.codes import AccountFlags, AccountResult, TransferFlags, TransferResult
 from wallet_core.service.port import AccountRow, TransferRow
 from wallet_core.shard import ShardClock, WalletHost
+from wallet_core.shard.port import HostClosed
 
 SHARDS = 2
 STRIPED = int(AccountFlags.MAY_OVERDRAW | AccountFlags.STRIPED)
@@ -47,6 +48,33 @@ async def test_a_transfer_right_behind_the_opening_of_its_striped_account_applie
     assert state is not None
     assert state.balance == 5
     await host.close()
+
+
+async def test_a_batch_that_looks_for_its_hold_beside_the_opening_of_a_striped_account_applies_once(tmp_path: Path) -> None:
+    host = await WalletHost.open(config(tmp_path, SHARDS), clock=ShardClock(NOW_NS))
+    seller, striped = on_shard(0, SHARDS), on_shard(1, SHARDS)
+    assert set(await host.create_accounts([AccountRow(seller, "USD")])) == {1}
+    rows = [  # where the hold is must be asked first: the batch is routed a turn later than it was submitted
+        TransferRow(transfer_id(1), bytes(16), bytes(16), 0, VOID, transfer_id(99)),
+        TransferRow(transfer_id(2), striped, seller, 700),
+    ]
+    before = asyncio.create_task(host.transfer_batch(message(rows)))
+    await asyncio.sleep(0)
+    assert list(await host.create_accounts([AccountRow(striped, "USD", STRIPED)])) == [AccountResult.OK]
+    assert await host.transfer_batch(message(rows))
+    assert await before
+    found = await host.accounts([seller, striped])
+    assert [state and state.balance for state in found] == [700, -700]
+    await host.close()
+
+
+def test_what_was_located_is_answered_when_the_host_stops_before_it_is_routed(tmp_path: Path) -> None:
+    driver = Driver(config(tmp_path, SHARDS))
+    driver.host.submit_rows(1, [TransferRow(transfer_id(1), bytes(16), bytes(16), 0, VOID, transfer_id(99))])
+    driver.host.close()  # the shards have looked for the hold; nobody took their answer
+    driver.take()
+    assert isinstance(driver.answers[1], HostClosed)
+    assert driver.host.rows_in_flight == 0
 
 
 @pytest.mark.parametrize("named", ["debit", "credit"])
