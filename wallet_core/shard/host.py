@@ -136,11 +136,11 @@ class WalletHost:
         """Refuse new work, wait for what is under way, sync, stop the threads."""
         if self._closed:
             return
+        self._flush()  # what was taken is sent
+        self._submit_calls()
         self._closed = True
         if self._snapshots_task is not None:
             self._snapshots_task.cancel()
-        self._flush()
-        self._submit_calls()
         for waiter in self._turn:
             if not waiter.done():
                 waiter.set_exception(_unavailable("the wallet is shutting down"))
@@ -270,7 +270,7 @@ class WalletHost:
 
     def _submit_steps(self, steps: _Steps) -> None:
         try:
-            done = self._future()
+            done = self._future(closing=True)
             self._native.submit_rows(self._ticket, [row for rows, _ in steps for row in rows], whole=True)
         except Exception as error:
             mapped = self._forget(error)
@@ -550,12 +550,14 @@ class WalletHost:
                 metadata={"shard": str(foreign)},
             )
 
-    def _future(self) -> asyncio.Future[Any]:
+    def _future(self, *, closing: bool = False) -> asyncio.Future[Any]:
+        """Of the next ticket. A refused one has a ticket too: `_forget` must not take somebody else's. closing: what began
+        before the host was closed may go on."""
+        self._ticket += 1
         if self._failure is not None:
             raise _mapped(self._failure)
-        if self._closed:
+        if self._closed and not closing:
             raise _unavailable("the wallet is shutting down")
-        self._ticket += 1
         future = self._futures[self._ticket] = self._loop.create_future()
         return future
 

@@ -230,6 +230,26 @@ async def test_after_closing_everything_is_unavailable(tmp_path: Path) -> None:
         await host.transfers([give(1)])
 
 
+async def test_closing_answers_what_was_taken_and_refuses_what_comes_later(tmp_path: Path) -> None:
+    host = await opened(tmp_path)
+    host.native.log(0).hold_sync(True)
+    under_way = asyncio.create_task(host.transfer_batch(message([give(1)])))
+    gathered = asyncio.create_task(host.transfers([give(2)]))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(host.close())
+    await asyncio.sleep(0)
+    late = await asyncio.gather(host.transfers([give(3)]), host.transfers([give(4)]), return_exceptions=True)
+    alone = await asyncio.gather(host.transfers([give(5)]), return_exceptions=True)
+    assert [type(one) for one in [*late, *alone]] == [Unavailable] * 3
+    assert not under_way.done()
+    assert not gathered.done()
+    host.native.log(0).hold_sync(False)
+    async with asyncio.timeout(5):
+        assert await under_way
+        assert await gathered == b"\x01"
+        await closing
+
+
 async def until(reached: Callable[[], object], what: str) -> None:
     for _ in range(1_000):
         if reached():

@@ -572,3 +572,13 @@ async def test_an_answer_for_which_there_is_no_memory_does_not_stop_the_shard(wo
     assert len(unpack_cut(0, await world.host.cut(0)).links) == SHARDS - 1
     await world.chains.look()
     await world.is_clean()
+
+
+async def test_a_chain_that_is_under_way_ends_before_the_host_closes(world: World) -> None:
+    assert await world.chain(TransferRow(transfer_id(1), A, B, 5), TransferRow(transfer_id(2), B, A, 5)) == [R.OK] * 2
+    rows = linked([TransferRow(transfer_id(3), A, B, 5), TransferRow(transfer_id(4), B, A, 5)])
+    running = asyncio.create_task(world.host.transfers(rows))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await world.host.close()
+        assert list(await running) == [R.OK] * 2
