@@ -55,6 +55,9 @@ __all__ = ["TOPIC", "KafkaFrames", "KafkaLogConfig", "KafkaPartition", "StoredFr
 TOPIC = "ducat.wallet.log"
 RECORD_BYTES_MAX = 917_504
 """Below the megabyte that clients and brokers take by default; a batch of 8,190 rows makes at most 786,336 bytes."""
+TOPIC_RECORD_BYTES = 1_048_588  # what brokers take by default
+RECORD_OVERHEAD_BYTES = 4096
+"""What a batch of one record has around it, rounded up."""
 CONTINUED = b"+"
 """Key of a record that continues the frame in the record before."""
 REPLICAS_WANTED = 3
@@ -71,8 +74,8 @@ _library_log = logging.getLogger("wallet_core.event_log.kafka.librdkafka")
 
 @dataclass(frozen=True, slots=True)
 class KafkaLogConfig:
-    """Where the logs are. `min_insync_replicas` 0: 2, or 1 where the cluster has a single broker. `timeout_ms`: how long an append
-    waits for the brokers before the process stops. `options` are librdkafka's, such as TLS and SASL."""
+    """Where the logs are. `min_insync_replicas` 0: 2, or 1 where the cluster has a single broker; each partition has as many
+    replicas at least. `timeout_ms`: how long an append waits for the brokers before the process stops. `options` are librdkafka's, such as TLS and SASL."""
 
     bootstrap: str
     topic: str = TOPIC
@@ -133,12 +136,24 @@ def ensure_topic(config: KafkaLogConfig, shard_count: int) -> None:
         found = admin.describe_configs([resource], request_timeout=ADMIN_TIMEOUT_S)[resource].result(ADMIN_TIMEOUT_S)
     except KafkaException as error:
         raise StoreUnusable(place, f"Kafka does not answer as it should: {error.args[0].str()}") from error
-    in_sync = config.min_insync_replicas or min(IN_SYNC_WANTED, replicas)
+    in_sync = config.min_insync_replicas or min(IN_SYNC_WANTED, max(len(cluster.brokers), replicas))
     problems = [
         f"{name} is {found[name].value}, it must be {wanted}"
-        for name, wanted in (("cleanup.policy", "delete"), ("retention.ms", "-1"), ("retention.bytes", "-1"))
+        for name, wanted in (
+            ("cleanup.policy", "delete"),
+            ("retention.ms", "-1"),
+            ("retention.bytes", "-1"),
+            ("message.timestamp.type", "CreateTime"),
+        )
         if found[name].value != wanted
     ]
+    if replicas < in_sync:  # made while the other brokers were down: it stays so
+        problems.append(f"a partition has {replicas} replicas, it must have {in_sync} or more; add some")
+    if int(found["max.message.bytes"].value) < RECORD_BYTES_MAX + RECORD_OVERHEAD_BYTES:
+        problems.append(
+            f"max.message.bytes is {found['max.message.bytes'].value}, "
+            f"it must be {RECORD_BYTES_MAX + RECORD_OVERHEAD_BYTES} or more"
+        )
     if int(found["min.insync.replicas"].value) < in_sync:
         problems.append(f"min.insync.replicas is {found['min.insync.replicas'].value}, it must be {in_sync} or more")
     if found["unclean.leader.election.enable"].value == "true":
@@ -156,6 +171,7 @@ def _rules(in_sync: int) -> dict[str, str]:
         "min.insync.replicas": str(in_sync),
         "unclean.leader.election.enable": "false",
         "compression.type": "producer",
+        "max.message.bytes": str(TOPIC_RECORD_BYTES),
         "message.timestamp.type": "CreateTime",
         "message.timestamp.after.max.ms": str(2**63 - 1),
         "message.timestamp.before.max.ms": str(2**63 - 1),
