@@ -405,7 +405,7 @@ async def test_a_look_that_fails_does_not_end_the_process(world: World, monkeypa
     chains = Chains(world.host, NoPeers(), world.clock, look_s=0.0, on_look_failed=failures.append)
     monkeypatch.setattr(chains, "look", lambda: 1 // 0)
     task = asyncio.ensure_future(chains.watch())
-    while len(failures) < 3 and not task.done():
+    while len(failures) < 3 and not task.done():  # noqa: ASYNC110
         await asyncio.sleep(0)
     task.cancel()
     assert {type(one) for one in failures} == {ZeroDivisionError}
