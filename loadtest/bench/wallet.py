@@ -25,7 +25,7 @@ import grpc
 import numpy as np
 
 from ducat.wallet.v1 import shard_pb2, wallet_pb2, wallet_service_pb2_grpc
-from loadtest.bench.client import BATCH_ROWS, Plan, account_ids, percentiles
+from loadtest.bench.client import Plan, account_ids, percentiles
 from loadtest.bench.limits import CHANNEL_OPTIONS, disk_limits, fresh_memory_bytes_per_second
 from wallet_core.event_log.file import read_frames
 from wallet_core.event_log.format import HEADER_BYTES
@@ -269,8 +269,9 @@ def measure_unary(scenario: Scenario, folder: Path, counts: Counts) -> dict[str,
 
 def measure_snapshot(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
     """A stream under full load, and a snapshot of the shard in the middle of it. Every batch is a commit that somebody waits
-    for. `snapshot.batch_ms` is of the batches that were under way while the snapshot was being written, `batch_ms` of all
-    others; `delay_ms` is the difference, so its `max` is the longest commit beside the snapshot less the longest without.
+    for. `snapshot.batch_ms` is of the batches that were under way while the snapshot was being written, `batch_ms` of as many
+    right before it. `delay_ms` is what they took beyond the usual batch before (its p50, `batch_ms.p50`): `max` is not made
+    smaller by a stall that happened without the snapshot. The rate beside it is held against the rate before it, too.
     """
     limits = disk_limits(folder)
     with serving(folder, scenario.shards, snapshots=False) as server:
@@ -284,36 +285,55 @@ def measure_snapshot(scenario: Scenario, folder: Path, counts: Counts) -> dict[s
         with _shards(server) as shards, _snapshot_at(shards, counts.accounts + counts.transfers // 3) as taking:
             report = load(server, plan)
             taken = taking.result(timeout=READY_S_MAX)
-    spans = np.array(report["spans"])
-    under_way = (spans[:, 1] >= taken["began"]) & (spans[:, 0] <= taken["ended"])
-    took_ms = (spans[:, 1] - spans[:, 0]) * 1000
-    without, beside_ms = percentiles(list(took_ms[~under_way])), percentiles(list(took_ms[under_way]))
+    beside = _beside(np.array(report["spans"]), taken["began"], taken["ended"])
     seconds = taken["ended"] - taken["began"]
-    rows = int(((spans[:, 1] >= taken["began"]) & (spans[:, 1] <= taken["ended"])).sum()) * BATCH_ROWS
     limits["fdatasync_beside_nothing_ms"] = 1000 / limits["fdatasync_4k_per_second"]
     return {
         "transfers_per_second": report["transfers"] / report["seconds"],
-        "batch_ms": without,
+        "batch_ms": beside["before_ms"],
         "cpu_seconds": {"client": report["cpu_seconds"], "server": report["server_cpu_seconds"]},
         "bytes_per_transfer": _log_payload_bytes(folder) / counts.transfers,
         "snapshot": {
             "bytes": taken["bytes"],
             "seconds": seconds,
             "bytes_per_second": taken["bytes"] / seconds,
-            "batches": int(under_way.sum()),
-            "batch_ms": beside_ms,
-            "delay_ms": {name: round(beside_ms[name] - without[name], 3) for name in without},
+            "batches": beside["batches"],
+            "batches_before": beside["batches_before"],
+            "batch_ms": beside["beside_ms"],
+            "delay_ms": beside["delay_ms"],
         },
         "limits": limits,
         "ratios": {
-            "rate_beside_snapshot": rows / seconds / (report["transfers"] / report["seconds"]),
+            "rate_beside_snapshot": beside["rate"],
             "disk_bandwidth": taken["bytes"] / seconds / limits["fdatasync_1m_bytes_per_second"],
         },
         "checks": {
             "balances": report["failed"] == 0 and report["balances"],
             "log": transfers_in_log(folder, counts.transfers),
-            "snapshot_in_mid_stream": bool(under_way.any() and not under_way.all()),
+            "snapshot_in_mid_stream": beside["batches"] > 0 and beside["batches_before"] > 0,
         },
+    }
+
+
+def _beside(spans: np.ndarray[Any, Any], began: float, ended: float) -> dict[str, Any]:
+    """Batches (start and end of each, in seconds) under way from `began` to `ended`, against as many that ended right before."""
+    under_way = (spans[:, 1] >= began) & (spans[:, 0] <= ended)
+    before = spans[spans[:, 1] < began]
+    before = before[np.argsort(before[:, 1])][-int(under_way.sum()) :]
+    none = {"p50": 0.0, "p99": 0.0, "max": 0.0}
+    before_ms, beside_ms = (
+        percentiles(list((some[:, 1] - some[:, 0]) * 1000)) if len(some) else none
+        for some in (before, spans[under_way])
+    )
+    done = int(((spans[:, 1] >= began) & (spans[:, 1] <= ended)).sum())
+    rate_before = len(before) / (began - before[:, 0].min()) if len(before) else 0.0
+    return {
+        "batches": int(under_way.sum()),
+        "batches_before": len(before),
+        "before_ms": before_ms,
+        "beside_ms": beside_ms,
+        "delay_ms": {name: round(beside_ms[name] - before_ms["p50"], 3) for name in beside_ms},
+        "rate": done / (ended - began) / rate_before if rate_before else 0.0,
     }
 
 

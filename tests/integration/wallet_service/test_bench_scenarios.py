@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from loadtest.bench import wallet
@@ -82,3 +83,15 @@ def test_tigerbeetles_own_figure_is_taken_and_a_failure_is_not_passed_over(
     binary.write_text("#!/bin/sh\necho 'load accepted = 250 tx/s'\necho no room >&2\nexit 1\n")
     with pytest.raises(RuntimeError, match=r"(?s)exit code 1.*no room"):
         wallet.tigerbeetle_ratio(folder, 1000.0, counts)
+
+
+def test_a_snapshots_delay_is_not_made_smaller_by_a_stall_that_happened_without_it() -> None:
+    usual = [(n * 1.0, n * 1.0 + 0.010) for n in range(100)]
+    usual[2] = (2.0, 2.9)  # a stall long before
+    usual[98] = (98.0, 98.5)  # and one right before
+    beside = [(100.0 + n, 100.0 + n + 0.040) for n in range(10)]
+    found = wallet._beside(np.array(usual + beside), 99.5, 109.5)
+    assert (found["batches"], found["batches_before"]) == (10, 10)
+    assert found["before_ms"]["max"] == pytest.approx(500)
+    assert found["delay_ms"] == {"p50": 30.0, "p99": 30.0, "max": 30.0}
+    assert found["rate"] == pytest.approx(1.0, rel=0.1)
