@@ -340,7 +340,8 @@ def _beside(spans: np.ndarray[Any, Any], began: float, ended: float) -> dict[str
 def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
     """A shard with accounts and transfers, a snapshot taken half way: how soon a new process has it back, from snapshot and
     log, and from the log alone. `seconds` and `cpu_seconds` are from the start of the process until it serves, less those of
-    a server that has nothing to restore. The state must have the digest that it had before the stop, and accounts their balances.
+    a server that has nothing to restore (the median of three starts); a rate is None where that difference is less than five
+    times their spread, which says nothing. The state must have the digest that it had before the stop, and accounts their balances.
     """
     limits = disk_limits(folder)
     with serving(folder, scenario.shards, snapshots=False) as server, _shards(server) as shards:
@@ -350,19 +351,24 @@ def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[st
             taken = taking.result(timeout=READY_S_MAX)
         before = _state(server, shards, counts)
     with tempfile.TemporaryDirectory(dir=folder.parent) as bare:
-        for _ in range(2):  # the first start makes the log, which a restart does not
+        starts = []
+        for _ in range(4):
             with serving(Path(bare), scenario.shards, snapshots=False) as nothing:
-                limits["empty_start_seconds"] = nothing.start_seconds
-                limits["empty_start_cpu_seconds"] = nothing.cpu_seconds()
+                starts.append((nothing.start_seconds, nothing.cpu_seconds()))
+        starts = starts[1:]  # the first one makes the log, which a restart does not
+    empty = [one for one, _ in starts]
+    limits["empty_start_seconds"] = float(np.median(empty))
+    limits["empty_start_spread_seconds"] = max(empty) - min(empty)
+    limits["empty_start_cpu_seconds"] = float(np.median([cpu for _, cpu in starts]))
     whole = _restart(scenario, folder, counts, limits, before)
     for snapshots in folder.glob("**/snapshots"):
         snapshots.rename(snapshots.with_name("snapshots.away"))
     log_alone = _restart(scenario, folder, counts, limits, before)
     for one in (whole, log_alone):
-        one["accounts_per_second"] = counts.accounts / one["seconds"]
+        one["accounts_per_second"] = _rate(counts.accounts, one["seconds"], limits)
     whole["replayed_events"] = before["sequence"] - taken["sequence"]
     log_alone["replayed_events"] = before["sequence"]
-    log_alone["events_per_second"] = log_alone["replayed_events"] / log_alone["seconds"]
+    log_alone["events_per_second"] = _rate(log_alone["replayed_events"], log_alone["seconds"], limits)
     log_bytes = _log_payload_bytes(folder)
     return {
         "transfers_per_second": report["transfers"] / report["seconds"],
@@ -374,12 +380,17 @@ def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[st
         "replay_events_per_second": log_alone["events_per_second"],
         "restore_seconds": whole["seconds"],
         "limits": limits,
-        "ratios": {"disk_bandwidth": log_bytes / log_alone["seconds"] / limits["fdatasync_1m_bytes_per_second"]},
+        "ratios": {"disk_bandwidth": _rate(log_bytes / limits["fdatasync_1m_bytes_per_second"], log_alone["seconds"], limits)},
         "checks": {
             "balances": bool(report["failed"] == 0 and report["balances"] and whole["same"] and log_alone["same"]),
             "log": transfers_in_log(folder, counts.transfers),
         },
     }
+
+
+def _rate(count: float, seconds: float, limits: dict[str, float]) -> float | None:
+    """None where the seconds are lost in how much one empty start differs from another."""
+    return count / seconds if seconds > 0 and seconds >= 5 * limits["empty_start_spread_seconds"] else None
 
 
 def _restart(
@@ -389,7 +400,7 @@ def _restart(
         cpu_seconds = server.cpu_seconds() - limits["empty_start_cpu_seconds"]
         with _shards(server) as shards:
             same = _state(server, shards, counts) == before
-    seconds = max(server.start_seconds - limits["empty_start_seconds"], 1e-3)
+    seconds = server.start_seconds - limits["empty_start_seconds"]
     return {"seconds": seconds, "start_seconds": server.start_seconds, "cpu_seconds": cpu_seconds, "same": same}
 
 
@@ -585,7 +596,7 @@ def print_report(report: dict[str, Any]) -> None:
     print("  CPU s     " + ", ".join(f"{name} {value:.2f}" for name, value in report["cpu_seconds"].items()))
     print(f"  log       {report['bytes_per_transfer']:.1f} bytes a transfer")
     for name in ("replay_events_per_second", "restore_seconds", "bytes_per_account"):
-        if name in report:
+        if report.get(name) is not None:
             print(f"  {name.replace('_', ' ')}  {report[name]:,.2f}")
     restored = report.get("restore", {})
     groups = {

@@ -95,3 +95,10 @@ def test_a_snapshots_delay_is_not_made_smaller_by_a_stall_that_happened_without_
     assert found["before_ms"]["max"] == pytest.approx(500)
     assert found["delay_ms"] == {"p50": 30.0, "p99": 30.0, "max": 30.0}
     assert found["rate"] == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_restore_too_short_to_tell_from_an_empty_start_has_no_rate() -> None:
+    limits = {"empty_start_spread_seconds": 0.1}
+    assert wallet._rate(1_000, 0.5, limits) == 2_000
+    assert wallet._rate(1_000, 0.4, limits) is None
+    assert wallet._rate(1_000, -0.1, {"empty_start_spread_seconds": 0.0}) is None
