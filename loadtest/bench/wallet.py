@@ -380,7 +380,9 @@ def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[st
         "replay_events_per_second": log_alone["events_per_second"],
         "restore_seconds": whole["seconds"],
         "limits": limits,
-        "ratios": {"disk_bandwidth": _rate(log_bytes / limits["fdatasync_1m_bytes_per_second"], log_alone["seconds"], limits)},
+        "ratios": {
+            "disk_bandwidth": _rate(log_bytes / limits["fdatasync_1m_bytes_per_second"], log_alone["seconds"], limits)
+        },
         "checks": {
             "balances": bool(report["failed"] == 0 and report["balances"] and whole["same"] and log_alone["same"]),
             "log": transfers_in_log(folder, counts.transfers),

@@ -75,7 +75,8 @@ _library_log = logging.getLogger("wallet_core.event_log.kafka.librdkafka")
 @dataclass(frozen=True, slots=True)
 class KafkaLogConfig:
     """Where the logs are. `min_insync_replicas` 0: 2, or 1 where the cluster has a single broker; each partition has as many
-    replicas at least. `timeout_ms`: how long an append waits for the brokers before the process stops. `options` are librdkafka's, such as TLS and SASL."""
+    replicas at least. `timeout_ms`: how long an append waits for the brokers before the process stops. `options` are
+    librdkafka's, such as TLS and SASL."""
 
     bootstrap: str
     topic: str = TOPIC

@@ -50,7 +50,9 @@ async def test_a_transfer_right_behind_the_opening_of_its_striped_account_applie
     await host.close()
 
 
-async def test_a_batch_that_looks_for_its_hold_beside_the_opening_of_a_striped_account_applies_once(tmp_path: Path) -> None:
+async def test_a_batch_that_looks_for_its_hold_beside_the_opening_of_a_striped_account_applies_once(
+    tmp_path: Path,
+) -> None:
     host = await WalletHost.open(config(tmp_path, SHARDS), clock=ShardClock(NOW_NS))
     seller, striped = on_shard(0, SHARDS), on_shard(1, SHARDS)
     assert set(await host.create_accounts([AccountRow(seller, "USD")])) == {1}
