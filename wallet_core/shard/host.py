@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -141,9 +141,7 @@ class WalletHost:
         self._closed = True
         if self._snapshots_task is not None:
             self._snapshots_task.cancel()
-        for waiter in self._turn:
-            if not waiter.done():
-                waiter.set_exception(_unavailable("the wallet is shutting down"))
+        _refuse(self._turn, _unavailable("the wallet is shutting down"))
         under_way = [*self._futures.values(), *chain.from_iterable(self._callers.values())]
         if under_way and not self._native.failed:
             await asyncio.wait(under_way, timeout=10)
@@ -273,10 +271,7 @@ class WalletHost:
             done = self._future(closing=True)
             self._native.submit_rows(self._ticket, [row for rows, _ in steps for row in rows], whole=True)
         except Exception as error:
-            mapped = self._forget(error)
-            for _, one in steps:
-                if not one.done():
-                    one.set_exception(mapped)
+            _refuse((one for _, one in steps), self._forget(error))
         else:
             done.add_done_callback(lambda done: _share(done, steps))
 
@@ -642,10 +637,7 @@ class WalletHost:
             self._loop.call_later(0.001, self._submit_calls)
             return
         except Exception as error:
-            mapped = _mapped(error)
-            for one in self._native.drop_calls():
-                if not one.done():
-                    one.set_exception(mapped)
+            _refuse(self._native.drop_calls(), _mapped(error))
         self._called_rows = 0
 
     def _flush(self) -> None:
@@ -669,10 +661,7 @@ class WalletHost:
             for part, one in gathered:  # only the caller whose row is wrong hears of it
                 self._submit_alone(part, one)
         except Exception as error:
-            self._futures.pop(self._ticket, None)
-            for _, one in gathered:
-                if not one.done():
-                    one.set_exception(_mapped(error))
+            _refuse((one for _, one in gathered), self._forget(error))
         else:
             future.add_done_callback(lambda done: _share(done, gathered))
 
@@ -698,9 +687,7 @@ class WalletHost:
             self._futures.pop(self._ticket, None)
             self._loop.call_later(0.001, self._submit_alone, rows, one)
         except Exception as error:
-            self._futures.pop(self._ticket, None)
-            if not one.done():
-                one.set_exception(_mapped(error))
+            _refuse((one,), self._forget(error))
         else:
             future.add_done_callback(lambda done: _share(done, [(rows, one)]))
 
@@ -764,18 +751,12 @@ class WalletHost:
 
     def _fail(self, error: Exception) -> None:
         """Nothing that is under way will be acknowledged: its outcome is unknown until the restart."""
-        self._failure = error
-        self._give_up(_mapped(error))
-        for _, one in self._gathered:
-            if not one.done():
-                one.set_exception(_mapped(error))
+        self._failure, mapped = error, _mapped(error)
+        self._give_up(mapped)
+        _refuse((one for _, one in self._gathered), mapped)
         self._gathered, self._gathered_rows = [], 0
-        for waiter in self._turn:
-            if not waiter.done():
-                waiter.set_exception(_mapped(error))
-        for _, _, waiting in self._durable_waiters:
-            if not waiting.done():
-                waiting.set_exception(_mapped(error))
+        _refuse(self._turn, mapped)
+        _refuse((waiting for _, _, waiting in self._durable_waiters), mapped)
         if self.on_failure is not None:
             self.on_failure(error)
 
@@ -783,20 +764,22 @@ class WalletHost:
         """Everything that is under way."""
         dropped = self._native.drop_calls()
         self._called_rows = 0
-        for future in (*self._futures.values(), *chain.from_iterable(self._callers.values()), *dropped):
-            if not future.done():
-                future.set_exception(error)
+        _refuse((*self._futures.values(), *chain.from_iterable(self._callers.values()), *dropped), error)
         self._futures.clear()
         self._callers.clear()
+
+
+def _refuse(futures: Iterable[asyncio.Future[Any]], error: Exception) -> None:
+    """Everybody who still waits hears of the error."""
+    for one in futures:
+        if not one.done():
+            one.set_exception(error)
 
 
 def _answer(callers: Sequence[asyncio.Future[bytes]], result: list[bytes] | Exception) -> None:
     """Each caller of a request its own part."""
     if isinstance(result, Exception):
-        error = _mapped(result)
-        for one in callers:
-            if not one.done():
-                one.set_exception(error)
+        _refuse(callers, _mapped(result))
         return
     for one, answer in zip(callers, result, strict=True):
         if not one.done():
