@@ -217,6 +217,12 @@ class Settings(BaseSettings):
         True, description="follow the logs into the read model (off: for measurements of the shards alone)"
     )
     wallet_id_window_ms: int = Field(7 * _DAY_MS, ge=60_000, description="how far back transfer ids are remembered")
+    wallet_room_ids: int = Field(
+        0,
+        ge=0,
+        le=2**30,
+        description="transfers of a shard for whose ids memory is touched at the start, 30 bytes each: full speed at once",
+    )
     wallet_keep_history: bool = Field(
         True, description="never delete event log segments; off: keep only what the two newest snapshots need"
     )

@@ -148,6 +148,7 @@ def host_config(settings: Settings) -> ShardHostConfig:
         segment_bytes=settings.wallet_segment_bytes,
         reserve_bytes=settings.wallet_disk_reserve_bytes,
         id_window_ms=settings.wallet_id_window_ms,
+        room_ids=settings.wallet_room_ids,
         snapshot_events=settings.wallet_snapshot_events,
         keep_history=settings.wallet_keep_history,
         kafka=_kafka_log(settings),

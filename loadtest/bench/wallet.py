@@ -65,9 +65,9 @@ class Counts:
 
 
 class Server:
-    """A wallet server of its own: no read model, no bus, one folder."""
+    """A wallet server of its own: no read model, no bus, one folder. `room_ids`: of each shard, see the setting."""
 
-    def __init__(self, folder: Path, shards: int, *, snapshots: bool = True) -> None:
+    def __init__(self, folder: Path, shards: int, *, snapshots: bool = True, room_ids: int = 0) -> None:
         environment = {
             **os.environ,
             "DUCAT_WALLET_LISTEN": "127.0.0.1:0",
@@ -75,6 +75,7 @@ class Server:
             "DUCAT_WALLET_ALONE": "true",
             "DUCAT_DATA_DIR": str(folder),
             "DUCAT_LOG_LEVEL": "warning",
+            "DUCAT_WALLET_ROOM_IDS": str(room_ids),
             **({} if snapshots else {"DUCAT_WALLET_SNAPSHOT_EVENTS": "0"}),
         }
         self.started = time.perf_counter()
@@ -103,9 +104,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, shards: int, *, snapshots: bool = True) -> Iterator[Server]:
+def serving(folder: Path, shards: int, *, snapshots: bool = True, room_ids: int = 0) -> Iterator[Server]:
     """A server while the block runs. `snapshots`: it takes some by itself."""
-    server = Server(folder, shards, snapshots=snapshots)
+    server = Server(folder, shards, snapshots=snapshots, room_ids=room_ids)
     try:
         yield server
     finally:
@@ -115,7 +116,11 @@ def serving(folder: Path, shards: int, *, snapshots: bool = True) -> Iterator[Se
 @contextmanager
 def echoing() -> Iterator[str]:
     child = subprocess.Popen(
-        [sys.executable, "-m", "loadtest.bench.limits"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "loadtest.bench.limits"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=_keeping_memory(),
+        text=True,
     )
     try:
         yield _ready_address(child)
@@ -135,6 +140,7 @@ class Client:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if quiet else None,
+            env=_keeping_memory(),
             text=True,
         )
 
@@ -174,6 +180,13 @@ def echo(plan: Plan) -> dict[str, Any]:
     return Client(plan, echo=True).result()
 
 
+def _keeping_memory() -> dict[str, str]:
+    """The environment of a process that builds half a megabyte again and again: glibc gives each back to the kernel, and has it
+    zeroed anew, which is a quarter of such a client's CPU time (docs/client.md).
+    """
+    return {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000", **os.environ}
+
+
 def _ready_address(child: subprocess.Popen[str]) -> str:
     assert child.stdout is not None
     deadline = time.monotonic() + READY_S_MAX
@@ -198,7 +211,8 @@ def measure_stream(scenario: Scenario, folder: Path, counts: Counts) -> dict[str
     """Durable transfers in columns over one stream, beside the same stream with the engine left out."""
     limits = disk_limits(folder)
     limits["fresh_memory_bytes_per_second"] = fresh_memory_bytes_per_second()
-    with serving(folder, scenario.shards) as server:
+    room_ids = 2 * counts.transfers // scenario.shards  # a transfer that crosses is known on two of them
+    with serving(folder, scenario.shards, room_ids=room_ids) as server:
         plan = Plan(
             address=server.address,
             echo_address="",

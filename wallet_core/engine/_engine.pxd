@@ -174,6 +174,7 @@ cdef class Engine:
     # come: call it once before serving, and then, whenever wants_memory says so, in one thread beside the writer's
     # (never in the one that answers). Without it everything works, with a pause of milliseconds now and then.
     cdef bint wants_memory(self) noexcept nogil
+    cdef bint wants_room(self) noexcept nogil       # not yet all that room_ids asks for; no hurry
     cdef int prepare(self) noexcept nogil
 
     # for the relay

@@ -20,6 +20,7 @@ class Engine:
         holds_max: int = ...,
         unsettled_max: int = ...,
         memory_bytes_max: int = 0,
+        room_ids: int = 0,
     ) -> None: ...
     def transfers(
         self,
@@ -104,6 +105,7 @@ class Engine:
 
     def prepare_memory(self) -> None: ...
     def memory_wanted(self) -> bool: ...
+    def room_wanted(self) -> bool: ...
     def sent(self, destination_shard: int) -> tuple[int, int]:
         """(last settled, last sent) saga number."""
 

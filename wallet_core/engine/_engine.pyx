@@ -89,11 +89,12 @@ cdef class Engine:
 
     `id_window_ms`: how long a transfer id is remembered; `id_count_max` ids at most, in generations of
     `generation_ids` (at most 2**20; at least two generations). `accounts_max`, `holds_max`: address space is reserved for
-    them. `unsettled_max`: sends towards one destination that are not settled. `memory_bytes_max`: 0 = no limit.
+    them. `unsettled_max`: sends towards one destination that are not settled. `memory_bytes_max`: 0 = no limit. `room_ids`: for
+    how many ids `prepare` touches memory before they come (30 bytes each, whole generations, at least one).
     """
 
     def __cinit__(self, shard=0, *, id_window_ms=7 * 24 * 3600 * 1000, id_count_max=1 << 26, generation_ids=1 << 20,
-                  accounts_max=1 << 28, holds_max=1 << 26, unsettled_max=1 << 22, memory_bytes_max=0):
+                  accounts_max=1 << 28, holds_max=1 << 26, unsettled_max=1 << 22, memory_bytes_max=0, room_ids=0):
         if not 0 <= shard < SHARD_COUNT_MAX:
             raise ValueError(f"shard: {shard} is not in 0..{SHARD_COUNT_MAX - 1}")
         if not 1 <= generation_ids <= 1 << 20:
@@ -107,6 +108,8 @@ cdef class Engine:
                 raise ValueError(f"{name}: {value} is not in 1..{1 << 30}")
         if not 1 <= unsettled_max <= 1 << 40:
             raise ValueError(f"unsettled_max: {unsettled_max} is not in 1..{1 << 40}")
+        if not 0 <= room_ids <= 1 << 30:
+            raise ValueError(f"room_ids: {room_ids} is not in 0..{1 << 30}")
         self._state = state_new(shard, id_window_ms, id_count_max, generation_ids, accounts_max, holds_max, unsettled_max,
                                 memory_bytes_max)
         self._buffer.data = NULL
@@ -115,6 +118,7 @@ cdef class Engine:
         self._buffer.count = 0
         if self._state == NULL:
             raise MemoryError("wallet engine: no memory, or no address space, for an empty engine")
+        state(self).ready_count = min(READY_MAX, max(1, -(-room_ids // generation_ids)))
 
     def __dealloc__(self):
         state_free(state(self))
@@ -244,6 +248,9 @@ cdef class Engine:
 
     cdef bint wants_memory(self) noexcept nogil:
         return memory_wanted(state(self))
+
+    cdef bint wants_room(self) noexcept nogil:
+        return ready_is_below(state(self), state(self).ready_count)
 
     cdef int prepare(self) noexcept nogil:
         return memory_prepare(state(self))
@@ -531,6 +538,9 @@ cdef class Engine:
 
     def memory_wanted(self):
         return self.wants_memory()
+
+    def room_wanted(self):
+        return self.wants_room()
 
     def sent(self, destination_shard):
         cdef uint64_t settled, last

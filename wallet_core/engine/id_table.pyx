@@ -1,9 +1,10 @@
 # The memory of transfer ids, bounded by a window. Included by _engine.pyx.
 #
 # Ids live in generations of a fixed size. A generation is a dense list of entries in order of insertion (24 bytes: id,
-# fingerprint, state, result), and a table of 32-bit slots over it (12 bits of hash as a tag, 20 bits position + nothing:
-# a tag is never 0, so 0 is empty). A new id touches one cache line of the small table and the end of the list; nothing is
-# ever rehashed; an image writes the lists as they are.
+# fingerprint, state, result), and a table of 32-bit slots over it (12 bits of hash as a tag, 20 bits position; a tag is
+# never 0, so 0 is empty) in buckets of one cache line. An id is in the bucket that its hash names or, where that was full,
+# in one of the next. A new id touches one cache line of the small table and the end of the list; nothing is ever rehashed;
+# an image writes the lists as they are.
 #
 # Every generation knows the range of its ids' times. A lookup visits the open generation and those whose range covers the
 # id's time, which for ids in rough order of time is one or two.
@@ -25,29 +26,47 @@ cdef inline uint64_t id_tag(uint64_t hash) noexcept nogil:
     return tag if tag != 0 else 1
 
 
+cdef inline uint64_t id_bucket(const EngineState* e, uint64_t hash) noexcept nogil:
+    # The first slot of the bucket that the hash names.
+    return du_range(hash, e.generation_slots // BUCKET) * BUCKET
+
+
+cdef inline uint64_t bucket_after(const EngineState* e, uint64_t slot) noexcept nogil:
+    return slot + BUCKET if slot + BUCKET < e.generation_slots else 0
+
+
+cdef inline uint64_t bucket_free(const EngineState* e, const Generation* g, uint64_t hash) noexcept nogil:
+    # Where an id would go that is not there.
+    cdef uint64_t slot = id_bucket(e, hash)
+    cdef uint32_t empty = du_bucket_look(&g.slots[slot], 0).empty
+    while du_unlikely(empty == 0):
+        slot = bucket_after(e, slot)
+        empty = du_bucket_look(&g.slots[slot], 0).empty
+    return slot + du_first_bit(empty)
+
+
 cdef inline void ids_prefetch(const EngineState* e, uint64_t hash) noexcept nogil:
     if du_likely(e.generation_count != 0):
-        du_prefetch(&e.generations[e.generation_count - 1].slots[du_range(hash, e.generation_slots)])
+        du_prefetch(&e.generations[e.generation_count - 1].slots[id_bucket(e, hash)])
 
 
 cdef inline IdEntry* generation_find(const EngineState* e, const Generation* g, uint64_t id0, uint64_t id1, uint64_t hash,
                                      uint64_t* free_slot) noexcept nogil:
-    cdef uint64_t slot = du_range(hash, e.generation_slots)
-    cdef uint64_t tag = id_tag(hash)
-    cdef uint32_t value
+    cdef uint64_t slot = id_bucket(e, hash)
+    cdef uint32_t tag = <uint32_t> id_tag(hash)
+    cdef du_bucket found
     cdef IdEntry* entry
     while True:
-        value = g.slots[slot]
-        if value == 0:
-            free_slot[0] = slot
-            return NULL
-        if value >> 20 == tag:
-            entry = &g.entries[value & 0xFFFFF]
+        found = du_bucket_look(&g.slots[slot], tag)
+        while du_unlikely(found.match != 0):
+            entry = &g.entries[g.slots[slot + du_first_bit(found.match)] & 0xFFFFF]
             if entry.id0 == id0 and entry.id1 == id1:
                 return entry
-        slot += 1
-        if slot == e.generation_slots:
-            slot = 0
+            found.match &= found.match - 1
+        if du_likely(found.empty != 0):
+            free_slot[0] = slot + du_first_bit(found.empty)
+            return NULL
+        slot = bucket_after(e, slot)
 
 
 cdef IdEntry* ids_find_older(const EngineState* e, uint64_t id0, uint64_t id1, uint64_t hash, uint64_t ms) noexcept nogil:
@@ -93,8 +112,9 @@ cdef void generation_free(EngineState* e, Generation* g) noexcept nogil:
 
 
 # Memory for generations. Touching new memory costs more than everything else that is done for an id, so another thread
-# than the writer's may do that ahead of time (memory_prepare): one generation stands ready. A slot of GenerationMemory is
-# filled by one side only when it is empty, and emptied by an atomic exchange.
+# than the writer's may do that ahead of time (memory_prepare): `ready_count` generations stand ready when there is time for
+# it, and under load new ones are made when the last is near. A place of GenerationMemory is filled by one side only when it
+# is empty, and emptied by an atomic exchange.
 
 cdef int memory_new(EngineState* e, Generation* g) noexcept nogil:
     g.slots = <uint32_t*> du_table_new(e.generation_slots * sizeof(uint32_t), &e.budget)
@@ -132,6 +152,44 @@ cdef void memory_free(EngineState* e, GenerationMemory* memory) noexcept nogil:
         generation_free(e, &g)
 
 
+cdef bint ready_is_below(const EngineState* e, uint64_t count) noexcept nogil:
+    # Whether fewer than `count` generations stand ready.
+    cdef uint64_t i, left = 0
+    for i in range(e.ready_count):
+        left += du_load_acquire(&e.ready[i].slots) != 0
+        if left == count:
+            return False
+    return True
+
+
+cdef bint ready_take(EngineState* e, Generation* g) noexcept nogil:
+    cdef uint64_t i
+    for i in range(e.ready_count):
+        if memory_take(&e.ready[i], g):
+            return True
+    return False
+
+
+cdef int ready_make(EngineState* e) noexcept nogil:
+    # One generation more; 1: there were enough. <0: out of memory.
+    cdef Generation g
+    cdef uint64_t i = 0
+    while i < e.ready_count and du_load_acquire(&e.ready[i].slots) != 0:
+        i += 1
+    if i == e.ready_count:
+        return 1
+    memset(&g, 0, sizeof(Generation))
+    if memory_take(&e.dropped, &g):
+        memset(g.slots, 0, e.generation_slots * sizeof(uint32_t))
+    else:
+        if memory_new(e, &g) < 0:
+            return -1
+        du_table_touch(g.slots, e.generation_slots * sizeof(uint32_t))
+        du_table_touch(g.entries, e.generation_ids * sizeof(IdEntry))
+    memory_offer(&e.ready[i], g.slots, g.entries)
+    return 0
+
+
 cdef inline bint loading_accounts(const EngineState* e) noexcept nogil:
     # An image is being loaded, its accounts come next, and memory is not bounded.
     return (e.load_stage == 1 or e.load_stage == 2) and e.budget.bytes_max == 0     # PIECE_HEADER, PIECE_ACCOUNTS
@@ -141,30 +199,21 @@ cdef bint memory_wanted(const EngineState* e) noexcept nogil:
     cdef uint64_t used = e.account_count * sizeof(Account)
     if du_unlikely(loading_accounts(e)):
         return e.accounts_touched < min(used + 16 * PREPARE_BYTES, e.load_accounts * sizeof(Account))
-    if du_load_acquire(&e.ready.slots) == 0 or index_wants_memory(&e.accounts_index):
+    if ready_is_below(e, min(e.ready_count, 2)) or index_wants_memory(&e.accounts_index):
         return True
     return used >= 4 * PREPARE_BYTES and used + PREPARE_BYTES // 2 > e.accounts_touched and e.budget.bytes_max == 0
 
 
 cdef int memory_prepare(EngineState* e) noexcept nogil:
     # In one thread beside the writer's. <0: out of memory (the writer will find out itself if it really needs it).
-    cdef Generation g
     cdef uint64_t used
     if loading_accounts(e):
         used = max(e.accounts_touched, e.account_count * sizeof(Account))
         e.accounts_touched = max(used, min(used + 4 * PREPARE_BYTES, e.load_accounts * sizeof(Account)))
         du_arena_touch(&e.accounts_memory, used, e.accounts_touched)
         return 0
-    if du_load_acquire(&e.ready.slots) == 0:
-        memset(&g, 0, sizeof(Generation))
-        if memory_take(&e.dropped, &g):
-            memset(g.slots, 0, e.generation_slots * sizeof(uint32_t))
-        else:
-            if memory_new(e, &g) < 0:
-                return -1
-            du_table_touch(g.slots, e.generation_slots * sizeof(uint32_t))
-            du_table_touch(g.entries, e.generation_ids * sizeof(IdEntry))
-        memory_offer(&e.ready, g.slots, g.entries)
+    if ready_make(e) < 0:
+        return -1
     if index_wants_memory(&e.accounts_index) and index_prepare(e, &e.accounts_index) < 0:
         return -1
     used = e.account_count * sizeof(Account)
@@ -219,7 +268,7 @@ cdef int generation_open(EngineState* e) noexcept nogil:
         generations_drop(e, 1)
     g = &e.generations[e.generation_count]
     memset(g, 0, sizeof(Generation))
-    if not memory_take(&e.ready, g):
+    if not ready_take(e, g):
         if memory_take(&e.dropped, g):
             memset(g.slots, 0, e.generation_slots * sizeof(uint32_t))
         elif memory_new(e, g) < 0:
@@ -241,7 +290,7 @@ cdef inline int ids_insert(EngineState* e, uint64_t id0, uint64_t id1, uint64_t 
     if du_unlikely(e.generation_count == 0 or e.generations[e.generation_count - 1].count == e.generation_ids):
         if generation_open(e) < 0:
             return -1
-        free_slot = du_range(hash, e.generation_slots)
+        free_slot = id_bucket(e, hash)
     g = &e.generations[e.generation_count - 1]
     entry = &g.entries[g.count]
     entry.id0 = id0

@@ -687,7 +687,7 @@ cdef int load_accounts_index(EngineState* e) noexcept nogil:
 
 
 cdef int load_ids(EngineState* e) noexcept nogil:
-    cdef uint64_t i, k, slot, hash, ms
+    cdef uint64_t i, k, hash, ms
     cdef Generation* g
     cdef const IdEntry* entry
     for k in range(e.generation_count):
@@ -695,15 +695,10 @@ cdef int load_ids(EngineState* e) noexcept nogil:
         for i in range(g.count):
             if i + 16 < g.count:
                 entry = &g.entries[i + 16]
-                du_prefetch(&g.slots[du_range(du_hash_id(entry.id0, entry.id1), e.generation_slots)])
+                du_prefetch(&g.slots[id_bucket(e, du_hash_id(entry.id0, entry.id1))])
             entry = &g.entries[i]
             hash = du_hash_id(entry.id0, entry.id1)
-            slot = du_range(hash, e.generation_slots)
-            while g.slots[slot] != 0:
-                slot += 1
-                if slot == e.generation_slots:
-                    slot = 0
-            g.slots[slot] = <uint32_t> (id_tag(hash) << 20 | i)
+            g.slots[bucket_free(e, g, hash)] = <uint32_t> (id_tag(hash) << 20 | i)
             ms = id_time_ms(entry.id0)
             g.min_ms = min(g.min_ms, ms)
             g.max_ms = max(g.max_ms, ms)

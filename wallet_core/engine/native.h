@@ -13,6 +13,9 @@
 #ifdef __linux__
 #include <sys/auxv.h>
 #endif
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the wallet engine reads its columns and records as little endian memory"
@@ -64,6 +67,35 @@ __attribute__((constructor)) static void du_seed(void) {
 #endif
 }
 static inline uint64_t du_hash_id(uint64_t id0, uint64_t id1) { return du_mum(id0 ^ du_seed0, id1 ^ du_seed1); }
+
+/* A bucket of 16 slots, one cache line. `match` has a bit for every slot whose tag (the upper 12 bits) is `tag`, `empty` for
+ * every slot that is 0. Without a branch: which of 16 slots is the next free one cannot be guessed, and a wrong guess costs
+ * more than all of them. */
+typedef struct { uint32_t match, empty; } du_bucket;
+static inline du_bucket du_bucket_look(const uint32_t *slots, uint32_t tag) {
+    du_bucket found;
+#ifdef __SSE2__
+    const __m128i wanted = _mm_set1_epi32((int)tag), zero = _mm_setzero_si128();
+    __m128i v0 = _mm_load_si128((const __m128i *)slots), v1 = _mm_load_si128((const __m128i *)slots + 1);
+    __m128i v2 = _mm_load_si128((const __m128i *)slots + 2), v3 = _mm_load_si128((const __m128i *)slots + 3);
+#define DU_NARROW(a, b, c, d) (uint32_t)_mm_movemask_epi8(_mm_packs_epi16(_mm_packs_epi32(a, b), _mm_packs_epi32(c, d)))
+#define DU_TAG(v) _mm_cmpeq_epi32(_mm_srli_epi32(v, 20), wanted)
+#define DU_ZERO(v) _mm_cmpeq_epi32(v, zero)
+    found.match = DU_NARROW(DU_TAG(v0), DU_TAG(v1), DU_TAG(v2), DU_TAG(v3));
+    found.empty = DU_NARROW(DU_ZERO(v0), DU_ZERO(v1), DU_ZERO(v2), DU_ZERO(v3));
+#undef DU_NARROW
+#undef DU_TAG
+#undef DU_ZERO
+#else
+    found.match = found.empty = 0;
+    for (uint32_t i = 0; i < 16; i++) {
+        found.match |= (uint32_t)(slots[i] >> 20 == tag) << i;
+        found.empty |= (uint32_t)(slots[i] == 0) << i;
+    }
+#endif
+    return found;
+}
+static inline uint32_t du_first_bit(uint32_t bits) { return (uint32_t)__builtin_ctz(bits); }
 
 /* docs/event-records.md: Fingerprint */
 static inline uint64_t du_fingerprint(uint64_t d0, uint64_t d1, uint64_t c0, uint64_t c1, uint64_t amount, uint64_t w,

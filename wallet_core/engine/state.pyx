@@ -18,6 +18,11 @@ cdef extern from "wallet_core/engine/native.h" nogil:
     void du_store64(void*, uint64_t)
     uint64_t du_bswap64(uint64_t)
     void du_prefetch(const void*)
+    ctypedef struct du_bucket:
+        uint32_t match
+        uint32_t empty
+    du_bucket du_bucket_look(const uint32_t* slots, uint32_t tag)
+    uint32_t du_first_bit(uint32_t)
     void du_fence()
     uint64_t du_load_acquire(const uint64_t*)
     void du_store_release(uint64_t*, uint64_t)
@@ -60,6 +65,8 @@ cdef enum:
     SEND_CHUNK = 1024               # sends in one chunk
     BLOCK = 32                      # account rows whose index slots are fetched together
     PREPARE_BYTES = 8388608         # account records touched ahead
+    READY_MAX = 1024                # generations touched ahead
+    BUCKET = 16                     # slots of the id table that are looked at together
     CURRENCY_COUNT_MAX = 1024
     INDEX_BITS_MIN = 10
     TOMBSTONE = 0xFFFFFFFF
@@ -275,8 +282,9 @@ cdef struct EngineState:
     uint64_t generation_count
     uint64_t generation_serial
     uint64_t generation_slots
-    GenerationMemory ready          # for the next generation: touched, slots empty; made by memory_prepare
+    GenerationMemory ready[READY_MAX]  # for the next generations: touched, slots empty; made by memory_prepare
     GenerationMemory dropped        # of a dropped generation: slots not empty
+    uint64_t ready_count            # how many of them are wanted
     uint64_t accounts_touched       # bytes of the account records that memory_prepare has touched
     uint64_t id_count
     # holds
@@ -347,6 +355,7 @@ cdef EngineState* state_new(uint64_t shard, uint64_t id_window_ms, uint64_t id_c
     e.budget.bytes_max = memory_bytes_max
     e.shard = shard
     e.hold_free = NONE
+    e.ready_count = 1
     if state_configure(e, id_window_ms, id_count_max // generation_ids, generation_ids,
                        accounts_max, holds_max, unsettled_max) < 0:
         state_free(e)
@@ -363,7 +372,7 @@ cdef int state_configure(EngineState* e, uint64_t id_window_ms, uint64_t generat
     e.accounts_max = accounts_max
     e.holds_max = holds_max
     e.unsettled_max = unsettled_max
-    e.generation_slots = generation_ids + generation_ids // 3 + 16
+    e.generation_slots = (generation_ids + generation_ids // 2) // BUCKET * BUCKET + 2 * BUCKET
     du_arena_close(&e.accounts_memory)
     du_arena_close(&e.holds_memory)
     du_arena_close(&e.heap_memory)
@@ -395,7 +404,8 @@ cdef void state_free(EngineState* e) noexcept nogil:
     image_release(e)
     for i in range(e.generation_count):
         generation_free(e, &e.generations[i])
-    memory_free(e, &e.ready)
+    for i in range(READY_MAX):
+        memory_free(e, &e.ready[i])
     memory_free(e, &e.dropped)
     free(e.generations)
     index_close(e, &e.accounts_index)

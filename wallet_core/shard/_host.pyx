@@ -58,6 +58,7 @@ cdef enum:
     FLAG_LINKED = 1
     FLAG_POST_OR_VOID = 12
     ACCOUNT_STRIPED = 8
+    ROOM_LOOK_NS = 500000000         # how often the memory thread looks whether a shard is at rest
     LOCATE_NONE = 0xFFFF
     LOCATE_WANTED = 0xFFFE
     CREDIT_ROW_BYTES = 46            # amount 8, id 16, credit id 16, currency 4, code 2
@@ -153,6 +154,8 @@ cdef class ShardHost:
             made.snapshot_sequence = 0
             with nogil:
                 engine.prepare()       # before anybody waits for an answer
+                while engine.wants_room() and engine.prepare() >= 0:
+                    pass
             self._shards[shard] = made
             self._order.append(made)
         engines = {made.shard: made.engine for made in self._order}
@@ -235,7 +238,9 @@ cdef class ShardHost:
             shard.log.close()
 
     def _memory_loop(self):
-        """One thread beside the writers: touches memory that engines ask for (Engine.prepare)."""
+        """One thread beside the writers: touches memory that engines ask for (Engine.prepare), at once what they will need
+        next, and while a shard has nothing to do the rest of the room that it was given.
+        """
         cdef Shard shard, found
         cdef list order = self._order
         while True:
@@ -253,13 +258,23 @@ cdef class ShardHost:
                 found.core.wants_memory = 0
                 pthread_mutex_unlock(&self.core.mutex)
                 continue
+            for shard in order:
+                if shard.engine.wants_room():
+                    found = shard
+                    break
             with nogil:
                 pthread_mutex_lock(&self.core.mutex)
                 if not self.core.closing and not self._any_wants_memory():
-                    pthread_cond_wait(&self.core.memory_wanted, &self.core.mutex)
+                    if found is None:
+                        pthread_cond_wait(&self.core.memory_wanted, &self.core.mutex)
+                    else:
+                        ducat_cond_wait_ns(&self.core.memory_wanted, &self.core.mutex, ROOM_LOOK_NS)
                 pthread_mutex_unlock(&self.core.mutex)
             if self.core.closing:
                 return
+            if found is not None and found.core.idle == 2 and not found.core.wants_memory:
+                with nogil:
+                    found.engine.prepare()
 
     cdef bint _any_wants_memory(self) noexcept nogil:
         cdef uint32_t shard

@@ -127,6 +127,7 @@ class ShardHostConfig:
     id_window_ms: int = 7 * 24 * 3600 * 1000
     id_count_max: int = 1 << 26
     generation_ids: int = 1 << 20
+    room_ids: int = 0  # a shard's memory for so many transfer ids is touched beforehand (30 bytes each)
     snapshots_kept: int = 2
     snapshot_events: int = 5_000_000  # since the last snapshot, then another is taken; 0 = only when asked for
     keep_history: bool = False  # True: no segment is ever deleted, so that any past balance can be told

@@ -104,6 +104,7 @@ def new_engine(config: ShardHostConfig, shard: int) -> Engine:
         id_window_ms=config.id_window_ms,
         id_count_max=config.id_count_max,
         generation_ids=config.generation_ids,
+        room_ids=config.room_ids,
         **config.engine_options,
     )
 

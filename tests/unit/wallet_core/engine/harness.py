@@ -83,7 +83,8 @@ class Pair:
         self.engine, self.twin = self.fresh()
 
     def fresh(self) -> tuple[Engine, Twin]:
-        return Engine(self.shard, **self.parameters), Twin(self.shard, **self.parameters)
+        of_twin = {name: value for name, value in self.parameters.items() if name != "room_ids"}  # memory is no state
+        return Engine(self.shard, **self.parameters), Twin(self.shard, **of_twin)
 
     @property
     def now_ns(self) -> int:

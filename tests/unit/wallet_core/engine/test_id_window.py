@@ -74,5 +74,37 @@ def test_memory_of_dropped_generations_is_used_again() -> None:
         assert set(pair.transfers([row(batch * 50 + i, batch * 50 + i) for i in range(50)])) == {R.OK}
         if batch % 3 == 0 and native.memory_wanted():
             native.prepare_memory()
-    generation_bytes = 24 * 64 + 4 * (64 + 64 // 3 + 16)
+    generation_bytes = 24 * 64 + 4 * (64 + 64 // 2 + 32)
     assert native.status().memory_bytes <= empty + (4 + 2) * generation_bytes, "four, one ready, one to be cleaned"
+
+
+def test_room_that_was_asked_for_is_there_before_it_is_needed() -> None:
+    pair = opened(generation_ids=64, id_count_max=1024, room_ids=300)
+    native = pair.engine
+    generation_bytes = 24 * 64 + 4 * (64 + 64 // 2 + 32)
+    assert native.room_wanted()
+    before = native.status().memory_bytes
+    while native.room_wanted():
+        native.prepare_memory()
+    assert native.status().memory_bytes == before + 5 * generation_bytes, "300 ids in generations of 64"
+    full = native.status().memory_bytes
+    for batch in range(3):
+        assert set(pair.transfers([row(batch * 64 + i, 1 + i) for i in range(64)])) == {R.OK}
+    assert native.status().memory_bytes == full, "nothing new was asked for"
+    assert native.room_wanted() and not native.memory_wanted(), "two still stand ready: no hurry"
+    assert set(pair.transfers([row(192 + i, 1 + i) for i in range(64)])) == {R.OK}
+    assert native.memory_wanted()
+    while native.room_wanted():
+        native.prepare_memory()
+    assert native.status().memory_bytes == full + 4 * generation_bytes
+    pair.check_replay()
+
+
+def test_ids_that_fall_into_full_buckets_are_found_again() -> None:
+    pair = opened(generation_ids=4096, id_count_max=3 * 4096)
+    rows = [row(i, 1 + i % 50) for i in range(4096)]
+    assert set(pair.transfers(rows)) == {R.OK}
+    assert set(pair.transfers(rows[::-1])) == {R.OK}, "each is known"
+    assert pair.engine.status().repeated_count == 4096
+    pair.check_image()
+    pair.check_replay()
