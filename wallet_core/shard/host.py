@@ -62,8 +62,9 @@ RunChain = Callable[
     [Sequence[TransferRow], Sequence[tuple[int, int]]], Coroutine[Any, Any, tuple[bytes, Sequence[tuple[int, int]]]]
 ]
 _Steps = list[tuple[Sequence[TransferRow], "asyncio.Future[RowsResult]"]]
-_CALLS_SEEN = 8  # the last so many single calls …
-_CALLS_WITHIN_S = 0.004  # … within this time: 2,000 a second, more than one caller alone can send
+_CALLS_SEEN = 16  # the last so many single calls …
+_CALLS_WITHIN_S = 0.016  # … within this time, and not one after the other, are a crowd
+_BESIDE_MIN = 0.2
 _GATHER_S = 0.001
 _GATHER_S_MAX = 0.005
 _GATHER_ROWS_MAX = 1024
@@ -88,7 +89,8 @@ class WalletHost:
         self._gathered: list[tuple[Sequence[TransferRow], asyncio.Future[RowsResult]]] = []
         self._gathered_rows = 0
         self._steps: dict[int, _Steps] = {}  # of chains across shards, by shard
-        self._calls: deque[float] = deque(maxlen=_CALLS_SEEN)
+        self._calls: deque[float] = deque(maxlen=_CALLS_SEEN)  # when the last single calls came
+        self._calls_beside = 0.0  # the share of them that found others not answered yet, the last ones count most
         self._turn: deque[asyncio.Future[None]] = deque()
         self._striping: set[asyncio.Future[Any]] = set()  # striped accounts that are being opened
         self._durable_waiters: list[tuple[int, int, asyncio.Future[int]]] = []
@@ -213,7 +215,7 @@ class WalletHost:
             self._flush()
         if not self._gathered:
             self._schedule_flush(self._flush)
-        self._calls.append(self._loop.time())
+        self._came(self._loop.time())
         future: asyncio.Future[RowsResult] = self._loop.create_future()
         self._gathered.append((rows, future))
         self._gathered_rows += count
@@ -235,11 +237,14 @@ class WalletHost:
         if not rows:
             return None
         now = self._loop.time()
-        self._calls.append(now)
-        if not self._called_rows:
+        beside = self._came(now)
+        first = not self._called_rows
+        self._called_rows += rows
+        if first and not beside and self._calls_beside < _BESIDE_MIN:
+            self._submit_calls()  # nobody is there to wait for
+        elif first:
             self._called_look = (0, now)
             self._schedule_flush(self._flush_calls)
-        self._called_rows += rows
         return future
 
     def coordinate(self, on_chain: RunChain) -> None:
@@ -603,24 +608,35 @@ class WalletHost:
                 self._turn[0].set_result(None)
 
     def _schedule_flush(self, flush: Callable[[], None]) -> None:
-        """At once; but where calls come faster than one caller could send them one after the other, a little later,
-        so that more of them share a frame, a sync and a wake-up of three threads."""
+        """At once; but where calls crowd, a little later, so that more of them share a frame, a sync and a wake-up of three
+        threads."""
         calls = self._calls
-        if len(calls) == _CALLS_SEEN and self._loop.time() - calls[0] <= _CALLS_WITHIN_S:
+        if (
+            self._calls_beside > _BESIDE_MIN
+            and len(calls) == _CALLS_SEEN
+            and self._loop.time() - calls[0] <= _CALLS_WITHIN_S
+        ):
             self._loop.call_later(_GATHER_S, flush)
         else:
             self._loop.call_soon(flush)
 
+    def _came(self, now: float) -> bool:
+        """A single call has come; whether others are not answered yet."""
+        self._calls.append(now)
+        beside = bool(self._called_rows or self._gathered_rows or self._callers or self._futures)
+        self._calls_beside += (beside - self._calls_beside) / _CALLS_SEEN
+        return beside
+
     def _flush_calls(self) -> None:
-        """Gathered calls become one native batch, once a turn of the loop has brought no further one: then it is not the
-        loop that they would wait for, or they have waited long enough."""
+        """Gathered calls become one native batch, once a turn of the loop (in a crowd: a millisecond) has brought no further
+        one, or they have waited long enough."""
         rows = self._called_rows
         seen, since = self._called_look
         if not rows:
             return
         if seen < rows < _GATHER_ROWS_MAX and self._loop.time() - since < _GATHER_S_MAX:
             self._called_look = (rows, since)
-            self._loop.call_soon(self._flush_calls)
+            self._schedule_flush(self._flush_calls)
             return
         self._submit_calls()
 

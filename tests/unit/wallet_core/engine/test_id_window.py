@@ -91,7 +91,8 @@ def test_room_that_was_asked_for_is_there_before_it_is_needed() -> None:
     for batch in range(3):
         assert set(pair.transfers([row(batch * 64 + i, 1 + i) for i in range(64)])) == {R.OK}
     assert native.status().memory_bytes == full, "nothing new was asked for"
-    assert native.room_wanted() and not native.memory_wanted(), "two still stand ready: no hurry"
+    assert native.room_wanted()
+    assert not native.memory_wanted(), "two still stand ready: no hurry"
     assert set(pair.transfers([row(192 + i, 1 + i) for i in range(64)])) == {R.OK}
     assert native.memory_wanted()
     while native.room_wanted():
