@@ -51,7 +51,7 @@ from runtime.metrics import RpcMetrics
 from runtime.security import TokenStore, server_credentials
 from runtime.settings import Settings, SettingsInvalid, split_address
 
-__all__ = ["GrpcServer", "Servicer", "shielded", "violations_of"]
+__all__ = ["GrpcServer", "Servicer", "shielded", "validate", "violations_of"]
 
 KEEPALIVE_MIN_MS = 10_000
 """Clients may ping this often (channel.KEEPALIVE_TIME_MS is 30 s); more often is answered by too_many_pings."""
@@ -112,6 +112,17 @@ def _violation(violation: Any) -> FieldViolation:
     return FieldViolation(path, proto.message or f"breaks the rule {proto.rule_id}")
 
 
+def validate(request: Message) -> None:
+    """The validate step, for a method that is served as raw bytes and parses them itself. Raises InvalidArgument."""
+    violations = collect_violations(request)
+    if violations:
+        found = [_violation(each) for each in violations]
+        first = found[0]
+        raise InvalidArgument(
+            f"{first.field}: {first.description}" if first.field else first.description, violations=found
+        )
+
+
 class _Guard:
     """Everything that stands around the servicers' methods."""
 
@@ -167,7 +178,7 @@ class _Guard:
         """A unary method: raw bytes in, raw bytes out."""
         parse = handler.request_deserializer or _as_it_is
         serialize = handler.response_serializer or _as_it_is
-        validate = handler.request_deserializer is not None
+        is_message = handler.request_deserializer is not None
         shield = not method.rpartition("/")[2].startswith(_READ_PREFIXES) and method not in self._unshielded
         scope = self._scopes.get(method)
         record = self._metrics.record
@@ -181,8 +192,8 @@ class _Guard:
                     raise self._overloaded()
                 self._authorize(method, scope, _trace(context.invocation_metadata()))
                 request = parse(raw)
-                if validate:
-                    _validate(request)
+                if is_message:
+                    validate(request)
                 left_s = None if context.time_remaining() is not None else self._deadline_s
                 if shield:
                     response = await self._run_shielded(behaviour(request, context), left_s)
@@ -225,7 +236,7 @@ class _Guard:
                 if parse is not None:
                     requests = parse(requests)
                     if parse is not _as_it_is:
-                        _validate(requests)
+                        validate(requests)
                 if not generates:
                     return await behaviour(requests, context)
                 async for response in behaviour(requests, context):
@@ -348,16 +359,6 @@ def _trace(metadata: Any) -> str:
             authorization = value
     trace.set_current(traceparent)
     return authorization
-
-
-def _validate(request: Any) -> None:
-    violations = collect_violations(request)
-    if violations:
-        found = [_violation(each) for each in violations]
-        first = found[0]
-        raise InvalidArgument(
-            f"{first.field}: {first.description}" if first.field else first.description, violations=found
-        )
 
 
 def _known(error: Exception) -> DucatError:

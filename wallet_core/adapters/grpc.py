@@ -1,7 +1,8 @@
 """WalletService and ShardService.
 
-CreateTransfers and SubmitTransfers are served as raw bytes (`raw_handlers`): the first is the unary hot
-path, the second carries batches of columns that only native code ever parses. Everything else is an ordinary
+CreateTransfers, SubmitTransfers, CreateAccounts and GetAccounts are served as raw bytes (`raw_handlers`): the first is the
+unary hot path, the second carries batches of columns that only native code ever parses, and the others come with thousands
+of accounts. Native code takes of them what is plain; the rest is parsed and checked here. Everything else is an ordinary
 servicer.
 """
 
@@ -22,6 +23,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from ducat.wallet.v1 import shard_pb2, wallet_pb2, wallet_service_pb2_grpc
 from kernel.errors import DucatError, FailedPrecondition, FieldViolation, InvalidArgument, NotFound, OutOfRange
+from runtime.grpc_server import validate
 from wallet_core.adapters.rows import batch_message, create_transfers_response, result_bytes
 from wallet_core.engine.codes import AccountFlags, EventKind, TransferFlags
 from wallet_core.engine.events import Event, unpack_events
@@ -101,6 +103,8 @@ class WalletServicer(wallet_service_pb2_grpc.WalletServiceServicer):
             grpc.method_handlers_generic_handler(
                 "ducat.wallet.v1.WalletService",
                 {
+                    "CreateAccounts": grpc.unary_unary_rpc_method_handler(self.CreateAccounts),
+                    "GetAccounts": grpc.unary_unary_rpc_method_handler(self.GetAccounts),
                     "CreateTransfers": grpc.unary_unary_rpc_method_handler(self.CreateTransfers),
                     "SubmitTransfers": grpc.stream_stream_rpc_method_handler(self.SubmitTransfers),
                 },
@@ -110,11 +114,14 @@ class WalletServicer(wallet_service_pb2_grpc.WalletServiceServicer):
     # --- accounts -------------------------------------------------------------------------------------------
     # ----------------
 
-    async def CreateAccounts(
-        self, request: wallet_pb2.CreateAccountsRequest, context: Any
-    ) -> wallet_pb2.CreateAccountsResponse:
+    async def CreateAccounts(self, raw: bytes, context: Any) -> bytes:  # type: ignore[override]
+        """A serialized CreateAccountsRequest in, a serialized CreateAccountsResponse out."""
+        if (answer := await self._host.account_message(raw)) is not None:
+            return answer
+        request = wallet_pb2.CreateAccountsRequest.FromString(raw)
+        validate(request)
         results = await self._wallet.open_accounts([_spec(account) for account in request.accounts])
-        return wallet_pb2.CreateAccountsResponse(results=list(results))  # type: ignore[arg-type]
+        return wallet_pb2.CreateAccountsResponse(results=list(results)).SerializeToString()  # type: ignore[arg-type]
 
     async def UpdateAccounts(
         self, request: wallet_pb2.UpdateAccountsRequest, context: Any
@@ -122,9 +129,14 @@ class WalletServicer(wallet_service_pb2_grpc.WalletServiceServicer):
         results = await self._wallet.update_accounts([_spec(account) for account in request.accounts])
         return wallet_pb2.UpdateAccountsResponse(results=list(results))  # type: ignore[arg-type]
 
-    async def GetAccounts(self, request: wallet_pb2.GetAccountsRequest, context: Any) -> wallet_pb2.GetAccountsResponse:
+    async def GetAccounts(self, raw: bytes, context: Any) -> bytes:  # type: ignore[override]
+        """A serialized GetAccountsRequest in, a serialized GetAccountsResponse out."""
+        if (answer := await self._wallet.accounts_message(raw)) is not None:
+            return answer
+        request = wallet_pb2.GetAccountsRequest.FromString(raw)
+        validate(request)
         views = await self._wallet.accounts(request.account_ids, request.names, _positions(request.at_least))
-        return wallet_pb2.GetAccountsResponse(accounts=[_account(view) for view in views])
+        return wallet_pb2.GetAccountsResponse(accounts=[_account(view) for view in views]).SerializeToString()
 
     async def ListAccounts(
         self, request: wallet_pb2.ListAccountsRequest, context: Any

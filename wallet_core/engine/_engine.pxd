@@ -154,6 +154,7 @@ cdef class Engine:
 
     # reads
     cdef bint find_account(self, const uint8_t* account_id, AccountState* account) noexcept nogil
+    cdef void prefetch_account(self, const uint8_t* account_id, bint record) noexcept nogil   # first without, then with `record`
     cdef bint account_at(self, uint32_t ordinal, AccountState* account) noexcept nogil
     cdef uint8_t find_result(self, const uint8_t* transfer_id) noexcept nogil    # TransferResult, 0 = not remembered
     cdef bint has_hold(self, const uint8_t* transfer_id) noexcept nogil          # still held, however old its id is

@@ -176,6 +176,17 @@ cdef class Engine:
         account_copy(state(self), ordinal, account)
         return True
 
+    cdef void prefetch_account(self, const uint8_t* account_id, bint record) noexcept nogil:
+        cdef EngineState* e = state(self)
+        cdef uint64_t hash = du_hash_id(du_load64(account_id), du_load64(account_id + 8))
+        cdef uint32_t ordinal
+        if not record:
+            index_prefetch(&e.accounts_index, hash)
+            return
+        ordinal = index_candidate(&e.accounts_index, hash)
+        if ordinal != NONE:
+            du_prefetch(&e.accounts[ordinal])
+
     cdef bint account_at(self, uint32_t ordinal, AccountState* account) noexcept nogil:
         if ordinal >= state(self).account_count:
             return False

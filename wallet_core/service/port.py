@@ -14,6 +14,7 @@ __all__ = [
     "SLOT_COUNT",
     "AccountRow",
     "AccountState",
+    "AccountsRead",
     "Directory",
     "EventPage",
     "Host",
@@ -141,6 +142,17 @@ class RowsAnswer(Protocol):
         """(shard, sequence number)"""
 
 
+class AccountsRead(Protocol):
+    """Accounts that were read and wait for their names."""
+
+    @property
+    def ids(self) -> list[bytes]:
+        """Those that exist, in the order of the request."""
+
+    def message(self, names: dict[bytes, str]) -> bytes | None:
+        """A serialized GetAccountsResponse. None where a figure, summed over shards, does not fit."""
+
+
 class Host(Protocol):
     """The shards that this process owns. Whatever it answers is durable."""
 
@@ -170,6 +182,13 @@ class Host(Protocol):
 
     def create_accounts(self, rows: Sequence[AccountRow], *, update: bool = False) -> Awaitable[bytes]:
         """One AccountResult byte a row. A striped account is opened on every shard."""
+
+    def account_message(self, message: bytes) -> Awaitable[bytes | None]:
+        """A serialized CreateAccountsRequest in, a serialized CreateAccountsResponse out. None where the rows must be looked
+        at one by one: `create_accounts`."""
+
+    def read_message(self, message: bytes) -> Awaitable[AccountsRead | None]:
+        """The accounts that a serialized GetAccountsRequest asks for. None where it asks for more than ids: `accounts`."""
 
     def accounts(self, ids: Sequence[bytes]) -> Awaitable[list[AccountState | None]]:
         """Each account as it durably stands; None where there is none. Raises FailedPrecondition

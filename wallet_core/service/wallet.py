@@ -138,6 +138,15 @@ class Wallet:
             named |= await self._directory.names(nameless)
         return [self._view(state, named, before) for state in states if state is not None]
 
+    async def accounts_message(self, message: bytes) -> bytes | None:
+        """A serialized GetAccountsRequest in, a serialized GetAccountsResponse out: `accounts` without an object an account.
+        None where it asks for more than accounts of this process by their ids."""
+        found = await self._host.read_message(message)
+        if found is None:
+            return None
+        ids = found.ids
+        return found.message(await self._directory.names(ids) if ids else {})
+
     async def account(self, account: bytes, name: str) -> AccountView:
         """One account as it stands. Raises NotFound."""
         key = self.account_key(account, name)

@@ -121,6 +121,7 @@ cdef enum:
     ROWS_MAX = 8190                  # rows of one message
     GROUP_BYTES_MAX = 8388608        # events of one group commit; nothing is applied above this until the disk is done
     GROUP_FRAMES_MAX = 4096
+    READ_BLOCK = 32                  # accounts that are looked for together
     CALL_ROWS_MAX = 256              # rows of one CreateTransfersRequest that travels with others
     DELIVERY_ROWS_MAX = 8190         # credits in one delivery
     REFUSALS_REPEATED_MAX = 256      # refusals of earlier deliveries that an outcome names again
@@ -164,6 +165,8 @@ cdef enum RequestShape:
     SHAPE_CALLS = 9                  # CreateTransfersRequests in, CreateTransfersResponses out
     SHAPE_HOLDS = 10
     SHAPE_CUT = 11
+    SHAPE_ACCOUNT_MESSAGE = 12       # CreateAccountsRequest bytes in, CreateAccountsResponse bytes out
+    SHAPE_READ_MESSAGE = 13          # GetAccountsRequest bytes in, an AccountsRead out
 
 cdef struct Request:
     uint64_t ticket
@@ -189,6 +192,7 @@ cdef struct Request:
     uint8_t* credit_shards           # u16 a row
     uint64_t* positions              # one a shard, 0 = not touched
     uint16_t* located                # shard of each row's hold, where rows do not name accounts
+    uint64_t* before                 # one a shard: its durable sequence number before the reading
     uint32_t part_count
     uint32_t entry_count
     Request* next
@@ -294,6 +298,7 @@ cdef void request_free(Request* request) noexcept nogil:
         free(request.credit_shards)
         free(request.positions)
         free(request.located)
+        free(request.before)
         free(request)
 
 

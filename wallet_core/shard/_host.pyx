@@ -17,7 +17,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, UINT64_MAX
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 from wallet_core.engine._engine cimport (
     ENGINE_REFUSED,
@@ -68,6 +68,7 @@ include "_parse.pxi"
 include "_chains.pxi"
 include "_shard.pxi"
 include "_striped.pxi"
+include "_accounts.pxi"
 include "_replay.pxi"
 
 _PARSE_REASONS = {
@@ -76,6 +77,15 @@ _PARSE_REASONS = {
     PARSE_WIRE_TYPE: "a field has another type than in the contract",
     PARSE_MEMORY: "out of memory",
 }
+
+
+cdef inline void place_row(uint32_t* row_index, ReadEntry* found, uint32_t at, uint32_t row) noexcept nogil:
+    """A row of accounts is the `at`-th of all parts. Read ones have an entry each."""
+    if found == NULL:
+        row_index[at] = row
+    else:
+        found[at].id_index = row
+        row_index[at] = at
 
 
 cdef class ShardHost:
@@ -904,10 +914,8 @@ cdef class ShardHost:
         cdef uint32_t count = len(rows), i = 0
         cdef size_t n = count
         cdef uint8_t* data
-        cdef AccountColumns columns
         cdef int64_t overdraft, limit
         cdef uint16_t flags
-        cdef bint striping
         if count == 0:
             raise port.BatchInvalid("rows", "the batch has no rows")
         if count > ROWS_MAX:
@@ -936,84 +944,129 @@ cdef class ShardHost:
         except BaseException:
             self._drop(request)
             raise
+        self._submit_accounts(request, data, update)
+
+    def submit_account_message(self, uint64_t ticket, bytes message not None):
+        """A serialized CreateAccountsRequest; the completion's result is a serialized CreateAccountsResponse. False: nothing was
+        taken, since a row has a name or no id of 16 bytes, is striped or malformed, or there are not 1 to 8,190."""
+        cdef const uint8_t* at = <const uint8_t*>PyBytes_AS_STRING(message)
+        cdef uint64_t length = <uint64_t>len(message)
+        cdef uint32_t count = parse_count(at, length)
+        cdef size_t n = count
+        cdef uint8_t* data
+        cdef Request* request
+        if count == 0:
+            return False
+        data = <uint8_t*>malloc(38 * n)
+        if data == NULL:
+            raise MemoryError()
+        if not parse_account_specs(at, length, count, data):
+            free(data)
+            return False
+        try:
+            request = self._new(ticket, SHAPE_ACCOUNT_MESSAGE, count, 64 * <uint64_t>count, None, n * len(self._order))
+        except BaseException:
+            free(data)
+            raise
+        request.spare = data
+        self._submit_accounts(request, data, False)
+        return True
+
+    cdef int _submit_accounts(self, Request* request, uint8_t* data, bint update) except -1:
+        """Columns: overdraft limits, balance limits, ids, currencies, flags."""
+        cdef AccountColumns columns
+        cdef size_t n = request.count, i
+        cdef bint striping
         memset(&columns, 0, sizeof(columns))
-        columns.count = count
+        columns.count = request.count
         columns.overdraft_limits, columns.balance_limits, columns.ids = data, data + 8 * n, data + 16 * n
         columns.currencies, columns.flags = data + 32 * n, data + 36 * n
         request.columns.ids, request.columns.flags = columns.ids, columns.flags
         if self.shard_count > 1 and not update:
-            for i in range(count):
-                if request.columns.flags[2 * <size_t>i] & ACCOUNT_STRIPED:
+            for i in range(n):
+                if columns.flags[2 * i] & ACCOUNT_STRIPED:
                     request.striping = 1
         striping = request.striping
         self._submit_parts(request, WORK_ACCOUNTS, &columns, update)
         self._opening += striping
+        return 0
 
     cdef int _submit_parts(self, Request* request, int kind, AccountColumns* columns, bint update) except -1:
         """Account rows to their shards, rows of striped accounts to every shard."""
-        cdef uint32_t count = request.count, row, parts = 0, at, entries = 0
-        cdef size_t n = count, owned = len(self._order)
-        cdef Shard shard
-        cdef list pushes = []
+        cdef uint32_t count = request.count, row, shard, parts = 0, at, entries = 0, everywhere = 0
+        cdef size_t n = count
+        cdef uint16_t* home = <uint16_t*>malloc(2 * n)
+        cdef uint32_t counts[SHARDS_MAX]
+        cdef uint32_t filled[SHARDS_MAX]     # where the next row of a shard goes
         cdef Work* works[SHARDS_MAX]
+        cdef ShardCore* pushes[SHARDS_MAX]
         cdef Work* work
-        cdef bint striped
-        cdef uint16_t home
+        cdef const uint8_t* ids = request.columns.ids
         cdef ReadEntry* found = NULL
         self._admit(request)
-        request.row_index = <uint32_t*>malloc(4 * n * owned + 4)
+        memset(counts, 0, sizeof(counts))
+        if home != NULL:
+            for row in range(count):
+                home[row] = self.core.shard_of_slot[ducat_slot(ids + 16 * <size_t>row)]
+                if self._striped.has(ids + 16 * <size_t>row) or (
+                        kind == WORK_ACCOUNTS and not update and request.columns.flags[2 * <size_t>row] & ACCOUNT_STRIPED):
+                    home[row] = EVERY_SHARD
+                    everywhere += 1
+                else:
+                    counts[home[row]] += 1
+        for shard in range(self.shard_count):
+            if self.core.shards[shard] != NULL:
+                counts[shard] += everywhere
+                filled[shard] = entries
+                entries += counts[shard]
+        request.row_index = <uint32_t*>malloc(4 * <size_t>entries + 4)
         if kind == WORK_READ:
-            found = <ReadEntry*>calloc(n * owned + 1, sizeof(ReadEntry))
+            found = <ReadEntry*>calloc(<size_t>entries + 1, sizeof(ReadEntry))
             request.extra = found
-        if request.row_index == NULL or (kind == WORK_READ and found == NULL):
+        if home == NULL or request.row_index == NULL or (kind == WORK_READ and found == NULL):
+            free(home)
             self._unadmit(request)
             raise MemoryError()
-        for shard in self._order:
+        for shard in range(self.shard_count):
+            if self.core.shards[shard] == NULL or counts[shard] == 0:
+                continue
             work = work_new(kind, request)
-            if work == NULL:
+            if work != NULL and kind == WORK_ACCOUNTS:
+                work.data = <uint8_t*>malloc(sizeof(AccountColumns))
+            if work == NULL or (kind == WORK_ACCOUNTS and work.data == NULL):
+                work_free(work)
                 for at in range(parts):
                     work_free(works[at])
+                free(home)
                 self._unadmit(request)
                 raise MemoryError()
-            work.columns.ids = request.columns.ids
-            work.columns.rows = request.row_index + entries
-            work.peer, work.number = <uint16_t>parts, update
             if kind == WORK_ACCOUNTS:
-                work.data = <uint8_t*>malloc(sizeof(AccountColumns))
-                if work.data == NULL:
-                    work_free(work)
-                    for at in range(parts):
-                        work_free(works[at])
-                    self._unadmit(request)
-                    raise MemoryError()
                 memcpy(work.data, columns, sizeof(AccountColumns))
-            for row in range(count):
-                striped = self._striped.has(request.columns.ids + 16 * <size_t>row)
-                if kind == WORK_ACCOUNTS and not striped and not update:
-                    striped = (request.columns.flags[2 * <size_t>row] & ACCOUNT_STRIPED) != 0
-                if striped or self.core.shard_of_slot[ducat_slot(request.columns.ids + 16 * <size_t>row)] == shard.shard:
-                    if kind == WORK_READ:
-                        found[entries].id_index = row
-                        request.row_index[entries] = entries
-                    else:
-                        request.row_index[entries] = row
-                    entries += 1
-                    work.columns.count += 1
-            if work.columns.count:
-                works[parts] = work
-                pushes.append(shard)
-                parts += 1
-            else:
-                work_free(work)
+            work.columns.ids, work.columns.count = ids, counts[shard]
+            work.columns.rows = request.row_index + filled[shard]
+            # a row of one shard only is answered there: without striped ones all shards answer into the same results
+            work.peer, work.number = <uint16_t>parts if everywhere else 0, update
+            works[parts], pushes[parts] = work, self.core.shards[shard]
+            parts += 1
+        for row in range(count):
+            if home[row] != EVERY_SHARD:
+                if self.core.shards[home[row]] != NULL:
+                    place_row(request.row_index, found, filled[home[row]], row)
+                    filled[home[row]] += 1
+                continue
+            for shard in range(self.shard_count):
+                if self.core.shards[shard] != NULL:
+                    place_row(request.row_index, found, filled[shard], row)
+                    filled[shard] += 1
+        free(home)
         request.entry_count = entries
-        request.part_count = parts
+        request.part_count = parts if everywhere else 1
         if parts == 0:
             host_complete(&self.core, request)
             return 0
         request.remaining = parts
         for at in range(parts):
-            shard = pushes[at]
-            shard_push(&shard.core, works[at], False)
+            shard_push(pushes[at], works[at], False)
         return 0
 
     def submit_read(self, uint64_t ticket, ids, *, bint always=False):
@@ -1032,6 +1085,44 @@ cdef class ShardHost:
         request.columns.ids = <const uint8_t*>PyBytes_AS_STRING(packed)
         self._submit_parts(request, WORK_READ, NULL, False)
         return request
+
+    def submit_read_message(self, uint64_t ticket, bytes message not None):
+        """A serialized GetAccountsRequest; the completion's result is an AccountsRead. False: nothing was taken, since it has
+        anything but 1 to 8,190 ids of 16 bytes, or one lives in another process."""
+        cdef const uint8_t* at = <const uint8_t*>PyBytes_AS_STRING(message)
+        cdef uint64_t length = <uint64_t>len(message)
+        cdef uint32_t count = parse_count(at, length), row
+        cdef uint8_t* ids
+        cdef Request* request
+        cdef Shard shard
+        if count == 0:
+            return False
+        ids = <uint8_t*>malloc(16 * <size_t>count)
+        if ids == NULL:
+            raise MemoryError()
+        if not parse_account_ids(at, length, ids):
+            free(ids)
+            return False
+        for row in range(count):
+            if self.core.shards[self.core.shard_of_slot[ducat_slot(ids + 16 * <size_t>row)]] == NULL \
+                    and not self._striped.has(ids + 16 * <size_t>row):
+                free(ids)
+                return False
+        try:
+            request = self._new(ticket, SHAPE_READ_MESSAGE, count, 64 * <uint64_t>count, None, 0)
+        except BaseException:
+            free(ids)
+            raise
+        request.spare = ids
+        request.columns.ids = ids
+        request.before = <uint64_t*>calloc(self.shard_count, 8)
+        if request.before == NULL:
+            self._drop(request)
+            raise MemoryError()
+        for shard in self._order:
+            request.before[shard.shard] = shard.log._durable_sequence
+        self._submit_parts(request, WORK_READ, NULL, False)
+        return True
 
     def submit_results(self, uint64_t ticket, ids):
         """What became of transfers: the completion's result is bytes, one TransferResult an id, 0 = not remembered."""
@@ -1137,6 +1228,7 @@ cdef class ShardHost:
     cdef object _finish(self, Request* request):
         """The Python result of a finished request, which is freed."""
         cdef object result
+        cdef bytes codes
         try:
             if request.status == STATUS_DISK_NEARLY_FULL:
                 result = self._nearly_full()
@@ -1154,6 +1246,11 @@ cdef class ShardHost:
                 result = self._finish_accounts(request)
             elif request.shape == SHAPE_READ:
                 result = self._finish_read(request)
+            elif request.shape == SHAPE_ACCOUNT_MESSAGE:
+                codes = self._account_codes(request)
+                result = build_account_results(<const uint8_t*>PyBytes_AS_STRING(codes), request.count)
+            elif request.shape == SHAPE_READ_MESSAGE:
+                result = self._finish_read_message(request)
             elif request.shape == SHAPE_RESULTS:
                 result = self._finish_results(request)
             elif request.shape == SHAPE_TOTALS:
@@ -1191,6 +1288,17 @@ cdef class ShardHost:
         return DiskNearlyFull("", 0, 0)
 
     cdef object _finish_accounts(self, Request* request):
+        return port.AccountsResult(self._account_codes(request), self._positions(request))
+
+    cdef AccountsRead _finish_read_message(self, Request* request):
+        cdef AccountsRead read = AccountsRead.__new__(AccountsRead)
+        read.entries, request.extra = <ReadEntry*>request.extra, NULL
+        read.before, request.before = request.before, NULL
+        read.core, read.host = &self.core, self
+        gather_read(read, request.count, request.entry_count)
+        return read
+
+    cdef bytes _account_codes(self, Request* request):
         """One code a row: the worst of its parts (OK only if every shard says OK)."""
         cdef uint32_t row, part
         cdef uint8_t code, one
@@ -1205,7 +1313,7 @@ cdef class ShardHost:
             out[row] = code if code else ACCOUNT_WRONG_SHARD
             if out[row] == TRANSFER_OK and request.columns.flags[2 * <size_t>row] & ACCOUNT_STRIPED:
                 self._striped.add(request.columns.ids + 16 * <size_t>row)
-        return port.AccountsResult(codes, self._positions(request))
+        return codes
 
     cdef object _finish_read(self, Request* request):
         cdef ReadEntry* entries = <ReadEntry*>request.extra

@@ -358,10 +358,18 @@ cdef class Shard:
     cdef int read_accounts(self, Work* work, Group* group) noexcept nogil:
         cdef ReadEntry* entries = <ReadEntry*>work.request.extra
         cdef ReadEntry* entry
-        cdef uint32_t i
-        for i in range(work.columns.count):
-            entry = &entries[work.columns.rows[i]]
-            entry.found = self.engine.find_account(work.columns.ids + 16 * <size_t>entry.id_index, &entry.state)
+        cdef const uint8_t* ids = work.columns.ids
+        cdef uint32_t i, start = 0, end
+        cdef bint record
+        while start < work.columns.count:
+            end = min(start + READ_BLOCK, work.columns.count)
+            for record in range(2):          # first the places in the index of a block, then the records
+                for i in range(start, end):
+                    self.engine.prefetch_account(ids + 16 * <size_t>entries[work.columns.rows[i]].id_index, record)
+            for i in range(start, end):
+                entry = &entries[work.columns.rows[i]]
+                entry.found = self.engine.find_account(ids + 16 * <size_t>entry.id_index, &entry.state)
+            start = end
         return self.finish_read(work.request, group)
 
     cdef int read_results(self, Work* work, Group* group) noexcept nogil:

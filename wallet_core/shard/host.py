@@ -29,7 +29,7 @@ from kernel.errors import (
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.event_log import DiskNearlyFull, LogGap, LogTail, delete_segments_below, segments
 from wallet_core.service.chain_rules import MARKED, MARKS, ChainMark, is_ours
-from wallet_core.shard._host import ShardClock, ShardHost
+from wallet_core.shard._host import AccountsRead, ShardClock, ShardHost
 from wallet_core.shard.port import (
     MESSAGE_BYTES_MAX,
     ROWS_MAX,
@@ -55,6 +55,7 @@ from wallet_core.snapshot import SnapshotDamaged, SnapshotWriter, delete_older, 
 
 __all__ = ["WalletHost"]
 
+_SPEC_BYTES, _ID_FIELD_BYTES = 20, 18  # least of a row of account_message, of read_message
 _TAILS_KEPT = 32  # open positions in logs, for readers that come back for more
 _LINKED = int(TransferFlags.LINKED)
 _STRIPED = int(AccountFlags.STRIPED)
@@ -334,6 +335,40 @@ class WalletHost:
             future.add_done_callback(self._striping.discard)
         result: AccountsResult = await asyncio.shield(future)
         return result.codes
+
+    async def account_message(self, message: bytes) -> bytes | None:
+        """A serialized CreateAccountsRequest in, a serialized CreateAccountsResponse out: `create_accounts` without an object a
+        row. None where it is not for that: a row has a name or no id, is striped or malformed."""
+        rows = min(len(message) // _SPEC_BYTES + 1, ROWS_MAX)
+        if self._must_wait(rows, 64 * rows):
+            await self._wait_turn(rows, 64 * rows)
+        while self._striping:
+            await asyncio.wait(self._striping)
+        self._flush()  # what came before stays before
+        self._submit_calls()
+        self._flush_steps()
+        result: bytes | None = await self._message(self._native.submit_account_message, message)
+        return result
+
+    async def read_message(self, message: bytes) -> AccountsRead | None:
+        """The accounts of a serialized GetAccountsRequest. None where it has anything but ids, or one of another process."""
+        rows = min(len(message) // _ID_FIELD_BYTES + 1, ROWS_MAX)
+        if self._must_wait(rows, 64 * rows):
+            await self._wait_turn(rows, 64 * rows)
+        result: AccountsRead | None = await self._message(self._native.submit_read_message, message)
+        return result
+
+    async def _message(self, submit: Callable[[int, bytes], bool], message: bytes) -> Any:
+        """What the shards answer; None where they do not take it."""
+        future = self._future()
+        try:
+            is_taken = submit(self._ticket, message)
+        except Exception as error:
+            raise self._forget(error) from None
+        if not is_taken:
+            del self._futures[self._ticket]
+            return None
+        return await future
 
     async def accounts(self, ids: Sequence[bytes], *, always: bool = False) -> list[AccountState | None]:
         """Accounts as they durably stand, None where there is none. Raises FailedPrecondition WRONG_SHARD. always: without

@@ -100,6 +100,12 @@ class MemoryHost:
     def transfer_call(self, message: bytes) -> None:
         return None  # every row is looked at
 
+    async def account_message(self, message: bytes) -> None:
+        return None
+
+    async def read_message(self, message: bytes) -> None:
+        return None
+
     async def transfer_rows(self, rows: Sequence[TransferRow]) -> RowsResult:
         codes = await self.transfers(rows)
         positions = ((shard, engine.status().sequence) for shard, engine in self.engines.items())
