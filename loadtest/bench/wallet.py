@@ -36,7 +36,7 @@ __all__ = ["SCENARIOS", "Scenario", "print_report", "run", "tigerbeetle_ratio"]
 READY_S_MAX = 120.0
 POLL_S = 0.01
 SAMPLE_ACCOUNTS = 8190
-RECORD = np.dtype([("id", "V16"), ("rest", "V30"), ("kind", "u1"), ("flags", "u1")])
+RECORD_BYTES, KIND_OFFSET = 48, 46
 KIND_MOVED, KIND_SENT = 3, 9
 
 
@@ -231,12 +231,13 @@ def measure_stream(scenario: Scenario, folder: Path, counts: Counts) -> dict[str
     per_second = report["transfers"] / report["seconds"]
     limits["stream_transfers_per_second"] = left_out["transfers"] / left_out["seconds"]
     limits["echo_calls_per_second"] = empty["calls"] / empty["seconds"]
-    log_bytes = sum(path.stat().st_blocks * 512 for path in folder.glob("**/*.seg"))
+    log = read_logs(folder, counts.transfers)
     return {
         "transfers_per_second": per_second,
         "batch_ms": report["batch_ms"],
         "cpu_seconds": {"client": report["cpu_seconds"], "server": report["server_cpu_seconds"]},
-        "bytes_per_transfer": _log_payload_bytes(folder) / counts.transfers if log_bytes else 0.0,
+        "bytes_per_transfer": log.payload_bytes / counts.transfers,
+        "accounts_per_second": report["accounts_per_second"],
         "limits": limits,
         "ratios": {
             "engine_left_out": per_second / limits["stream_transfers_per_second"],
@@ -245,7 +246,7 @@ def measure_stream(scenario: Scenario, folder: Path, counts: Counts) -> dict[str
         },
         "checks": {
             "balances": report["failed"] == 0 and report["balances"],
-            "log": transfers_in_log(folder, counts.transfers),
+            "log": log.has_all_transfers,
         },
     }
 
@@ -263,6 +264,7 @@ def measure_unary(scenario: Scenario, folder: Path, counts: Counts) -> dict[str,
             window=scenario.window,
         )
         report = load(server, plan)
+    log = read_logs(folder, counts.transfers)
     empty = report["echo"]  # in turn with the transfers, a tenth of each at a time
     per_second = report["calls"] / report["seconds"]
     limits["echo_calls_per_second"] = empty["calls"] / empty["seconds"]
@@ -271,12 +273,12 @@ def measure_unary(scenario: Scenario, folder: Path, counts: Counts) -> dict[str,
         "transfers_per_second": per_second,
         "batch_ms": report["call_ms"],
         "cpu_seconds": {"client": report["cpu_seconds"], "server": report["server_cpu_seconds"]},
-        "bytes_per_transfer": _log_payload_bytes(folder) / counts.transfers,
+        "bytes_per_transfer": log.payload_bytes / counts.transfers,
         "limits": limits,
         "ratios": {"echo": per_second / limits["echo_calls_per_second"]},
         "checks": {
             "balances": report["failed"] == 0 and report["balances"],
-            "log": transfers_in_log(folder, counts.transfers),
+            "log": log.has_all_transfers,
         },
     }
 
@@ -301,12 +303,13 @@ def measure_snapshot(scenario: Scenario, folder: Path, counts: Counts) -> dict[s
             taken = taking.result(timeout=READY_S_MAX)
     beside = _beside(np.array(report["spans"]), taken["began"], taken["ended"])
     seconds = taken["ended"] - taken["began"]
+    log = read_logs(folder, counts.transfers)
     limits["fdatasync_beside_nothing_ms"] = 1000 / limits["fdatasync_4k_per_second"]
     return {
         "transfers_per_second": report["transfers"] / report["seconds"],
         "batch_ms": beside["before_ms"],
         "cpu_seconds": {"client": report["cpu_seconds"], "server": report["server_cpu_seconds"]},
-        "bytes_per_transfer": _log_payload_bytes(folder) / counts.transfers,
+        "bytes_per_transfer": log.payload_bytes / counts.transfers,
         "snapshot": {
             "bytes": taken["bytes"],
             "seconds": seconds,
@@ -323,7 +326,7 @@ def measure_snapshot(scenario: Scenario, folder: Path, counts: Counts) -> dict[s
         },
         "checks": {
             "balances": report["failed"] == 0 and report["balances"],
-            "log": transfers_in_log(folder, counts.transfers),
+            "log": log.has_all_transfers,
             "snapshot_in_mid_stream": beside["batches"] > 0 and beside["batches_before"] > 0,
         },
     }
@@ -383,23 +386,25 @@ def measure_restore(scenario: Scenario, folder: Path, counts: Counts) -> dict[st
     whole["replayed_events"] = before["sequence"] - taken["sequence"]
     log_alone["replayed_events"] = before["sequence"]
     log_alone["events_per_second"] = _rate(log_alone["replayed_events"], log_alone["seconds"], limits)
-    log_bytes = _log_payload_bytes(folder)
+    log = read_logs(folder, counts.transfers)
     return {
         "transfers_per_second": report["transfers"] / report["seconds"],
         "batch_ms": report["batch_ms"],
         "cpu_seconds": {"client": report["cpu_seconds"], "server": log_alone["cpu_seconds"]},
-        "bytes_per_transfer": log_bytes / counts.transfers,
+        "bytes_per_transfer": log.payload_bytes / counts.transfers,
         "snapshot_bytes": taken["bytes"],
         "restore": {"snapshot_and_log": whole, "log_alone": log_alone},
         "replay_events_per_second": log_alone["events_per_second"],
         "restore_seconds": whole["seconds"],
         "limits": limits,
         "ratios": {
-            "disk_bandwidth": _rate(log_bytes / limits["fdatasync_1m_bytes_per_second"], log_alone["seconds"], limits)
+            "disk_bandwidth": _rate(
+                log.payload_bytes / limits["fdatasync_1m_bytes_per_second"], log_alone["seconds"], limits
+            )
         },
         "checks": {
             "balances": bool(report["failed"] == 0 and report["balances"] and whole["same"] and log_alone["same"]),
-            "log": transfers_in_log(folder, counts.transfers),
+            "log": log.has_all_transfers,
         },
     }
 
@@ -484,17 +489,18 @@ def measure_memory(scenario: Scenario, folder: Path, counts: Counts) -> dict[str
         client.wait_for("measured")
         client.go_on()
         report = client.result()
+    log = read_logs(folder, counts.transfers)
     return {
         "transfers_per_second": report["transfers"] / report["seconds"],
         "batch_ms": report["batch_ms"],
         "cpu_seconds": {"client": report["cpu_seconds"], "server": 0.0},
-        "bytes_per_transfer": _log_payload_bytes(folder) / max(counts.transfers, 1),
+        "bytes_per_transfer": log.payload_bytes / counts.transfers,
         "bytes_per_account": (after - before) / counts.accounts,
         "limits": {},
         "ratios": {},
         "checks": {
             "balances": report["failed"] == 0 and report["balances"],
-            "log": transfers_in_log(folder, counts.transfers),
+            "log": log.has_all_transfers,
         },
     }
 
@@ -549,23 +555,33 @@ def run(
     return {"scenario": name, "accounts": counts.accounts, "transfers": counts.transfers, **report}
 
 
-def transfers_in_log(folder: Path, count: int) -> bool:
-    """Whether the event logs under that folder have exactly the transfers 0 … count - 1, each once."""
-    seen = np.zeros(count, dtype=np.uint8)
+@dataclass(frozen=True)
+class LogFound:
+    """What the event logs under a folder have. `payload_bytes`: frames, headers included, without the preallocated rest of the
+    last segment."""
+
+    payload_bytes: int
+    has_all_transfers: bool
+
+
+def read_logs(folder: Path, count: int) -> LogFound:
+    """Reads every frame once; all transfers: exactly 0 … count - 1, each once. A frame and a byte a transfer are kept."""
+    seen = np.zeros(count, dtype=np.bool_)
+    found = payload_bytes = 0
+    is_known = True
     for frame in _frames(folder):
-        records = np.frombuffer(frame.body, dtype=RECORD)
-        moved = records[(records["kind"] == KIND_MOVED) | (records["kind"] == KIND_SENT)]
-        words = np.ascontiguousarray(moved["id"]).view(">u8").reshape(-1, 2)
-        numbers = words[:, 1].astype(np.uint64) & np.uint64(0x00FF_FFFF_FFFF_FFFF)
-        if len(numbers) and int(numbers.max()) >= count:
-            return False
-        np.add.at(seen, numbers.astype(np.int64), 1)
-    return bool((seen == 1).all())
-
-
-def _log_payload_bytes(folder: Path) -> int:
-    """Bytes of frames in the event logs, headers included, without the preallocated rest of the last segment."""
-    return sum(HEADER_BYTES + len(frame.body) for frame in _frames(folder))
+        payload_bytes += HEADER_BYTES + len(frame.body)
+        kinds = np.frombuffer(frame.body, dtype=np.uint8)[KIND_OFFSET::RECORD_BYTES]
+        words = np.frombuffer(frame.body, dtype="<u8").reshape(len(kinds), -1)
+        moved = words[(kinds == KIND_MOVED) | (kinds == KIND_SENT), 1]
+        numbers = moved.byteswap() & np.uint64(
+            0x00FF_FFFF_FFFF_FFFF
+        )  # ids are big-endian, their last 56 bits the number
+        is_known = is_known and (len(numbers) == 0 or int(numbers.max()) < count)
+        if is_known:
+            seen[numbers] = True
+        found += len(numbers)
+    return LogFound(payload_bytes, is_known and found == count and bool(seen.all()))
 
 
 def _frames(folder: Path) -> Iterator[Frame]:
@@ -617,7 +633,11 @@ def print_report(report: dict[str, Any]) -> None:
     restored = report.get("restore", {})
     groups = {
         **restored,
-        **{name: report[name] for name in ("snapshot", "limits", "ratios", "checks") if name in report},
+        **{
+            name: report[name]
+            for name in ("accounts_per_second", "snapshot", "limits", "ratios", "checks")
+            if name in report
+        },
     }
     for group, values in groups.items():
         for name, value in values.items():

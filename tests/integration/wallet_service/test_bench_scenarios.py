@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from loadtest.bench import wallet
+from ducat.wallet.v1 import wallet_pb2
+from loadtest.bench import client, wallet
 
 KEYS = {
     "scenario",
@@ -102,3 +104,55 @@ def test_a_restore_too_short_to_tell_from_an_empty_start_has_no_rate() -> None:
     assert wallet._rate(1_000, 0.5, limits) == 2_000
     assert wallet._rate(1_000, 0.4, limits) is None
     assert wallet._rate(1_000, -0.1, {"empty_start_spread_seconds": 0.0}) is None
+
+
+def test_balances_read_without_messages_are_those_of_the_messages() -> None:
+    numbers = np.array([*range(1_000), 9_999_999], dtype=np.uint64)
+    ids = client.account_ids(numbers)
+    figures = [0, 1, -1, 127, 128, 2**62, -(2**62), *(n * 977 - 400_000 for n in range(len(ids) - 7))]
+    accounts = [
+        wallet_pb2.Account(
+            account_id=one.tobytes(),
+            currency_code="USD",
+            balance_minor=figure,
+            available_minor=figure,
+            may_overdraw=True,
+            positions=[wallet_pb2.ShardPosition(shard=place % 3, sequence_number=10**7)],
+        )
+        for place, (one, figure) in enumerate(zip(ids, figures, strict=True))
+    ]
+
+    def read(some: list[wallet_pb2.Account]) -> list[int] | None:
+        found = client.balances_in(wallet_pb2.GetAccountsResponse(accounts=some).SerializeToString(), ids)
+        return None if found is None else found.tolist()
+
+    assert read(accounts) == figures
+    assert read(accounts[:-1]) is None
+    assert read([*accounts[1:], accounts[0]]) is None
+    assert read([*accounts, accounts[0]]) is None
+    accounts[5].currency_code = "EUR"
+    assert read(accounts) is None
+    assert client.balances_in(b"", ids) is None
+
+
+def test_a_transfer_that_is_doubled_or_missing_in_the_log_is_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def record(number: int, kind: int = 3) -> bytes:
+        return client.transfer_id_column(number, 1, 1_800_000_000_000) + bytes(30) + bytes([kind, 0])
+
+    def found(*numbers: int) -> bool:
+        body = b"".join([record(7, kind=1), *(record(n, kind=9 if n % 2 else 3) for n in numbers)])
+        monkeypatch.setattr(
+            wallet, "_frames", lambda _: [SimpleNamespace(body=body), SimpleNamespace(body=record(9, kind=1))]
+        )
+        log = wallet.read_logs(tmp_path, 3)
+        assert log.payload_bytes == 2 * 96 + len(body) + 48
+        return log.has_all_transfers
+
+    assert found(2, 0, 1)
+    assert not found(0, 1)
+    assert not found(0, 1, 1)
+    assert not found(0, 1, 2, 2)
+    assert not found(0, 1, 3)
+    assert not found()
