@@ -264,6 +264,7 @@ cdef class Engine:
         return ready_is_below(state(self), state(self).ready_count)
 
     cdef int prepare(self) noexcept nogil:
+        state(self).is_prepared = 1
         return memory_prepare(state(self))
 
     cdef void send_span(self, uint16_t destination_shard, uint64_t* settled_number, uint64_t* last_number) noexcept nogil:

@@ -7,7 +7,9 @@
 # Positions must be below 2^bits. They are: the records are as dense as the index was full at its fullest.
 #
 # Growing: a table of the next size is allocated and the old one is moved to it a few slots at every insert and every
-# apply call. Meanwhile a lookup asks the new table first, then the old one. Load is at most 0.6.
+# apply call. Meanwhile a lookup asks the new table first, then the old one. Load is at most 0.6; up to 0.75 where another
+# thread is making the next table (index_prepare) and has not finished: the writer would wait longer for the pages of one of
+# its own (16 MiB were 77 ms) than some longer probes cost.
 
 cdef inline uint64_t index_hash_at(EngineState* e, uint32_t key, uint64_t position) noexcept nogil:
     if key == KEY_ACCOUNT_ID:
@@ -139,13 +141,18 @@ cdef void index_move(EngineState* e, Index* index, uint64_t slot_count) noexcept
             index.old = NULL
 
 
+cdef inline bint index_waits(const EngineState* e, const Index* index) noexcept nogil:
+    return (e.is_prepared and index.key == KEY_ACCOUNT_ID and index.bits >= 16 and du_load_acquire(&index.ready) == 0
+            and (index.used + 1) * 4 <= <uint64_t> 3 << index.bits)
+
+
 cdef int index_insert(EngineState* e, Index* index, uint64_t hash, uint64_t position) noexcept nogil:
     # The key must not be there yet; its record must be. <0: out of memory.
     cdef uint32_t* bigger
     cdef uint32_t bits
     if index.old != NULL:
         index_move(e, index, 16)
-    elif (index.used + 1) * 5 > (<uint64_t> 3 << index.bits):
+    elif (index.used + 1) * 5 > (<uint64_t> 3 << index.bits) and not index_waits(e, index):
         bits = index.bits + 1
         if index.live * 10 < (<uint64_t> 3 << index.bits):
             bits = index.bits               # full of tombstones: clean up at the same size

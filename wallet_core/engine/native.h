@@ -161,7 +161,7 @@ static inline int64_t du_within_limit(int64_t balance, int64_t held_in, int64_t 
 
 /* Memory. A budget counts what is committed; bytes_max 0 = as much as the machine gives. */
 typedef struct { uint64_t bytes, bytes_max; } du_budget;
-typedef struct { uint8_t *base; uint64_t reserved, committed; } du_arena;
+typedef struct { uint8_t *base; uint64_t reserved, committed, touched; } du_arena;
 
 #define DU_HUGE ((uint64_t)2 << 20)
 #define DU_PAGE ((uint64_t)64 << 10)
@@ -184,16 +184,23 @@ static inline int du_arena_open(du_arena *arena, uint64_t bytes) {
     if (lead) munmap(p, lead);
     arena->base = (uint8_t *)p + lead;
     arena->reserved = reserved - lead;
-    arena->committed = 0;
+    arena->committed = arena->touched = 0;
     return 0;
 }
 static inline void du_arena_close(du_arena *arena) {
     if (arena->base) munmap(arena->base, arena->reserved);
     memset(arena, 0, sizeof *arena);
 }
-/* Doubles up to 32 MiB a step, so that a small engine stays small and a large one asks seldom. */
+/* Doubles up to 32 MiB a step, so that a small engine stays small and a large one asks seldom. What du_arena_touch has made
+ * usable is taken without asking: the kernel would let us wait while other memory of the process is being found. */
 static inline int du_arena_commit(du_arena *arena, uint64_t bytes, du_budget *budget) {
     if (du_likely(bytes <= arena->committed)) return 0;
+    uint64_t touched = __atomic_load_n(&arena->touched, __ATOMIC_ACQUIRE);
+    if (bytes <= touched) {
+        if (du_budget_take(budget, touched - arena->committed)) return -1;
+        arena->committed = touched;
+        return 0;
+    }
     uint64_t step = arena->committed < DU_PAGE ? DU_PAGE : arena->committed;
     if (step > 16 * DU_HUGE) step = 16 * DU_HUGE;
     uint64_t wanted = arena->committed + step;
@@ -249,15 +256,20 @@ static inline void du_table_populate(void *p, uint64_t bytes) {
     (void)p; (void)bytes;
 #endif
 }
-/* The same for a part of an arena, which the writer may be using; best effort. */
-static inline void du_arena_touch(const du_arena *arena, uint64_t from, uint64_t to) {
+/* The same for a part of an arena, which the writer may be using; best effort. In pieces, since whoever maps memory meanwhile
+ * waits for one of them. */
+static inline void du_arena_touch(du_arena *arena, uint64_t from, uint64_t to) {
 #ifdef MADV_POPULATE_WRITE
     from &= ~(DU_HUGE - 1);
     to = (to + DU_HUGE - 1) & ~(DU_HUGE - 1);
     if (to > arena->reserved) to = arena->reserved;
     if (from >= to || mprotect(arena->base + from, to - from, PROT_READ | PROT_WRITE)) return;
     madvise(arena->base + from, to - from, MADV_HUGEPAGE);
-    madvise(arena->base + from, to - from, MADV_POPULATE_WRITE);
+    for (uint64_t at = from; at < to; at += DU_HUGE)
+        madvise(arena->base + at, to - at < DU_HUGE ? to - at : DU_HUGE, MADV_POPULATE_WRITE);
+    uint64_t usable = __atomic_load_n(&arena->committed, __ATOMIC_RELAXED); /* only grows */
+    if (usable < arena->touched) usable = arena->touched;
+    if (from <= usable && to > arena->touched) __atomic_store_n(&arena->touched, to, __ATOMIC_RELEASE);
 #else
     (void)arena; (void)from; (void)to;
 #endif

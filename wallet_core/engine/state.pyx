@@ -54,7 +54,7 @@ cdef extern from "wallet_core/engine/native.h" nogil:
     bint du_take(uint64_t*, uint64_t)
     void du_table_touch(void*, uint64_t)
     void du_table_populate(void*, uint64_t)
-    void du_arena_touch(const du_arena*, uint64_t, uint64_t)
+    void du_arena_touch(du_arena*, uint64_t, uint64_t)
     void* du_table_new(uint64_t, du_budget*)
     void du_table_free(void*, uint64_t, du_budget*)
 
@@ -285,6 +285,7 @@ cdef struct EngineState:
     GenerationMemory ready[READY_MAX]  # for the next generations: touched, slots empty; made by memory_prepare
     GenerationMemory dropped        # of a dropped generation: slots not empty
     uint64_t ready_count            # how many of them are wanted
+    uint64_t is_prepared            # another thread makes memory ready: the writer may count on it a little
     uint64_t accounts_touched       # bytes of the account records that memory_prepare has touched
     uint64_t id_count
     # holds

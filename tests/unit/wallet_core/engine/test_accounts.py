@@ -132,3 +132,28 @@ def test_ids_made_to_collide_cost_no_more_than_others() -> None:
         return time.thread_time() - begin
 
     assert min(seconds(chosen) for _ in range(3)) < 10 * min(seconds(usual) for _ in range(3)) + 0.01
+
+
+def test_growing_waits_for_the_table_that_another_thread_makes_but_not_for_ever() -> None:
+    """The writer would find 16 MiB of fresh pages in one batch; every account is found at every load."""
+    alone, prepared = Engine(generation_ids=1 << 10), Engine(generation_ids=1 << 10)
+    prepared.prepare_memory()
+    table = 4 << 16  # of 65,536 slots, 0.6 full with 39,321 accounts and 0.75 with 49,152; the next one has twice as many
+    begun = [engine.status().memory_bytes for engine in (alone, prepared)]
+    opened, lag = 0, []
+    for count in (39_000, 45_000, 49_000, 60_000):
+        ids = b"".join(account_id(n) for n in range(opened, count))
+        for engine in (alone, prepared):
+            assert set(engine.open_accounts(ids, b"USD\0" * (count - opened), NOW)[0]) == {R.OK}
+        grown = [engine.status().memory_bytes - was for engine, was in zip((alone, prepared), begun, strict=True)]
+        lag.append((grown[0] - grown[1]) // table)
+        opened = count
+        for number in range(0, count, 7):
+            view = prepared.account(account_id(number))
+            assert view is not None
+            assert view.ordinal == number
+        assert prepared.account(account_id(count)) is None
+    assert lag == [0, 1, 1, 0]
+    assert alone.state_digest() == prepared.state_digest()
+    while prepared.memory_wanted():
+        prepared.prepare_memory()
