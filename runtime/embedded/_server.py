@@ -3,6 +3,7 @@ killed run."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import random
@@ -11,14 +12,19 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "EmbeddedServer",
     "ServerFailed",
+    "dies_with_parent",
     "free_port",
     "kept_port",
     "kept_secret",
@@ -35,16 +41,20 @@ STOP_TIMEOUT_S = 30.0
 READY_LOOK_S = 0.02
 FREE_PORTS = range(18_000, 32_000)
 
+_PR_SET_PDEATHSIG = 1
+
 
 class ServerFailed(RuntimeError):
     """An embedded server does not start; the message holds the end of its log."""
 
 
 class EmbeddedServer:
-    """A server that runs as a child process of ours, on a folder of its own."""
+    """A server that runs as a child process of ours, on a folder of its own. On Linux it stops when we die, however that happens."""
 
     name = ""
     """For people."""
+    clean_stop = signal.SIGTERM
+    """The signal that makes it write what is left to write and end."""
 
     def __init__(self, folder: str | Path, port: int) -> None:
         self.folder = Path(folder).absolute()
@@ -73,12 +83,40 @@ class EmbeddedServer:
         process.kill()
         process.wait()
 
-    def _end(self, gently: signal.Signals, firmly: signal.Signals) -> None:
+    def _spawn(self, command: list[str], prepare: Callable[[], None] | None = None, **options: Any) -> None:
+        """Starts the child; its output goes to the log.
+
+        The kernel takes the *thread* that forked for the parent: where that thread ended, the server would. So a thread of its own forks
+        each server and lives as long as the server does.
+        """
+        started: Future[subprocess.Popen[bytes]] = Future()
+
+        def keep() -> None:
+            try:
+                with self.log_file.open("ab") as log:
+                    process = subprocess.Popen(  # noqa: S603
+                        command,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        preexec_fn=dies_with_parent(self.clean_stop, prepare),
+                        **options,
+                    )
+            except BaseException as error:
+                started.set_exception(error)
+                return
+            started.set_result(process)
+            process.wait()
+
+        threading.Thread(target=keep, name=f"embedded {self.name}", daemon=True).start()
+        self._process = started.result()
+
+    def _end(self, firmly: signal.Signals) -> None:
         """Ends the child, `firmly` where it does not end in time. No effect when it does not run."""
         process, self._process = self._process, None
         if process is None or process.poll() is not None:
             return
-        process.send_signal(gently)
+        process.send_signal(self.clean_stop)
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -102,6 +140,25 @@ class EmbeddedServer:
 
     def _failed(self, how: str) -> ServerFailed:
         return ServerFailed(f"{self.name} {how}; end of {self.log_file}:\n{tail(self.log_file)}")
+
+
+def dies_with_parent(how: signal.Signals, prepare: Callable[[], None] | None = None) -> Callable[[], None]:
+    """For preexec_fn: `prepare`, then ask the kernel (Linux) for the signal `how` at the end of the thread that forked.
+
+    In this order, for a change of user takes the request back. A parent that is gone by then ends the child at once.
+    """
+    parent = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def before_exec() -> None:
+        if prepare is not None:
+            prepare()
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, how, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return before_exec
 
 
 def free_port() -> int:

@@ -29,6 +29,7 @@ from urllib.parse import quote
 from runtime.embedded._server import (
     EmbeddedServer,
     ServerFailed,
+    dies_with_parent,
     kept_port,
     kept_secret,
     private_folder,
@@ -86,6 +87,7 @@ class EmbeddedPostgres(EmbeddedServer):
     """
 
     name = "PostgreSQL"
+    clean_stop = signal.SIGINT  # `fast`: open transactions roll back, what is committed is on disk
 
     def __init__(self, folder: str | Path, *, port: int = 0, is_durable: bool = True) -> None:
         super().__init__(folder, port)
@@ -141,18 +143,14 @@ class EmbeddedPostgres(EmbeddedServer):
         """
         deadline = time.monotonic() + LINGER_S
         while True:
-            with self.log_file.open("ab") as log:
-                log_start = log.tell()
-                self._process = subprocess.Popen(  # noqa: S603
-                    [str(_installation() / "bin" / "postgres"), "-D", str(self.data), *self._options()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd="/",
-                    env=_environment(),
-                    start_new_session=True,
-                    preexec_fn=prepare,
-                )
+            log_start = self.log_file.stat().st_size if self.log_file.exists() else 0
+            self._spawn(
+                [str(_installation() / "bin" / "postgres"), "-D", str(self.data), *self._options()],
+                prepare,
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+                env=_environment(),
+            )
             try:
                 return self._wait_until(self._accepts, START_TIMEOUT_S)
             except ServerFailed:
@@ -166,12 +164,12 @@ class EmbeddedPostgres(EmbeddedServer):
 
     def stop(self) -> None:
         """Stop the `fast` way: open transactions roll back, what is committed is on disk. No effect when it does not run."""
-        self._end(signal.SIGINT, signal.SIGQUIT)  # SIGQUIT is `immediate`: recovery at the next start
+        self._end(signal.SIGQUIT)  # which is `immediate`: recovery at the next start
 
     def _stop_leftover(self) -> None:
         pid_file = self.data / "postmaster.pid"
         with contextlib.suppress(OSError, ValueError, IndexError):
-            stop_leftover(int(pid_file.read_text().splitlines()[0]), self.data, signal.SIGINT)
+            stop_leftover(int(pid_file.read_text().splitlines()[0]), self.data, self.clean_stop)
 
     def _initialize(self, prepare: Callable[[], None] | None) -> None:
         command = [
@@ -196,7 +194,7 @@ class EmbeddedPostgres(EmbeddedServer):
             text=True,
             cwd="/",
             env=_environment(),
-            preexec_fn=prepare,
+            preexec_fn=dies_with_parent(signal.SIGTERM, prepare),
             check=False,
         )
         if done.returncode != 0:

@@ -67,19 +67,12 @@ class EmbeddedValkey(EmbeddedServer):
         private_folder(self.data)
         self._password = kept_secret(self.folder / "password")
         with contextlib.suppress(OSError, ValueError):
-            stop_leftover(int((self.folder / "pid").read_text()), self.data, signal.SIGTERM)
+            stop_leftover(int((self.folder / "pid").read_text()), self.data, self.clean_stop)
         self._port = self._port or kept_port(self.folder / "port", self._wanted_port)
         self._socket = socket_folder(self.folder, SOCKET_NAME) / SOCKET_NAME
         self._socket.unlink(missing_ok=True)
-        with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603
-                [str(get_binary_path()), "-"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.data,
-                start_new_session=True,
-            )
+        self._spawn([str(get_binary_path()), "-"], stdin=subprocess.PIPE, cwd=self.data)
+        assert self._process is not None
         assert self._process.stdin is not None
         # The configuration goes through stdin, so that the password never shows in `ps` or in a second file.
         self._process.stdin.write(self._configuration().encode())
@@ -99,7 +92,7 @@ class EmbeddedValkey(EmbeddedServer):
 
     def stop(self) -> None:
         """Stop cleanly; everything acknowledged is on disk. No effect when it does not run."""
-        self._end(signal.SIGTERM, signal.SIGKILL)
+        self._end(signal.SIGKILL)
 
     def _configuration(self) -> str:
         return "\n".join(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import socket
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +174,60 @@ def test_taken_port_is_said(tmp_path: Path) -> None:
         taken.listen()
         with pytest.raises(ServerFailed, match="is taken"):
             EmbeddedValkey(tmp_path / "vk", port=taken.getsockname()[1]).start()
+
+
+PARENT = """
+import signal, sys, threading
+from pathlib import Path
+import redis
+from runtime.embedded import EmbeddedPostgres, EmbeddedValkey
+
+home = Path(sys.argv[1])
+servers = [EmbeddedPostgres(home / "pg"), EmbeddedValkey(home / "vk")]
+for server in servers:
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    thread.join()
+redis.Redis.from_url(servers[1].url).set("kept", "7")
+print(*(server.pid for server in servers), flush=True)
+signal.pause()
+"""
+"""Starts both in threads that end: what the kernel calls the parent of a child is a thread."""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+def test_servers_stop_cleanly_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """Risk: each killed run leaves a PostgreSQL and a Valkey behind, until the machine is full of them."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    servers = EmbeddedPostgres(tmp_path / "pg"), EmbeddedValkey(tmp_path / "vk")
+    try:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(map(is_running, pids)), "the servers must outlive the threads that started them"
+    finally:
+        parent.kill()
+        parent.wait()
+    try:
+        deadline = time.monotonic() + 20
+        while any(map(is_running, pids)):
+            assert time.monotonic() < deadline, f"left behind: {[pid for pid in pids if is_running(pid)]}"
+            time.sleep(0.05)
+        dsn, url = (server.start() for server in servers)
+        assert asyncio.run(query(dsn, "SELECT 1")) == 1
+        with redis.Redis.from_url(url) as client:
+            assert client.get("kept") == b"7"
+        assert "not properly shut down" not in servers[0].log_file.read_text(), "a stop without a recovery afterwards"
+    finally:
+        for server in servers:
+            server.stop()
 
 
 def _start_both_as_nobody(home: Path) -> None:
