@@ -3,8 +3,8 @@ killed run."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
+import json
 import os
 import random
 import secrets
@@ -18,13 +18,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "EmbeddedServer",
+    "Owner",
     "ServerFailed",
-    "dies_with_parent",
+    "child_command",
     "free_port",
     "kept_port",
     "kept_secret",
@@ -40,8 +42,7 @@ LEFTOVER_STOP_S = 20.0
 STOP_TIMEOUT_S = 30.0
 READY_LOOK_S = 0.02
 FREE_PORTS = range(18_000, 32_000)
-
-_PR_SET_PDEATHSIG = 1
+CHILD = Path(__file__).with_name("_child.py")
 
 
 class ServerFailed(RuntimeError):
@@ -83,7 +84,7 @@ class EmbeddedServer:
         process.kill()
         process.wait()
 
-    def _spawn(self, command: list[str], prepare: Callable[[], None] | None = None, **options: Any) -> None:
+    def _spawn(self, command: list[str], owner: Owner | None = None, **options: Any) -> None:
         """Starts the child; its output goes to the log.
 
         The kernel takes the *thread* that forked for the parent: where that thread ended, the server would. So a thread of its own forks
@@ -95,11 +96,10 @@ class EmbeddedServer:
             try:
                 with self.log_file.open("ab") as log:
                     process = subprocess.Popen(  # noqa: S603
-                        command,
+                        child_command(command, self.clean_stop, owner),
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
-                        preexec_fn=dies_with_parent(self.clean_stop, prepare),
                         **options,
                     )
             except BaseException as error:
@@ -142,23 +142,27 @@ class EmbeddedServer:
         return ServerFailed(f"{self.name} {how}; end of {self.log_file}:\n{tail(self.log_file)}")
 
 
-def dies_with_parent(how: signal.Signals, prepare: Callable[[], None] | None = None) -> Callable[[], None]:
-    """For preexec_fn: `prepare`, then ask the kernel (Linux) for the signal `how` at the end of the thread that forked.
+@dataclass(frozen=True)
+class Owner:
+    """Whom a server runs as, when we are root."""
 
-    In this order, for a change of user takes the request back. A parent that is gone by then ends the child at once.
-    """
-    parent = os.getpid()
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    uid: int
+    gid: int
+    may_search: bool
+    """Whether it needs CAP_DAC_READ_SEARCH to get to its folders."""
 
-    def before_exec() -> None:
-        if prepare is not None:
-            prepare()
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, how, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)
 
-    return before_exec
+def child_command(command: list[str], at_our_death: signal.Signals, owner: Owner | None = None) -> list[str]:
+    """`command`, by way of _child.py. A process that gave up its rights may not be able to run its own interpreter: without it then."""
+    if not (os.access(sys.executable, os.X_OK) and os.access(CHILD, os.R_OK)):
+        return command
+    asked = {
+        "parent": os.getpid(),
+        "at_its_death": int(at_our_death),
+        "owner": [owner.uid, owner.gid] if owner is not None else None,
+        "may_search": owner is not None and owner.may_search,
+    }
+    return [sys.executable, "-I", "-S", str(CHILD), json.dumps(asked), *command]
 
 
 def free_port() -> int:

@@ -14,7 +14,6 @@ folders (CAP_DAC_READ_SEARCH) and no other; no folder is opened to anybody else.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import pwd
@@ -22,14 +21,14 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 from runtime.embedded._server import (
     EmbeddedServer,
+    Owner,
     ServerFailed,
-    dies_with_parent,
+    child_command,
     kept_port,
     kept_secret,
     private_folder,
@@ -73,10 +72,6 @@ SETTINGS = {
     "timezone": "UTC",
     "log_timezone": "UTC",
 }
-
-_CAP_DAC_READ_SEARCH = 2
-_PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 8, 47, 2
-_CAPABILITY_VERSION_3 = 0x20080522
 
 
 class EmbeddedPostgres(EmbeddedServer):
@@ -123,20 +118,20 @@ class EmbeddedPostgres(EmbeddedServer):
         may_move = not self._port and not self._wanted_port
         self._port = self._port or kept_port(self.folder / "port", self._wanted_port)
         self._socket_folder = socket_folder(self.folder, f".s.PGSQL.{self._port}", owner)
-        prepare = _drop_to(owner, [self.data, self._socket_folder, _installation()])
+        child = _child_of(owner, [self.data, self._socket_folder, _installation()])
         if self._half_made.exists():  # an initdb of ours was killed: what it left is nobody's data
             shutil.rmtree(self.data)
             private_folder(self.data, owner)
         is_new = not any(self.data.iterdir())
         if is_new:
             self._half_made.touch()
-            self._initialize(prepare)
-        self._launch(prepare, may_move)
+            self._initialize(child)
+        self._launch(child, may_move)
         if is_new:
             self._create_database()
         return self.dsn
 
-    def _launch(self, prepare: Callable[[], None] | None, may_move: bool) -> None:
+    def _launch(self, child: Owner | None, may_move: bool) -> None:
         """Start the server and wait until it accepts. After a SIGKILL its last backends may still be ending: then try again.
 
         A port that was free before initdb may have been taken meanwhile (seconds, on a busy machine): then `may_move` takes another.
@@ -146,7 +141,7 @@ class EmbeddedPostgres(EmbeddedServer):
             log_start = self.log_file.stat().st_size if self.log_file.exists() else 0
             self._spawn(
                 [str(_installation() / "bin" / "postgres"), "-D", str(self.data), *self._options()],
-                prepare,
+                child,
                 stdin=subprocess.DEVNULL,
                 cwd="/",
                 env=_environment(),
@@ -171,7 +166,7 @@ class EmbeddedPostgres(EmbeddedServer):
         with contextlib.suppress(OSError, ValueError, IndexError):
             stop_leftover(int(pid_file.read_text().splitlines()[0]), self.data, self.clean_stop)
 
-    def _initialize(self, prepare: Callable[[], None] | None) -> None:
+    def _initialize(self, child: Owner | None) -> None:
         command = [
             str(_installation() / "bin" / "initdb"),
             "-D",
@@ -188,13 +183,12 @@ class EmbeddedPostgres(EmbeddedServer):
             *([] if self._is_durable else ["--no-sync"]),
         ]
         done = subprocess.run(  # noqa: S603
-            command,
+            child_command(command, signal.SIGTERM, child),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             cwd="/",
             env=_environment(),
-            preexec_fn=dies_with_parent(signal.SIGTERM, prepare),
             check=False,
         )
         if done.returncode != 0:
@@ -260,35 +254,11 @@ def _owner() -> tuple[int, int] | None:
     return entry.pw_uid, entry.pw_gid
 
 
-def _drop_to(owner: tuple[int, int] | None, needed: list[Path]) -> Callable[[], None] | None:
-    """What the child does before exec to become the unprivileged user; None when there is nothing to do."""
+def _child_of(owner: tuple[int, int] | None, needed: list[Path]) -> Owner | None:
+    """Whom the server's process becomes; None when it stays who we are."""
     if owner is None:
         return None
-    uid, gid = owner
-    needs_search = not all(_can_enter(folder, uid, gid) for folder in needed)
-    libc = ctypes.CDLL(None, use_errno=True) if needs_search else None
-
-    def drop() -> None:
-        os.umask(0o077)
-        if libc is not None:
-            libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-        if libc is None:
-            return
-        header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-        bit = 1 << _CAP_DAC_READ_SEARCH
-        data = (ctypes.c_uint32 * 6)(
-            bit, bit, bit, 0, 0, 0
-        )  # effective, permitted, inheritable; low words, then high words
-        if (
-            libc.capset(header, data) != 0
-            or libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _CAP_DAC_READ_SEARCH, 0, 0) != 0
-        ):
-            raise OSError(ctypes.get_errno(), "no CAP_DAC_READ_SEARCH; use a data folder that every user can enter")
-
-    return drop
+    return Owner(*owner, may_search=not all(_can_enter(folder, *owner) for folder in needed))
 
 
 def _can_enter(folder: Path, uid: int, gid: int) -> bool:
