@@ -38,7 +38,8 @@ static inline uint32_t du_load32(const void *p) { uint32_t v; memcpy(&v, p, 4); 
 static inline uint16_t du_load16(const void *p) { uint16_t v; memcpy(&v, p, 2); return v; }
 static inline void du_store64(void *p, uint64_t v) { memcpy(p, &v, 8); }
 static inline uint64_t du_bswap64(uint64_t v) { return __builtin_bswap64(v); }
-static inline void du_prefetch(const void *p) { __builtin_prefetch(p, 1, 3); }
+/* The empty asm: gcc takes a function that only prefetches for one without effect, and leaves out the call. */
+static inline void du_prefetch(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile ("" : : "r" (p)); }
 
 /* Stores before are seen by whoever sees a store after. */
 static inline void du_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }

@@ -3,7 +3,7 @@
 # with its sequence number and the reason. Included by _engine.pyx.
 
 cdef enum:
-    REPLAY_BLOCK = 8                # records whose memory is fetched together
+    REPLAY_AHEAD = 12               # records whose memory is on its way
 
 
 cdef struct Record:
@@ -273,10 +273,24 @@ cdef const char* replay_record(EngineState* e, const uint8_t* p) noexcept nogil:
     return b"unknown kind"
 
 
+cdef inline void replay_prefetch(const EngineState* e, const uint8_t* p) noexcept nogil:
+    cdef uint64_t hash = du_hash_id(du_load64(p), du_load64(p + 8))
+    cdef uint32_t ordinal
+    if du_unlikely(p[46] == KIND_ACCOUNT_OPENED):
+        index_prefetch(&e.accounts_index, hash)
+        return
+    ids_prefetch(e, hash)
+    ordinal = du_load32(p + 24)
+    if ordinal < e.account_count:
+        du_prefetch(&e.accounts[ordinal])
+    ordinal = du_load32(p + 28)
+    if ordinal < e.account_count:
+        du_prefetch(&e.accounts[ordinal])
+
+
 cdef int replay_apply(EngineState* e, const uint8_t* records, uint32_t count, uint64_t first_sequence,
                       uint64_t timestamp_ns) noexcept nogil:
-    cdef uint64_t first = 0, fetched = 0, i, n, hash
-    cdef uint32_t ordinal
+    cdef uint64_t i
     cdef const uint8_t* p
     cdef const char* reason = NULL
     cdef Record r
@@ -290,37 +304,23 @@ cdef int replay_apply(EngineState* e, const uint8_t* records, uint32_t count, ui
     clock_advance(e, timestamp_ns)
     if du_unlikely(e.accounts_index.old != NULL):
         index_move(e, &e.accounts_index, 4096)
-    while first < count:
-        # the memory of the next block is fetched before this one is applied
-        n = min(<uint64_t> 2 * REPLAY_BLOCK, count - first)
-        for i in range(fetched, n):
-            p = records + (first + i) * EVENT_BYTES
-            hash = du_hash_id(du_load64(p), du_load64(p + 8))
-            if du_unlikely(p[46] == KIND_ACCOUNT_OPENED):
-                index_prefetch(&e.accounts_index, hash)
-                continue
-            ids_prefetch(e, hash)
-            ordinal = du_load32(p + 24)
-            if ordinal < e.account_count:
-                du_prefetch(&e.accounts[ordinal])
-            ordinal = du_load32(p + 28)
-            if ordinal < e.account_count:
-                du_prefetch(&e.accounts[ordinal])
-        fetched = n - min(n, <uint64_t> REPLAY_BLOCK)
-        n -= fetched
-        for i in range(n):
-            p = records + (first + i) * EVENT_BYTES
-            e.sequence += 1
-            if du_likely(p[46] == KIND_MONEY_MOVED):
-                record_read(p, &r)
-                reason = replay_moved(e, &r)
-            else:
-                reason = replay_record(e, p)
-            if du_unlikely(reason != NULL):
-                e.replay_error = e.sequence
-                e.replay_reason = reason
-                poison(e)
-                return ENGINE_REFUSED
-        first += n
+    for i in range(min(<uint64_t> REPLAY_AHEAD, count)):
+        replay_prefetch(e, records + i * EVENT_BYTES)
+    for i in range(count):
+        # one record's memory is asked for while another is applied: bursts of requests wait for each other
+        if i + REPLAY_AHEAD < count:
+            replay_prefetch(e, records + (i + REPLAY_AHEAD) * EVENT_BYTES)
+        p = records + i * EVENT_BYTES
+        e.sequence += 1
+        if du_likely(p[46] == KIND_MONEY_MOVED):
+            record_read(p, &r)
+            reason = replay_moved(e, &r)
+        else:
+            reason = replay_record(e, p)
+        if du_unlikely(reason != NULL):
+            e.replay_error = e.sequence
+            e.replay_reason = reason
+            poison(e)
+            return ENGINE_REFUSED
     e.chain = du_chain_records(e.chain, records, count)
     return 0
