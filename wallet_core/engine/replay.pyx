@@ -3,7 +3,7 @@
 # with its sequence number and the reason. Included by _engine.pyx.
 
 cdef enum:
-    REPLAY_AHEAD = 12               # records whose memory is on its way
+    REPLAY_AHEAD = 16               # records whose memory is on its way
 
 
 cdef struct Record:

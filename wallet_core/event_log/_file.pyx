@@ -107,7 +107,7 @@ cdef enum:
     VERSION = 1
     MARK_BYTES = 64
     MARK_STRIDE = 512             # one slot a sector
-    READ_BYTES = 4194304
+    READ_BYTES = 2097152
     ZERO_BYTES = 1048576
     HEADROOM_BYTES = 1048576      # in front of what is read: for the start of a frame that began in the piece before
     FRAME_BYTES_MAX = 1073741824
