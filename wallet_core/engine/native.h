@@ -141,8 +141,7 @@ static inline int du_credit_overflows(int64_t balance, int64_t held_in, int64_t 
 /* What every history keeps true when a send comes back. */
 static inline int du_return_fits(int64_t balance, int64_t held_in, int64_t in_flight, int64_t amount) {
     int64_t t;
-    return !__builtin_add_overflow(held_in, amount, &t) && !__builtin_add_overflow(balance, t, &t)
-        && !__builtin_sub_overflow(in_flight, amount, &t);
+    return (__int128)balance + held_in + amount <= INT64_MAX && !__builtin_sub_overflow(in_flight, amount, &t);
 }
 static inline int du_funds_short(int64_t balance, int64_t held_out, int64_t overdraft, int64_t amount) {
     return (__int128)balance - held_out + overdraft < amount;

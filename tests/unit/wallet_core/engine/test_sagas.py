@@ -15,13 +15,14 @@ from tests.unit.wallet_core.engine.harness import (
     transfer_id,
 )
 from wallet_core.engine._engine import Engine
-from wallet_core.engine.codes import AMOUNT_MAX, EventKind, TransferResult, in_flight_account_id
+from wallet_core.engine.codes import AMOUNT_MAX, EventKind, TransferFlags, TransferResult, in_flight_account_id
 from wallet_core.engine.events import unpack_events
 from wallet_core.engine.twin import Row
 
 R = TransferResult
 BANK, ANN = account_id(0), account_id(1)
 BOB, FROZEN, YEN = account_id(100), account_id(101), account_id(102)
+HOUSE = account_id(2)
 IN_FLIGHT = in_flight_account_id(b"USD\0", 0)
 
 
@@ -168,6 +169,23 @@ def test_money_comes_back_to_an_account_that_has_been_filled_again() -> None:
     a.check_agreement()
     a.check_replay()
     a.check_image()
+
+
+def test_money_comes_back_to_an_account_that_waits_for_much() -> None:
+    """What is held for an account that owes much may be twice the greatest amount: only the sum with its balance is bounded."""
+    a, b = Pair(0), Pair(1)
+    a.open([AccountRow(BANK, flags=4), AccountRow(ANN, flags=4)])
+    b.open([AccountRow(BOB)])
+    assert a.transfer(send(2, account_id(999), AMOUNT_MAX)) == R.IN_FLIGHT
+    for number in (3, 4):
+        assert a.transfer(Row(transfer_id(number), BANK, ANN, AMOUNT_MAX // 2, TransferFlags.HOLD)) == R.OK
+    assert a.open([AccountRow(HOUSE, flags=4)]) == [1]
+    assert a.transfer(Row(transfer_id(7), HOUSE, ANN, AMOUNT_MAX - 2, TransferFlags.HOLD)) == R.OK
+    a.relay(b)
+    assert (balance(a, ANN), balance(a, IN_FLIGHT)) == (0, 0)
+    assert a.engine.account(ANN).held_in > AMOUNT_MAX  # type: ignore[union-attr]
+    a.check_agreement()
+    a.check_replay()
 
 
 def test_all_that_may_be_under_way_comes_back_at_once() -> None:
