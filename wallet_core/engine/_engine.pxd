@@ -35,6 +35,7 @@ cdef struct TransferColumns:
     const uint8_t* codes            # u16 LE, NULL = all 0
     const uint8_t* credit_shards    # u16 LE, NULL = all SHARD_LOCAL
     const uint32_t* rows            # gather index into the columns above and into results, NULL = 0..count-1
+    uint32_t chain_steps            # 1: from the coordinator of chains across shards, rows may have the flag CHAIN
 
 
 cdef struct AccountColumns:
@@ -101,6 +102,7 @@ cdef struct HoldState:              # one active hold
     int64_t amount
     uint64_t deadline_ms            # 0 = none
     uint16_t code
+    uint16_t flags                  # CHAIN or 0
 
 
 cdef struct CurrencyTotal:

@@ -36,8 +36,10 @@ class Engine:
         codes: bytes | None = None,
         credit_shards: bytes | None = None,
         rows: Iterable[int] | None = None,
+        chain_steps: bool = False,
     ) -> tuple[bytes, bytes]:
-        """(one TransferResult byte a row, event records). With `rows` only those rows, in that order."""
+        """(one TransferResult byte a row, event records). With `rows` only those rows, in that order. `chain_steps`: from
+        the coordinator of chains across shards, so that rows may have TransferFlags.CHAIN."""
 
     def open_accounts(
         self,

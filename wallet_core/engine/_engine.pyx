@@ -348,7 +348,7 @@ cdef class Engine:
         self._buffer.count = 0
 
     def transfers(self, ids, debit_ids, credit_ids, amounts, timestamp_ns, *, flags=None, pending_ids=None, timeouts_s=None,
-                  codes=None, credit_shards=None, rows=None):
+                  codes=None, credit_shards=None, rows=None, bint chain_steps=False):
         cdef TransferColumns c
         cdef uint64_t count = count_of("ids", ids), now = timestamp_ns
         cdef bytes ids_ = column("ids", ids, count, 16)
@@ -376,6 +376,7 @@ cdef class Engine:
         c.codes = start_of(codes_)
         c.credit_shards = start_of(shards_)
         c.rows = <const uint32_t*> start_of(rows_)
+        c.chain_steps = chain_steps
         self._clear()
         with nogil:
             code = self.apply_transfers(&c, now, out, &self._buffer)
@@ -631,7 +632,7 @@ cdef object account_view(const AccountState* a):
 
 cdef object hold_view(const HoldState* h):
     return HoldView(h.sequence, <bytes> (<char*> h.id)[:16], <bytes> (<char*> h.debit_id)[:16],
-                    <bytes> (<char*> h.credit_id)[:16], h.amount, h.deadline_ms, h.code)
+                    <bytes> (<char*> h.credit_id)[:16], h.amount, h.deadline_ms, h.code, h.flags)
 
 
 def by_sequence(view):

@@ -30,7 +30,11 @@ SHARD_LOCAL = 0xFFFF
 
 
 class TransferFlags(IntFlag):
-    """What a transfer is. At most one of HOLD, POST, VOID; balancing with neither POST nor VOID."""
+    """What a transfer is. At most one of HOLD, POST, VOID; balancing with neither POST nor VOID.
+
+    CHAIN is for the coordinator of chains across shards, with HOLD, POST or VOID and never balancing: such holds are posted
+    and voided by rows that have it as well, and have no deadline. From anybody else it is FLAGS_INVALID.
+    """
 
     LINKED = 1
     HOLD = 2
@@ -38,6 +42,7 @@ class TransferFlags(IntFlag):
     VOID = 8
     BALANCING_DEBIT = 16
     BALANCING_CREDIT = 32
+    CHAIN = 64
 
 
 class AccountFlags(IntFlag):

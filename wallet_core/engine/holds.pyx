@@ -103,9 +103,9 @@ cdef inline uint32_t hold_by_sequence(const EngineState* e, uint64_t sequence) n
     return index_find(e, &e.holds_by_sequence, sequence_hash(sequence), sequence, 0)
 
 
-cdef inline uint64_t deadline_of(const EngineState* e, uint64_t timeout_s) noexcept nogil:
-    # Rounded up, so that a hold never ends early.
-    return (e.now_ns + 999999) // 1000000 + timeout_s * 1000 if timeout_s else 0
+cdef inline uint64_t deadline_of(const EngineState* e, uint64_t timeout_s, uint32_t flags) noexcept nogil:
+    # Rounded up, so that a hold never ends early. One of a chain does not end by itself: half of the chain would.
+    return (e.now_ns + 999999) // 1000000 + timeout_s * 1000 if timeout_s and not flags & CHAIN else 0
 
 
 cdef int holds_expire(EngineState* e, EventBuffer* events) noexcept nogil:
@@ -133,3 +133,4 @@ cdef void hold_copy(const EngineState* e, const Hold* hold, HoldState* out) noex
     out.amount = hold.amount
     out.deadline_ms = hold.deadline_ms
     out.code = hold.code
+    out.flags = hold.flags

@@ -307,7 +307,7 @@ cdef inline int ids_insert(EngineState* e, uint64_t id0, uint64_t id1, uint64_t 
 
 
 cdef void ids_mark(EngineState* e, uint64_t id0, uint64_t id1, uint64_t state, uint64_t result) noexcept nogil:
-    # Changes what is remembered of an id, if it still is; state or result 0xFF = leave.
+    # Changes what is remembered of an id, if it still is; state or result 0xFF = leave. What never changes is whose it is (CHAIN).
     cdef IdEntry* entry = ids_lookup(e, id0, id1)
     cdef uint64_t meta
     if entry == NULL:
@@ -316,7 +316,7 @@ cdef void ids_mark(EngineState* e, uint64_t id0, uint64_t id1, uint64_t state, u
         image_keep_id(e, entry)
     meta = entry.meta
     if state != 0xFF:
-        meta = (meta & ~(<uint64_t> 0xFF00)) | state << 8
+        meta = (meta & ~(<uint64_t> 0xFF00) | meta & <uint64_t> CHAIN << 8) | state << 8
     if result != 0xFF:
         meta = (meta & ~(<uint64_t> 0xFF)) | result
     entry.meta = meta

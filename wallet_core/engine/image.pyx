@@ -737,7 +737,7 @@ cdef int load_holds(EngineState* e) noexcept nogil:
             hold.heap_position = e.hold_free
             e.hold_free = <uint32_t> slot
             continue
-        if hold.debit >= e.account_count or hold.credit >= e.account_count:
+        if hold.debit >= e.account_count or hold.credit >= e.account_count or hold.flags & ~CHAIN:
             return -1
         hold.heap_position = NONE
         if (index_insert(e, &e.holds_by_id, du_hash_id(hold.id0, hold.id1), slot) < 0

@@ -108,7 +108,9 @@ cdef const char* replay_placed(EngineState* e, const Record* r) noexcept nogil:
     cdef const char* reason = replay_accounts(e, r)
     if reason != NULL:
         return reason
-    if r.last & (HOLD | POST | VOID | 0xC0) != HOLD or (r.aux and r.aux <= e.now_ms):
+    if r.last & (HOLD | POST | VOID | 0x80) != HOLD or (r.aux and r.aux <= e.now_ms):
+        return b"flags or deadline"
+    if r.last & CHAIN and (r.last & (BALANCING_DEBIT | BALANCING_CREDIT) or r.aux):
         return b"flags or deadline"
     if (e.accounts[r.debit].flags | e.accounts[r.credit].flags) & IN_FLIGHT_ACCOUNT or e.hold_count >= e.holds_max:
         return b"accounts"
@@ -116,7 +118,7 @@ cdef const char* replay_placed(EngineState* e, const Record* r) noexcept nogil:
         return b"funds or limits"
     if hold_by_id(e, r.id0, r.id1) != NONE:
         return b"hold was there before"
-    reason = replay_id(e, r, STATE_HELD, OK)
+    reason = replay_id(e, r, STATE_HELD | r.last & CHAIN, OK)
     if reason != NULL:
         return reason
     memset(&hold, 0, sizeof(Hold))
@@ -128,6 +130,7 @@ cdef const char* replay_placed(EngineState* e, const Record* r) noexcept nogil:
     hold.debit = r.debit
     hold.credit = r.credit
     hold.code = <uint16_t> r.code
+    hold.flags = <uint16_t> (r.last & CHAIN)
     if hold_add(e, &hold) < 0:
         return b"out of memory"
     return NULL
@@ -151,11 +154,11 @@ cdef const char* replay_finished(EngineState* e, const Record* r) noexcept nogil
         if r.id0 != hold.id0 or r.id1 != hold.id1 or r.code != hold.code or r.fingerprint or r.last:
             return b"hold's id"
     else:
-        if r.last & (HOLD | POST | VOID | 0xF0) != (POST if r.kind == KIND_HOLD_POSTED else VOID):
+        if r.last & (HOLD | POST | VOID | 0xF0) != (POST if r.kind == KIND_HOLD_POSTED else VOID) | hold.flags:
             return b"flags"
         if r.kind == KIND_HOLD_POSTED and flags_check(&e.accounts[r.debit], &e.accounts[r.credit]) != OK:
             return b"account flags"
-        reason = replay_id(e, r, STATE_PLAIN, OK)
+        reason = replay_id(e, r, STATE_PLAIN | r.last & CHAIN, OK)
         if reason != NULL:
             return reason
     hold_remove(e, slot)
@@ -170,7 +173,7 @@ cdef const char* replay_finished(EngineState* e, const Record* r) noexcept nogil
 cdef const char* replay_refused(EngineState* e, const Record* r) noexcept nogil:
     if r.debit or r.credit or r.aux < HOLD_NOT_FOUND or r.aux > LINKED_FAILED:
         return b"result"
-    return replay_id(e, r, STATE_PLAIN, r.aux)
+    return replay_id(e, r, STATE_PLAIN | r.last & CHAIN, r.aux)
 
 
 cdef const char* replay_sent(EngineState* e, const uint8_t* p) noexcept nogil:

@@ -86,8 +86,9 @@ cdef enum:
     VOID = 8
     BALANCING_DEBIT = 16
     BALANCING_CREDIT = 32
+    CHAIN = 64
 
-    # what a remembered id was, beside its result
+    # what a remembered id was, beside its result; and CHAIN, where its row had that flag
     STATE_PLAIN = 0
     STATE_HELD = 1
     STATE_POSTED = 2
@@ -177,8 +178,8 @@ cdef struct Hold:                   # 64 bytes; id first, as in Account
     uint32_t credit
     uint32_t heap_position          # NONE = not in the heap; in a free slot: the next free slot
     uint16_t code
-    uint16_t reserved
-    uint64_t reserved2
+    uint16_t flags                  # CHAIN: only rows with that flag post or void it
+    uint64_t reserved
 
 
 cdef struct HeapEntry:              # holds by (deadline, sequence)

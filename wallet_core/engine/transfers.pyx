@@ -131,14 +131,16 @@ cdef uint8_t balancing_amount(const Account* d, const Account* c, uint32_t flags
     return OK
 
 
-cdef inline uint8_t row_check(const EngineState* e, const Transfer* t, bint chained) noexcept nogil:
+cdef inline uint8_t row_check(const EngineState* e, const Transfer* t, bint chained, bint chain_steps) noexcept nogil:
     # 6 to 10, then 28 to 32 (28 is found before): what the row says, whatever the accounts hold.
     cdef uint32_t kinds = t.flags & (HOLD | POST | VOID)
     cdef bint finishing = kinds == POST or kinds == VOID
     if du_likely(t.flags == 0 and not du_amount_invalid(t.amount) and (t.pending0 | t.pending1) == 0 and t.timeout_s == 0
                  and t.credit_shard == SHARD_LOCAL and (t.debit0 != t.credit0 or t.debit1 != t.credit1)):
         return OK
-    if t.flags & ~(<uint32_t> 63) or kinds & (kinds - 1) or (finishing and t.flags & (BALANCING_DEBIT | BALANCING_CREDIT)):
+    if t.flags & ~(<uint32_t> 127) or kinds & (kinds - 1) or (finishing and t.flags & (BALANCING_DEBIT | BALANCING_CREDIT)):
+        return FLAGS_INVALID
+    if t.flags & CHAIN and (not chain_steps or kinds == 0 or t.flags & (BALANCING_DEBIT | BALANCING_CREDIT)):
         return FLAGS_INVALID
     if du_amount_invalid(t.amount) and not (
             t.amount == 0 and (finishing or t.flags & (BALANCING_DEBIT | BALANCING_CREDIT))):
@@ -163,7 +165,8 @@ cdef inline uint8_t row_check(const EngineState* e, const Transfer* t, bint chai
 
 
 cdef uint8_t finishing_check(const EngineState* e, Transfer* t) noexcept nogil:
-    # A post or void: 11 to 16, then for a post 20 to 23. Nothing else can fail: the money is held.
+    # A post or void: 11 to 16, then for a post 20 to 23. Nothing else can fail: the money is held. To a row without the flag
+    # CHAIN the holds with it do not exist, not even once they are over, and the other way round.
     cdef const Hold* hold
     cdef const IdEntry* entry
     cdef uint64_t state
@@ -172,7 +175,7 @@ cdef uint8_t finishing_check(const EngineState* e, Transfer* t) noexcept nogil:
     if t.hold == NONE:
         entry = ids_lookup(e, t.pending0, t.pending1)
         if entry != NULL:
-            state = entry.meta >> 8 & 0xFF
+            state = (entry.meta >> 8 ^ t.flags & CHAIN) & 0xFF
             if state == STATE_POSTED:
                 return HOLD_ALREADY_POSTED
             if state == STATE_VOIDED:
@@ -181,6 +184,8 @@ cdef uint8_t finishing_check(const EngineState* e, Transfer* t) noexcept nogil:
                 return HOLD_EXPIRED
         return HOLD_NOT_FOUND
     hold = &e.holds[t.hold]
+    if (hold.flags ^ t.flags) & CHAIN:
+        return HOLD_NOT_FOUND
     t.debit = hold.debit
     t.credit = hold.credit
     t.moved = t.amount if t.amount else hold.amount
@@ -279,17 +284,18 @@ cdef int transfer_hold(EngineState* e, Transfer* t, bint chained, EventBuffer* e
     cdef Hold hold
     if chained and undo_push(e, t, UNDO_HOLD) == NULL:
         return -1
-    if ids_insert(e, t.id0, t.id1, t.id_hash, t.free_slot, t.fingerprint, STATE_HELD, OK) < 0:
+    if ids_insert(e, t.id0, t.id1, t.id_hash, t.free_slot, t.fingerprint, STATE_HELD | t.flags & CHAIN, OK) < 0:
         return -1
     memset(&hold, 0, sizeof(Hold))
     hold.id0 = t.id0
     hold.id1 = t.id1
     hold.sequence = e.sequence + 1
-    hold.deadline_ms = deadline_of(e, t.timeout_s)
+    hold.deadline_ms = deadline_of(e, t.timeout_s, t.flags)
     hold.amount = t.moved
     hold.debit = t.debit
     hold.credit = t.credit
     hold.code = <uint16_t> t.code
+    hold.flags = <uint16_t> (t.flags & CHAIN)
     if hold_add(e, &hold) < 0:
         return -1
     emit_money(e, events, KIND_HOLD_PLACED, t.id0, t.id1, t.moved, t.debit, t.credit, hold.deadline_ms, t.code,
@@ -307,7 +313,7 @@ cdef int transfer_finish(EngineState* e, Transfer* t, bint chained, EventBuffer*
         if undo == NULL:
             return -1
         undo.hold = hold
-    if ids_insert(e, t.id0, t.id1, t.id_hash, t.free_slot, t.fingerprint, STATE_PLAIN, OK) < 0:
+    if ids_insert(e, t.id0, t.id1, t.id_hash, t.free_slot, t.fingerprint, STATE_PLAIN | t.flags & CHAIN, OK) < 0:
         return -1
     hold_remove(e, t.hold)
     ids_mark(e, hold.id0, hold.id1, STATE_POSTED if post else STATE_VOIDED, 0xFF)
@@ -339,7 +345,7 @@ cdef inline void transfer_refuse(EngineState* e, uint64_t id0, uint64_t id1, uin
          fingerprint | <uint64_t> KIND_TRANSFER_REFUSED << 48 | flags << 56)
 
 
-cdef inline int transfer_apply(EngineState* e, Transfer* t, bint chained, bint broken, uint8_t* result,
+cdef inline int transfer_apply(EngineState* e, Transfer* t, bint chained, bint broken, bint chain_steps, uint8_t* result,
                                EventBuffer* events) noexcept nogil:
     # One row. Refusals are left to the caller to record (t.outcome == REFUSED). <0: out of memory.
     cdef uint64_t ms
@@ -357,7 +363,7 @@ cdef inline int transfer_apply(EngineState* e, Transfer* t, bint chained, bint b
         return 0
     entry = ids_find(e, t.id0, t.id1, t.id_hash, &t.free_slot)
     if du_unlikely(entry != NULL):
-        if entry.meta >> 16 != t.fingerprint:
+        if entry.meta >> 16 != t.fingerprint or (entry.meta >> 8 ^ t.flags) & CHAIN:
             result[0] = ID_REUSED
             return 0
         e.repeated_count += 1
@@ -368,7 +374,7 @@ cdef inline int transfer_apply(EngineState* e, Transfer* t, bint chained, bint b
         t.outcome = REFUSED
         result[0] = LINKED_FAILED
         return 0
-    result[0] = row_check(e, t, chained)
+    result[0] = row_check(e, t, chained, chain_steps)
     if du_unlikely(result[0] != OK):
         return 0
     if du_likely(t.credit_shard == SHARD_LOCAL and not t.flags & (HOLD | POST | VOID)):
@@ -506,7 +512,7 @@ cdef int transfers_apply(EngineState* e, const TransferColumns* c, uint64_t time
             chain_count = events.count
             chain_sequence = e.sequence
             e.undo_count = 0
-        if transfer_apply(e, t, chained, broken, &result, events) < 0:
+        if transfer_apply(e, t, chained, broken, c.chain_steps != 0, &result, events) < 0:
             return poison(e)
         results[t.row] = result
         if du_unlikely(chained and not broken and result != OK):
@@ -515,7 +521,8 @@ cdef int transfers_apply(EngineState* e, const TransferColumns* c, uint64_t time
                 return poison(e)
         if du_unlikely(t.outcome == REFUSED):
             # the id's place in the open generation is still free: nothing was inserted since it was looked up
-            if ids_insert(e, t.id0, t.id1, t.id_hash, t.free_slot, t.fingerprint, STATE_PLAIN, result) < 0:
+            if ids_insert(e, t.id0, t.id1, t.id_hash, t.free_slot, t.fingerprint,
+                          STATE_PLAIN | t.flags & CHAIN, result) < 0:
                 return poison(e)
             transfer_refuse(e, t.id0, t.id1, <uint64_t> t.amount, t.fingerprint, t.flags, t.code, result, events)
         if du_unlikely(chained):

@@ -57,7 +57,7 @@ ZERO_ID: Final = bytes(16)
 CURRENCY_COUNT_MAX: Final = 1024
 
 A, F, R = AccountFlags, TransferFlags, TransferResult
-ALL_TRANSFER_FLAGS: Final = 63
+ALL_TRANSFER_FLAGS: Final = 127
 ALL_ACCOUNT_FLAGS: Final = 15
 
 
@@ -134,6 +134,7 @@ class Hold:
     debit: int
     credit: int
     code: int
+    flags: int  # CHAIN or 0
 
 
 @dataclass(slots=True)
@@ -142,6 +143,7 @@ class Known:
 
     fingerprint: int
     result: int
+    flags: int = 0  # CHAIN or 0
     ended: int = 0  # of a hold: the result that a later post or void gets
 
 
@@ -213,6 +215,7 @@ class Twin:
         self.state = State()
         self.events: list[bytes] = []
         self.repeated_count = 0
+        self.chain_steps = False  # of the call
         self.poisoned = False
 
     # Commands.
@@ -231,6 +234,7 @@ class Twin:
         codes: bytes | None = None,
         credit_shards: bytes | None = None,
         rows: Iterable[int] | None = None,
+        chain_steps: bool = False,
     ) -> tuple[bytes, bytes]:
         count = _count("ids", ids)
         columns = zip(
@@ -251,6 +255,7 @@ class Twin:
             if row >= count:
                 raise ValueError(f"rows: {row} is not below {count}")
         self._begin(timestamp_ns)
+        self.chain_steps = chain_steps
         results = bytearray(count)
         at = 0
         while at < len(order):
@@ -466,7 +471,7 @@ class Twin:
 
     def _hold_view(self, hold: Hold) -> HoldView:
         debit, credit = self.state.accounts[hold.debit].id, self.state.accounts[hold.credit].id
-        return HoldView(hold.sequence, hold.id, debit, credit, hold.amount, hold.deadline_ms, hold.code)
+        return HoldView(hold.sequence, hold.id, debit, credit, hold.amount, hold.deadline_ms, hold.code, hold.flags)
 
     def sent(self, destination_shard: int) -> tuple[int, int]:
         sends = self.state.sends.get(destination_shard, Sends())
@@ -686,7 +691,7 @@ class Twin:
         known = self._known(row.id)
         if known is None:
             return R.OK, False
-        if known.fingerprint != fingerprint_of(row):
+        if known.fingerprint != fingerprint_of(row) or known.flags != row.flags & F.CHAIN:
             return R.ID_REUSED, False
         self.repeated_count += 1
         return known.result, True
@@ -712,6 +717,8 @@ class Twin:
         finishing = kinds in (F.POST, F.VOID)
         balancing = row.flags & (F.BALANCING_DEBIT | F.BALANCING_CREDIT)
         if row.flags & ~ALL_TRANSFER_FLAGS or kinds.bit_count() > 1 or (finishing and balancing):
+            return R.FLAGS_INVALID
+        if row.flags & F.CHAIN and (not self.chain_steps or not kinds or balancing):
             return R.FLAGS_INVALID
         if not 0 <= row.amount <= AMOUNT_MAX or (row.amount == 0 and not finishing and not balancing):
             return R.AMOUNT_INVALID
@@ -768,15 +775,22 @@ class Twin:
             flags=row.flags,
         )
         if row.flags & F.HOLD:
-            deadline = -(-self.state.now_ns // 1_000_000) + 1000 * row.timeout_s if row.timeout_s else 0
-            event = replace(event, kind=EventKind.HOLD_PLACED, deadline_ms=deadline)
+            event = replace(event, kind=EventKind.HOLD_PLACED, deadline_ms=self._deadline(row))
         return R.OK, event
+
+    def _deadline(self, row: Row) -> int:
+        if not row.timeout_s or row.flags & F.CHAIN:
+            return 0
+        return -(-self.state.now_ns // 1_000_000) + 1000 * row.timeout_s
 
     def _judge_finish(self, row: Row) -> tuple[int, Event | None]:
         hold = self.state.holds.get(row.pending_id)
-        if hold is None:
-            known = self._known(row.pending_id)
-            return (known.ended if known and known.ended else R.HOLD_NOT_FOUND), None
+        known = self._known(row.pending_id) if hold is None else hold
+        if known is None or not self._may_end(known, row):
+            return R.HOLD_NOT_FOUND, None
+        if isinstance(known, Known):
+            return known.ended or R.HOLD_NOT_FOUND, None
+        hold = known
         debit, credit = self.state.accounts[hold.debit], self.state.accounts[hold.credit]
         if row.debit_id not in (ZERO_ID, debit.id) or row.credit_id not in (ZERO_ID, credit.id):
             return R.HOLD_MISMATCH, None
@@ -802,6 +816,10 @@ class Twin:
             fingerprint=fingerprint_of(row),
             flags=row.flags,
         )
+
+    def _may_end(self, known: Hold | Known, row: Row) -> bool:
+        """Holds of chains and those of callers do not exist for each other."""
+        return known.flags == row.flags & F.CHAIN
 
     def _judge_send(self, row: Row) -> tuple[int, Event | None]:
         debit = self._usable(row.debit_id)
@@ -986,15 +1004,17 @@ class Twin:
             self._remember(event.id, Known(event.fingerprint, R.OK))
             self._move(event.debit_ordinal, event.credit_ordinal, event.amount)
         elif kind is EventKind.HOLD_PLACED:
-            self._remember(event.id, Known(event.fingerprint, R.OK))
+            flags = event.flags & F.CHAIN
+            self._remember(event.id, Known(event.fingerprint, R.OK, flags))
             s.accounts[event.debit_ordinal].held_out += event.amount
             s.accounts[event.credit_ordinal].held_in += event.amount
             accounts = (event.debit_ordinal, event.credit_ordinal)
-            s.holds[event.id] = Hold(event.id, event.sequence, event.deadline_ms, event.amount, *accounts, event.code)
+            times = (event.sequence, event.deadline_ms)
+            s.holds[event.id] = Hold(event.id, *times, event.amount, *accounts, event.code, flags)
         elif kind in (EventKind.HOLD_POSTED, EventKind.HOLD_VOIDED, EventKind.HOLD_EXPIRED):
             self._apply_finished(event)
         elif kind is EventKind.TRANSFER_REFUSED:
-            self._remember(event.id, Known(event.fingerprint, event.result))
+            self._remember(event.id, Known(event.fingerprint, event.result, event.flags & F.CHAIN))
         elif kind is EventKind.MONEY_SENT:
             self._apply_sent(event)
         elif kind in (EventKind.MONEY_RECEIVED, EventKind.CREDIT_REFUSED):
@@ -1022,7 +1042,7 @@ class Twin:
     def _apply_finished(self, event: Event) -> None:
         hold = next(hold for hold in self.state.holds.values() if hold.sequence == event.hold_sequence)
         if event.kind is not EventKind.HOLD_EXPIRED:
-            self._remember(event.id, Known(event.fingerprint, R.OK))
+            self._remember(event.id, Known(event.fingerprint, R.OK, event.flags & F.CHAIN))
         del self.state.holds[hold.id]
         self.state.accounts[hold.debit].held_out -= hold.amount
         self.state.accounts[hold.credit].held_in -= hold.amount

@@ -61,7 +61,7 @@ class SendView(NamedTuple):
 
 
 class HoldView(NamedTuple):
-    """One active hold; sequence is that of its HoldPlaced record, deadline_ms 0 = none."""
+    """One active hold; sequence is that of its HoldPlaced record, deadline_ms 0 = none, flags TransferFlags.CHAIN or 0."""
 
     sequence: int
     id: bytes
@@ -70,6 +70,7 @@ class HoldView(NamedTuple):
     amount: int
     deadline_ms: int
     code: int
+    flags: int
 
 
 class CurrencyTotals(NamedTuple):

@@ -90,10 +90,12 @@ class Pair:
     def now_ns(self) -> int:
         return self.engine.status().now_ns
 
-    def transfers(self, rows: Sequence[Row], now_ns: int = NOW, gather: Iterable[int] | None = None) -> list[int]:
-        columns = transfer_columns(rows)
-        results, events = self.engine.transfers(timestamp_ns=now_ns, rows=gather, **columns)
-        self._agree(events, (results, events), self.twin.transfers(timestamp_ns=now_ns, rows=gather, **columns))
+    def transfers(
+        self, rows: Sequence[Row], now_ns: int = NOW, gather: Iterable[int] | None = None, *, chain_steps: bool = False
+    ) -> list[int]:
+        columns = transfer_columns(rows) | {"timestamp_ns": now_ns, "rows": gather, "chain_steps": chain_steps}
+        results, events = self.engine.transfers(**columns)
+        self._agree(events, (results, events), self.twin.transfers(**columns))
         return list(results)
 
     def transfer(self, row: Row, now_ns: int = NOW) -> int:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 
-from tests.unit.wallet_core.engine.harness import MS, NOW, AccountRow, Pair, account_id, transfer_id
+from tests.unit.wallet_core.engine.harness import (
+    MS,
+    NOW,
+    AccountRow,
+    Pair,
+    account_id,
+    read_pieces,
+    transfer_columns,
+    transfer_id,
+)
 from wallet_core.engine.codes import EventKind, TransferFlags, TransferResult
 from wallet_core.engine.events import unpack_events
-from wallet_core.engine.twin import Row
+from wallet_core.engine.twin import Row, fingerprint_of
 
 F, R = TransferFlags, TransferResult
 BANK, ANN, BOB = map(account_id, range(3))
@@ -226,3 +236,111 @@ def test_holds_end_while_their_index_grows() -> None:
     assert set(pair.transfers(posts)) == {R.OK}
     assert pair.engine.status().hold_count == 0
     pair.check_replay()
+
+
+# ---- holds of chains across shards belong to their coordinator
+
+
+def test_holds_of_chains_do_not_exist_for_callers(pair: Pair) -> None:
+    """Neither while they are held nor once they are over, whatever a caller names: the answer never tells more than that of an id
+    that nobody has."""
+    nobodys = transfer_id(99)
+    rows = [Row(transfer_id(i), ANN, BOB, 10, F.HOLD | F.CHAIN, timeout_s=7) for i in (2, 3, 4)]
+    assert pair.transfers(rows, chain_steps=True) == [R.OK] * 3
+    before = balances(pair)
+    number = 100
+
+    def by_hand() -> None:
+        nonlocal number
+        for hold in (transfer_id(2), transfer_id(3), transfer_id(4), nobodys):
+            for kind in (F.POST, F.VOID):
+                for accounts in ((Z, Z), (ANN, BOB), (BOB, BANK)):
+                    for amount in (0, 4, 10, 11):
+                        number += 1
+                        assert pair.transfer(Row(transfer_id(number), *accounts, amount, kind, hold)) == R.HOLD_NOT_FOUND
+        # in a chain of one shard as well
+        number += 2
+        chain = [Row(transfer_id(number), Z, Z, 0, F.VOID | F.LINKED, transfer_id(2))]
+        assert pair.transfers([*chain, Row(transfer_id(number - 1), BANK, ANN, 1)]) == [R.HOLD_NOT_FOUND, R.LINKED_FAILED]
+
+    by_hand()
+    assert balances(pair) == before
+    ends = [Row(transfer_id(12), Z, Z, 0, F.POST | F.CHAIN, transfer_id(2))]
+    ends += [Row(transfer_id(13), ANN, BOB, 0, F.VOID | F.CHAIN, transfer_id(3))]
+    assert pair.transfers(ends, chain_steps=True) == [R.OK] * 2
+    by_hand()
+    again = [Row(transfer_id(14), Z, Z, 0, F.POST | F.CHAIN, transfer_id(2))]
+    again += [Row(transfer_id(15), Z, Z, 0, F.POST | F.CHAIN, transfer_id(3))]
+    again += [Row(transfer_id(16), Z, Z, 11, F.POST | F.CHAIN, transfer_id(4))]
+    expected = [R.HOLD_ALREADY_POSTED, R.HOLD_ALREADY_VOIDED, R.HOLD_AMOUNT_EXCEEDED]
+    assert pair.transfers(again, chain_steps=True) == expected
+    pair.check_agreement()
+    pair.check_replay()
+    pair.check_image()
+
+
+def test_chains_do_not_end_holds_of_callers(pair: Pair) -> None:
+    assert pair.transfer(Row(transfer_id(2), ANN, BOB, 10, F.HOLD)) == R.OK
+    for number, kind in enumerate((F.POST, F.VOID), 10):
+        step = Row(transfer_id(number), Z, Z, 0, kind | F.CHAIN, transfer_id(2))
+        assert pair.transfers([step], chain_steps=True) == [R.HOLD_NOT_FOUND]
+    assert pair.transfer(Row(transfer_id(12), Z, Z, 0, F.VOID, transfer_id(2))) == R.OK
+    step = Row(transfer_id(13), Z, Z, 0, F.VOID | F.CHAIN, transfer_id(2))
+    assert pair.transfers([step], chain_steps=True) == [R.HOLD_NOT_FOUND]
+    pair.check_replay()
+
+
+def test_a_hold_of_a_chain_has_no_deadline(pair: Pair) -> None:
+    """Its timeout is content only: another one under the same id is another command."""
+    hold = Row(transfer_id(2), ANN, BOB, 10, F.HOLD | F.CHAIN, timeout_s=1)
+    assert pair.transfers([hold], chain_steps=True) == [R.OK]
+    assert pair.engine.next_deadline() == 0
+    pair.expire(NOW + 3_600 * SECOND)
+    assert balances(pair)[1] == (100, 10, 0)
+    assert pair.transfers([hold, replace(hold, timeout_s=2)], chain_steps=True) == [R.OK, R.ID_REUSED]
+    pair.check_replay()
+    pair.check_image()
+
+
+def test_an_id_of_a_chain_and_one_of_a_caller_are_never_the_same_command(pair: Pair) -> None:
+    """Though the fingerprints agree: a fingerprint is no secret and may be aimed at."""
+    step = Row(transfer_id(2), ANN, BOB, 10, F.HOLD | F.CHAIN)
+    columns = transfer_columns([step])
+    wanted = fingerprint_of(step)
+    pair.twin.transfers(timestamp_ns=NOW, chain_steps=True, **columns)
+    known = pair.twin.state.generations[-1].ids[step.id]
+    assert (known.fingerprint, known.flags) == (wanted, F.CHAIN)
+    meta = (wanted << 16 | (1 | F.CHAIN) << 8 | R.OK).to_bytes(8, "little")
+    pair.engine.transfers(timestamp_ns=NOW, chain_steps=True, **columns)
+    pair.engine.image_begin()
+    pieces = b"".join(read_pieces(pair.engine))
+    pair.engine.image_end()
+    assert step.id + meta in pieces
+
+
+def test_a_callers_flag_in_a_broken_chain_is_no_right(pair: Pair) -> None:
+    """Rows behind the one that failed are refused before their flags are looked at, and remembered."""
+    rows = [Row(transfer_id(2), NOBODY, BOB, 1, F.LINKED), Row(transfer_id(3), ANN, BOB, 1, F.HOLD | F.CHAIN)]
+    assert pair.transfers(rows) == [R.DEBIT_ACCOUNT_NOT_FOUND, R.LINKED_FAILED]
+    step = Row(transfer_id(4), Z, Z, 0, F.VOID | F.CHAIN, transfer_id(3))
+    assert pair.transfers([step], chain_steps=True) == [R.HOLD_NOT_FOUND]
+    assert pair.transfers(rows[1:], chain_steps=True) == [R.LINKED_FAILED]
+    pair.check_replay()
+    pair.check_image()
+
+
+def test_a_chain_taken_back_gives_its_holds_back_as_they_were(pair: Pair) -> None:
+    assert pair.transfers([Row(transfer_id(2), ANN, BOB, 10, F.HOLD | F.CHAIN)], chain_steps=True) == [R.OK]
+    rows = [
+        Row(transfer_id(3), Z, Z, 0, F.POST | F.CHAIN | F.LINKED, transfer_id(2)),
+        Row(transfer_id(4), ANN, BOB, 5, F.HOLD | F.CHAIN | F.LINKED),
+        Row(transfer_id(5), NOBODY, BOB, 5, F.HOLD | F.CHAIN),
+    ]
+    expected = [R.LINKED_FAILED, R.LINKED_FAILED, R.DEBIT_ACCOUNT_NOT_FOUND]
+    assert pair.transfers(rows, chain_steps=True) == expected
+    assert pair.transfers(rows, chain_steps=True) == expected
+    assert pair.transfer(Row(transfer_id(6), Z, Z, 0, F.VOID, transfer_id(2))) == R.HOLD_NOT_FOUND
+    assert pair.transfers([Row(transfer_id(7), Z, Z, 0, F.VOID | F.CHAIN, transfer_id(2))], chain_steps=True) == [R.OK]
+    pair.check_agreement()
+    pair.check_replay()
+    pair.check_image()

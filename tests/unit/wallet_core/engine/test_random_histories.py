@@ -82,6 +82,7 @@ class Histories(RuleBasedStateMachine):
         step=st.sampled_from(STEPS_NS),
         gather=st.booleans(),
         closed=st.sampled_from([True] * 9 + [False]),
+        chain_steps=st.booleans(),
     )
     def transfers(self, **drawn: Any) -> None:
         self.world.transfers(**drawn)
@@ -90,6 +91,7 @@ class Histories(RuleBasedStateMachine):
         shard=shards,
         specs=st.lists(row_specs(GREAT_AMOUNTS), min_size=1, max_size=6),
         step=st.sampled_from(STEPS_NS),
+        chain_steps=st.booleans(),
     )
     def great_transfers(self, **drawn: Any) -> None:
         self.world.transfers(gather=False, closed=True, **drawn)
@@ -163,7 +165,8 @@ def play(world: World, random: Random, amounts: list[int] = AMOUNTS) -> None:
                 )
                 for _ in range(random.randint(1, 12))
             ]
-            world.transfers(shard, specs, pick(STEPS_NS), random.random() < 0.1, random.random() < 0.95)
+            chance = random.random
+            world.transfers(shard, specs, pick(STEPS_NS), chance() < 0.1, chance() < 0.95, chance() < 0.5)
         case "accounts":
             specs = [
                 (random.randint(0, ACCOUNTS + 1), pick(CURRENCIES), pick(ACCOUNT_FLAGS), pick(LIMITS), pick(LIMITS))

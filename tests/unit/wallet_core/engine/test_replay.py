@@ -29,6 +29,8 @@ def history() -> tuple[list[Event], list[tuple[int, int]], bytes]:
     pair.transfer(Row(transfer_id(5), Z, Z, 4, F.POST, transfer_id(2)))
     pair.transfer(Row(transfer_id(6), Z, Z, 0, F.VOID, transfer_id(3)))
     pair.transfer(Row(transfer_id(7), account_id(2), account_id(1), 1000))
+    pair.transfers([Row(transfer_id(30), account_id(1), account_id(2), 7, F.HOLD | F.CHAIN)], chain_steps=True)
+    pair.transfers([Row(transfer_id(31), Z, Z, 0, F.VOID | F.CHAIN, transfer_id(30))], chain_steps=True)
     pair.transfers([Row(transfer_id(i), account_id(1), account_id(9), 5, credit_shard=1) for i in (8, 9)])
     pair.update([AccountRow(account_id(2), balance_limit=500)])
     credit = (transfer_id(20), account_id(2), 3, b"USD\0", 1)
@@ -78,6 +80,10 @@ LIES: list[tuple[EventKind, Callable[[Event], Event], str]] = [
     (EventKind.HOLD_POSTED, lambda e: replace(e, debit_ordinal=0), "accounts"),
     (EventKind.HOLD_VOIDED, lambda e: replace(e, amount=9), "amount"),
     (EventKind.HOLD_VOIDED, lambda e: replace(e, flags=4), "flags"),
+    (EventKind.HOLD_VOIDED, lambda e: replace(e, flags=F.VOID | F.CHAIN), "flags"),
+    (EventKind.HOLD_POSTED, lambda e: replace(e, flags=F.POST | F.CHAIN), "flags"),
+    (EventKind.HOLD_PLACED, lambda e: replace(e, flags=F.HOLD | F.CHAIN), "flags or deadline"),
+    (EventKind.HOLD_PLACED, lambda e: replace(e, flags=F.HOLD | F.CHAIN | F.BALANCING_DEBIT, deadline_ms=0), "flags"),
     (EventKind.HOLD_EXPIRED, lambda e: replace(e, id=transfer_id(3)), "id"),
     (EventKind.TRANSFER_REFUSED, lambda e: replace(e, result=1), "result"),
     (EventKind.TRANSFER_REFUSED, lambda e: replace(e, id=transfer_id(1)), "there before"),
@@ -111,6 +117,14 @@ def test_a_record_that_contradicts_the_state_is_named(
     with pytest.raises(EnginePoisoned):
         engine.expire(NOW)
     assert engine.status().poisoned
+
+
+def test_a_callers_void_of_a_hold_of_a_chain_is_named(history: tuple[list[Event], list[tuple[int, int]], bytes]) -> None:
+    events, frames, _ = history
+    at = next(i for i, event in enumerate(events) if event.id == transfer_id(31))
+    forged = [*events[:at], replace(events[at], flags=int(F.VOID)), *events[at + 1 :]]
+    with pytest.raises(EngineRefused, match=f"event {events[at].sequence} .*flags"):
+        replay(Engine(), forged, frames)
 
 
 @pytest.mark.parametrize("make", [Engine, Twin])

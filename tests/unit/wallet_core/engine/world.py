@@ -27,7 +27,7 @@ AMOUNTS = [1, 2, 5, 10, 30, 100]
 WILD_AMOUNTS = [0, -1, AMOUNT_MAX, AMOUNT_MAX + 1, (1 << 63) - 1]
 #: A few of these fill an account, the in-flight account or what may be under way.
 GREAT_AMOUNTS = [1, 900, 1000, AMOUNT_MAX // 2, AMOUNT_MAX - 1000, AMOUNT_MAX - 1, AMOUNT_MAX]
-WILD_FLAGS = [6, 10, 12, 20, 24, 33, 48, 49, 64]
+WILD_FLAGS = [6, 10, 12, 20, 24, 33, 48, 49, 64, 65, 82, 128, 192, 1 << 14]
 TIMEOUTS = [0, 1, 1, 3600]
 STEPS_NS = [0] * 8 + [1, MS, 1000 * MS, 1000 * MS, 1500 * MS, 3600_000 * MS, 8 * 86_400_000 * MS, -1000 * MS]
 ID_OFFSETS_MS = [-1000, -999, 300_000, 300_001, -7 * 86_400_000]
@@ -36,6 +36,7 @@ SHAPES = (
     ["plain"] * 8
     + ["hold"] * 5
     + ["post", "part", "void"] * 3
+    + ["step"] * 4
     + ["send"] * 5
     + ["balancing debit", "balancing credit", "again", "again", "other", "odd id", "wild flags", "wild amount", "wild"]
 )
@@ -101,6 +102,12 @@ class World:
             row.pending_id = self.holds[-1 - pick % min(len(self.holds), 4)]
             if pick < 25:
                 row.debit_id = row.credit_id = bytes(16)
+        elif shape == "step":  # of a chain across shards
+            row.flags |= F.CHAIN | [F.HOLD, F.HOLD, F.POST, F.VOID][pick % 4]
+            row.timeout_s = timeout if row.flags & F.HOLD else 0
+            if not row.flags & F.HOLD:
+                row.amount, row.pending_id = amount * (pick % 2), self.holds[-1 - pick % min(len(self.holds), 4)]
+                row.debit_id = row.credit_id = bytes(16)
         elif shape == "send":
             row.flags, row.credit_shard = 0, 1 - shard
             row.credit_id = self.account(1 - shard, spec[3])
@@ -125,14 +132,16 @@ class World:
             row.pending_id = before.id if pick % 3 == 0 else bytes(16)
         return row
 
-    def transfers(self, shard: int, specs: Sequence[tuple[Any, ...]], step: int, gather: bool, closed: bool) -> None:
+    def transfers(
+        self, shard: int, specs: Sequence[tuple[Any, ...]], step: int, gather: bool, closed: bool, chain_steps: bool
+    ) -> None:
         self.now += step
         rows = [self.row(shard, spec) for spec in specs]
         order = list(range(len(rows)))[::-2] if gather else list(range(len(rows)))
         if closed:
             last = rows[order[-1]]
             rows[order[-1]] = replace(last, flags=last.flags & ~F.LINKED)
-        results = self.pairs[shard].transfers(rows, self.now, order if gather else None)
+        results = self.pairs[shard].transfers(rows, self.now, order if gather else None, chain_steps=chain_steps)
         self.holds += [rows[i].id for i in order if rows[i].flags & F.HOLD and results[i] == TransferResult.OK]
 
     def accounts(self, shard: int, specs: Sequence[tuple[Any, ...]], update: bool) -> None:
