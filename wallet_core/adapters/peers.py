@@ -45,13 +45,15 @@ class Peers:
         request = relay_pb2.ReadCurrenciesRequest(account_ids=ids)
         return list((await _call(stub.ReadCurrencies(request, timeout=STEP_TIMEOUT_S))).currency_codes)
 
-    async def mark_ids(self) -> set[bytes]:
+    async def mark_ids(self) -> tuple[set[bytes], set[int]]:
         found: set[bytes] = set()
+        shards: set[int] = set()
         for address in set(self._owners.values()):
             stub: Any = RelayServiceStub(await self._dial(address))
             answer = await _call(stub.ListChainMarks(relay_pb2.ListChainMarksRequest(), timeout=CUT_TIMEOUT_S))
             found.update(answer.mark_ids)
-        return found
+            shards.update(answer.shards)
+        return found, shards
 
 
 class AllShards:

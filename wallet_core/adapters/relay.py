@@ -195,7 +195,8 @@ class RelayServicer(RelayServiceServicer):
     async def ListChainMarks(  # noqa: N802
         self, request: relay_pb2.ListChainMarksRequest, context: Any
     ) -> relay_pb2.ListChainMarksResponse:
-        return relay_pb2.ListChainMarksResponse(mark_ids=await self._chains.mark_ids())
+        marks = await self._chains.mark_ids()
+        return relay_pb2.ListChainMarksResponse(mark_ids=marks, shards=self._host.shard_ids)
 
     async def ReadCut(self, request: relay_pb2.ReadCutRequest, context: Any) -> relay_pb2.ReadCutResponse:  # noqa: N802
         self._own(request.shard)

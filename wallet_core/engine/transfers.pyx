@@ -371,6 +371,9 @@ cdef inline int transfer_apply(EngineState* e, Transfer* t, bint chained, bint b
         result[0] = entry.meta & 0xFF
         return 0
     if du_unlikely(broken):
+        if t.flags & CHAIN and not chain_steps:     # or an id could be used up with a flag that its caller may not use
+            result[0] = FLAGS_INVALID
+            return 0
         t.outcome = REFUSED
         result[0] = LINKED_FAILED
         return 0

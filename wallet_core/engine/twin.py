@@ -676,7 +676,10 @@ class Twin:
                 result, repeated = self._judge_id(row)
                 if result == R.OK and not repeated:
                     result = R.LINKED_FAILED
-                    self._refuse(row, result)
+                    if row.flags & F.CHAIN and not self.chain_steps:
+                        result = R.FLAGS_INVALID
+                    else:
+                        self._refuse(row, result)
                 results.append(result)
         return results
 

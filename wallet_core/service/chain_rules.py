@@ -14,6 +14,9 @@ Marks and decisions are holds between two striped accounts of a currency of thei
 the n holds that were placed just before it, in the same frame: nothing can come between the events of a local chain.
 A decision has amount 1. Legs that cross shards go through a striped transit account of their currency: holds on
 both sides, so that neither side can refuse later. The row's own id is that of the hold on its debit account.
+
+Every row of a step has the flag CHAIN, which a shard takes from coordinators alone. So nobody else can place, post or void
+such a hold, whatever ids he knows, and what he does under an id of ours is another command than ours.
 """
 
 from __future__ import annotations
@@ -40,7 +43,6 @@ __all__ = [
     "accounts_of",
     "forget",
     "home_of",
-    "is_ours",
     "mark_of",
     "plan",
     "refused_at_once",
@@ -56,15 +58,14 @@ NO_CURRENCY = "XXX"
 MARKS = account_id("chain/marks")
 """Debit account of marks and decisions; nothing but their holds is ever on it."""
 MARKED = account_id("chain/marked")
-"""Their credit account. Rows of callers that name either are refused where chains across shards are coordinated."""
-_GONE = b"chain-aborted:"
-"""Begins an account id that does not exist: a transfer from it uses its own id up and moves nothing."""
+"""Their credit account. What callers do on the two has no meaning."""
 
 F, R = TransferFlags, TransferResult
-_LINKED, _HOLD, _POST, _VOID = int(F.LINKED), int(F.HOLD), int(F.POST), int(F.VOID)
+_LINKED = int(F.LINKED)
+_HOLD, _POST, _VOID = int(F.HOLD | F.CHAIN), int(F.POST | F.CHAIN), int(F.VOID | F.CHAIN)
+_OF_CALLERS = F.LINKED | F.HOLD | F.POST | F.VOID | F.BALANCING_DEBIT | F.BALANCING_CREDIT
 _DONE_BEFORE = frozenset({R.HOLD_NOT_FOUND, R.HOLD_ALREADY_VOIDED})
 _REMEMBERED = range(R.HOLD_NOT_FOUND, R.LINKED_FAILED + 1)
-_TAG_BIT = 1 << 31
 
 Step = Generator[list["Ask"], list["bytes | None"], "bool | None"]
 
@@ -79,7 +80,7 @@ class Ask(NamedTuple):
 
 class ChainMark(NamedTuple):
     """A mark that a shard has, with the holds that it stands for: (id, debit account, credit account). Not complete: some of
-    them are no longer held, so somebody ended them by hand. A decision is complete and has none."""
+    them are no longer held, which nobody but a mistake of ours can bring about. A decision is complete and has none."""
 
     shard: int
     id: bytes
@@ -155,7 +156,7 @@ def _row_wrong(row: TransferRow) -> TransferResult:
     if row.id[6] >> 4 != 7 or row.id[8] >> 6 != 2:
         return R.ID_INVALID
     if row.flags & ~_LINKED:
-        return R.FLAGS_INVALID if row.flags & ~63 else R.CROSS_SHARD_UNSUPPORTED
+        return R.FLAGS_INVALID if row.flags & ~int(_OF_CALLERS) else R.CROSS_SHARD_UNSUPPORTED
     if not 0 < row.amount_minor <= AMOUNT_MAX:
         return R.AMOUNT_INVALID
     if row.pending_id != ID_NONE:
@@ -175,7 +176,7 @@ def plan(
         hashed.update(b"%b%b%b%d/%d/%d/" % (row.id, row.debit_id, row.credit_id, row.amount_minor, row.flags, row.code))
     digest = hashed.digest()
     time_ms = time_ms_of(rows[0].id)
-    timeout_s = _TAG_BIT | int.from_bytes(digest[:4], "big") >> 1  # decades; in the fingerprint of every hold
+    timeout_s = int.from_bytes(digest[:4], "big")  # no deadline, for these holds have none: it is in their fingerprints
     holds: dict[int, list[TransferRow]] = {routes[0][0]: []}
     owners: dict[int, list[int]] = {routes[0][0]: []}
     for place, (row, (home, credit), currency) in enumerate(zip(rows, routes, currencies, strict=True)):
@@ -234,13 +235,6 @@ def mark_of(decision_id: bytes, shard: int, shard_count: int) -> bytes:
     return _placed(decision_id, _first_slot(shard, shard_count))
 
 
-def is_ours(id_: bytes, shard: int, shard_count: int) -> bool:
-    """Whether a hold on the account of marks has the id of a mark of this shard, or of a decision. Others are nobody's."""
-    if home_of(id_) >= shard_count:
-        return False
-    return id_ in (mark_of(id_, shard, shard_count), _decision_id(id_, shard_count))
-
-
 # ---- steps
 
 
@@ -257,21 +251,18 @@ def _learn(mark_id: bytes, shard_count: int, now_ns: Callable[[], int]) -> Step:
     """Aborts unless the decision was a commit: True = committed, False = aborted for good, None = not known."""
     decision_id = _decision_id(mark_id, shard_count)
     home = home_of(mark_id)
-    gone = _GONE + _first_slot(home, shard_count).to_bytes(2, "big")
-    (answer,) = yield [Ask(home, [TransferRow(decision_id, gone, MARKED, 1)])]
+    (answer,) = yield [Ask(home, [_abort(decision_id, _first_slot(home, shard_count))])]
     if answer is None:
         return None
-    if answer[0] == R.ID_REUSED:
-        return True
-    if answer[0] != R.ID_TOO_OLD:
+    if answer[0] not in (R.ID_REUSED, R.ID_TOO_OLD):
         return False if answer[0] in _REMEMBERED else None
-    # No longer remembered, so nobody can commit any more. A commit that some shard has yet to follow still has its hold:
-    # asking for more than it has tells.
+    # The id is used, by a commit or by anything else, or it is no longer remembered: nobody can commit any more. A commit that
+    # some shard has yet to follow still has its hold: asking for more than it has tells.
     probe = _ending(decision_id, MARKS, MARKED, _POST, now_ns())._replace(amount_minor=2)
     (answer,) = yield [Ask(home, [probe])]
-    if answer is None or answer[0] in (R.ID_TOO_OLD, R.ID_AHEAD):
+    if answer is None or answer[0] not in _REMEMBERED:
         return None
-    return answer[0] == R.HOLD_AMOUNT_EXCEEDED
+    return answer[0] in (R.HOLD_AMOUNT_EXCEEDED, R.HOLD_ALREADY_VOIDED)
 
 
 def _settle_all(
@@ -311,6 +302,14 @@ def _linked(rows: list[TransferRow]) -> list[TransferRow]:
 
 def _marker(id_: bytes, amount: int, timeout_s: int) -> TransferRow:
     return TransferRow(id_, MARKS, MARKED, amount, _HOLD, ID_NONE, timeout_s)
+
+
+def _abort(decision_id: bytes, slot: int) -> TransferRow:
+    """Uses the id up and moves nothing: it voids a hold of the year 1970, which no shard ever took. The accounts only say where it
+    goes, and it makes no difference whether somebody opens them."""
+    at = slot.to_bytes(2, "big")
+    never = bytes(6) + b"\x70\0\x80" + bytes(5) + at
+    return TransferRow(decision_id, b"chain-aborted:" + at, b"chain-refused:" + at, 0, _VOID, never)
 
 
 def _ending(hold_id: bytes, debit_id: bytes, credit_id: bytes, kind: int, now_ns: int) -> TransferRow:

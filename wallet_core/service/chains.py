@@ -68,8 +68,8 @@ class ChainPeers(Protocol):
     async def currencies(self, shard: int, ids: Sequence[bytes]) -> list[str]:
         """`Chains.currencies` there."""
 
-    async def mark_ids(self) -> set[bytes]:
-        """The ids of all marks and decisions of all other processes."""
+    async def mark_ids(self) -> tuple[set[bytes], set[int]]:
+        """The ids of all marks and decisions of all other processes, and the shards that these own."""
 
 
 class NoPeers:
@@ -81,8 +81,8 @@ class NoPeers:
     async def currencies(self, shard: int, ids: Sequence[bytes]) -> list[str]:
         raise LookupError(f"nobody owns shard {shard}")
 
-    async def mark_ids(self) -> set[bytes]:
-        return set()
+    async def mark_ids(self) -> tuple[set[bytes], set[int]]:
+        return set(), set()
 
 
 class _Refused(NamedTuple):
@@ -268,14 +268,17 @@ class Chains:
 
     async def _forget_those_without_marks(self, decisions: Sequence[ChainMark]) -> int:
         """A decision may go once no shard has a mark of its chain; no new one can come, because all of them were there before it
-        was placed."""
+        was placed. A shard that has moved to a process we do not know of may have one: then none is forgotten."""
+        shards = range(self._host.shard_count)
         try:
-            marks = await self.mark_ids() | await self._peers.mark_ids()
+            marks, asked = await self._peers.mark_ids()
+            marks |= await self.mark_ids()
         except DucatError:
+            return 0
+        if not asked.union(self._host.shard_ids).issuperset(shards):
             return 0
         count = 0
         for decision in decisions:
-            shards = range(self._host.shard_count)
             if not any(chain_rules.mark_of(decision.id, shard, self._host.shard_count) in marks for shard in shards):
                 await self._forget(decision.id)
                 count += 1

@@ -1,7 +1,8 @@
 # What chains across shards and the balance check read of a shard, on its apply thread. Included by _host.pyx.
 #
 # Both answers are packed records, little endian, that wallet_core/shard/port.py unpacks:
-#   holds   where to go on (u64, 0 = the end), then one HoldState a hold: every mark, behind the holds that it stands for
+#   holds   where to go on (u64, 0 = the end), then one HoldState a hold: every mark, behind the holds that it stands for.
+#           Only holds with the flag CHAIN, which nobody but the coordinator can place
 #   cut     sequence u64, currencies u64; a currency: name u32, 0 u32, balance i64, in flight i64;
 #           then for each other shard: shard u64, settled u64, sent u64, received u64, sends u64, refusals u64;
 #           a send: amount i64, currency u32, 0 u32; a refusal: number u64, result u64
@@ -62,11 +63,13 @@ cdef int chain_holds_read(Engine engine, const uint8_t* marks_id, uint64_t from_
     if blob_add(blob, &slot, 8) < 0:
         return -1
     for i in range(count):
+        if not marks[i].flags & FLAG_CHAIN:
+            continue
         sequence = marks[i].sequence
         if <uint64_t>marks[i].amount - 1 <= min(<uint64_t>LEGS_MAX, sequence):
             sequence -= <uint64_t>marks[i].amount - 1
         while sequence < marks[i].sequence:
-            if engine.hold_placed_at(sequence, &leg) and blob_add(blob, &leg, sizeof(HoldState)) < 0:
+            if engine.hold_placed_at(sequence, &leg) and leg.flags & FLAG_CHAIN and blob_add(blob, &leg, sizeof(HoldState)) < 0:
                 return -1
             sequence += 1
         if blob_add(blob, &marks[i], sizeof(HoldState)) < 0:

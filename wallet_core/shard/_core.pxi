@@ -180,7 +180,6 @@ cdef struct Request:
     int waiter                       # 1: a thread waits for it (finished), 0: completion list
     int finished
     int locating                     # 1: holds are being looked for; not submitted yet
-    int whole                        # 1: a chain across shards is refused, not set aside
     int striping                     # 1: opens striped accounts; until it is done nobody knows where their transfers go
     uint64_t bytes_held              # for back-pressure
     uint8_t* results

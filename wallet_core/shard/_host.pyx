@@ -56,6 +56,7 @@ cdef enum:
     CHAIN_OPEN = 28
     ACCOUNT_WRONG_SHARD = 9
     FLAG_LINKED = 1
+    FLAG_CHAIN = 64
     FLAG_POST_OR_VOID = 12
     ACCOUNT_STRIPED = 8
     ROOM_LOOK_NS = 500000000         # how often the memory thread looks whether a shard is at rest
@@ -107,7 +108,6 @@ cdef class ShardHost:
     cdef list _callers               # who waits for each of them
     cdef list _chains                # set aside: (request, first row, rows, routes)
     cdef readonly bint coordinated   # chains across shards are set aside for `chains`, not refused
-    cdef uint8_t _reserved[32]       # two accounts that only steps of chains may name
     cdef public size_t blob_bytes_max    # of one answer to submit_chain_holds and submit_cut; beyond that it is given up
     cdef Request* _parked            # located and not routed yet, oldest first
     cdef Request* _parked_tail
@@ -469,10 +469,10 @@ cdef class ShardHost:
         self._take_columns(request, &batch)
         self._submit_transfers(request)
 
-    def submit_rows(self, uint64_t ticket, rows, *, bint settled=True, bint whole=False):
+    def submit_rows(self, uint64_t ticket, rows, *, bint settled=True, bint chain_steps=False):
         """Transfers as tuples in the order of TransferRow (id, debit, credit, amount[, flags, pending id, timeout, code]).
-        The completion's result is a RowsResult. Raises BatchInvalid naming the row. whole: chains must be of one shard, and
-        the limits of what is under way do not count."""
+        The completion's result is a RowsResult. Raises BatchInvalid naming the row. chain_steps: from the coordinator of chains, so
+        that rows may have the flag CHAIN, their own chains must be of one shard, and the limits of what is under way do not count."""
         cdef Request* request
         cdef uint32_t count = len(rows), i = 0
         cdef uint8_t* data
@@ -485,7 +485,7 @@ cdef class ShardHost:
             raise port.BatchInvalid("rows", "the batch has no rows")
         if count > ROWS_MAX:
             raise port.BatchInvalid("rows", f"{count} rows, at most {ROWS_MAX} are allowed")
-        request = self._new(ticket, SHAPE_ROWS, count, 128 * <uint64_t>count, None, count, whole)
+        request = self._new(ticket, SHAPE_ROWS, count, 128 * <uint64_t>count, None, count, chain_steps)
         try:
             data = <uint8_t*>malloc(80 * n)
             if data == NULL:
@@ -522,7 +522,7 @@ cdef class ShardHost:
         except BaseException:
             self._drop(request)
             raise
-        request.settled, request.whole = settled, whole
+        request.settled, request.columns.chain_steps = settled, chain_steps
         self._point_columns(request, data)
         self._submit_transfers(request)
 
@@ -669,7 +669,7 @@ cdef class ShardHost:
         cdef uint32_t filled[SHARDS_MAX]
         cdef Work* works[SHARDS_MAX]
         cdef Work* work
-        cdef bint split, reserved = False
+        cdef bint split, coordinated = self.coordinated and not request.columns.chain_steps
         cdef uint8_t code
         request.row_index = <uint32_t*>malloc(4 * n)
         request.credit_shards = <uint8_t*>malloc(2 * n)
@@ -683,9 +683,6 @@ cdef class ShardHost:
         with nogil:
             for row in range(count):
                 self._home_of(request, row, &home[row], &credit[row])
-                if self.coordinated and not request.whole and self._names_reserved(request, row):
-                    request.results[row], home[row] = CROSS_SHARD_UNSUPPORTED, LOCATE_NONE
-                    reserved = True
             if request.columns.flags != NULL:
                 row = 0
                 while row < count:
@@ -693,18 +690,15 @@ cdef class ShardHost:
                         row += 1
                         continue
                     chain_end = row
-                    split = self.coordinated and not request.whole and credit[row] != SHARD_LOCAL
+                    split = coordinated and credit[row] != SHARD_LOCAL
                     while chain_end < count and request.columns.flags[2 * <size_t>chain_end] & FLAG_LINKED:
                         chain_end += 1
-                        if chain_end < count and (home[chain_end] != home[row] or (
-                                self.coordinated and not request.whole and credit[chain_end] != SHARD_LOCAL)):
+                        if chain_end < count and (home[chain_end] != home[row] or (coordinated and credit[chain_end] != SHARD_LOCAL)):
                             split = True
                     code = CROSS_SHARD_UNSUPPORTED
-                    if self.coordinated and not request.whole:
+                    if coordinated:
                         code = CHAIN_OPEN if chain_end == count else \
-                            CROSS_SHARD_UNSUPPORTED if reserved and self._any_refused(request, row, chain_end) else \
                             WRONG_SHARD if self.core.shards[home[row]] == NULL else SET_ASIDE
-                        split = split or code == CROSS_SHARD_UNSUPPORTED
                     aside += split and code == SET_ASIDE
                     while row <= chain_end and row < count:
                         if split:
@@ -762,27 +756,9 @@ cdef class ShardHost:
 
     # ---- chains across shards ----
 
-    def coordinate(self, bytes marks_id not None, bytes marked_id not None):
-        """From now on chains across shards are set aside for `chains`. Rows that name one of the two accounts are refused, with
-        their whole chain, unless they are submitted with whole=True."""
-        if len(marks_id) != 16 or len(marked_id) != 16:
-            raise ValueError("ids of 16 bytes are expected")
-        memcpy(self._reserved, PyBytes_AS_STRING(marks_id), 16)
-        memcpy(self._reserved + 16, PyBytes_AS_STRING(marked_id), 16)
+    def coordinate(self):
+        """From now on chains across shards are set aside for `chains`."""
         self.coordinated = True
-
-    cdef bint _names_reserved(self, Request* request, uint32_t row) noexcept nogil:
-        cdef const uint8_t* debit_id = request.columns.debit_ids + 16 * <size_t>row
-        cdef const uint8_t* credit_id = request.columns.credit_ids + 16 * <size_t>row
-        return ducat_same_id(debit_id, self._reserved) or ducat_same_id(credit_id, self._reserved + 16) \
-            or ducat_same_id(debit_id, self._reserved + 16) or ducat_same_id(credit_id, self._reserved)
-
-    cdef bint _any_refused(self, Request* request, uint32_t first, uint32_t last) noexcept nogil:
-        cdef uint32_t row
-        for row in range(first, last + 1):
-            if request.results[row] == CROSS_SHARD_UNSUPPORTED:
-                return True
-        return False
 
     cdef int _set_aside(self, Request* request, const uint16_t* home, const uint16_t* credit) except -1:
         """Rows that were marked SET_ASIDE, chain by chain, for a coordinator. Each counts as a part of the request."""

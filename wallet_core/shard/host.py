@@ -28,7 +28,7 @@ from kernel.errors import (
 )
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.event_log import DiskNearlyFull, LogGap, LogTail, delete_segments_below, segments
-from wallet_core.service.chain_rules import MARKED, MARKS, ChainMark, is_ours
+from wallet_core.service.chain_rules import MARKS, ChainMark
 from wallet_core.shard._host import AccountsRead, ShardClock, ShardHost
 from wallet_core.shard.port import (
     MESSAGE_BYTES_MAX,
@@ -251,12 +251,12 @@ class WalletHost:
     def coordinate(self, on_chain: RunChain) -> None:
         """Chains across shards go to `on_chain(rows, routes)`, which gives one TransferResult byte a row and positions."""
         self.on_chain = on_chain
-        self._native.coordinate(MARKS, MARKED)
+        self._native.coordinate()
 
     async def apply_step(self, shard: int, rows: Sequence[TransferRow]) -> RowsResult:
-        """As `transfer_rows`, for a step of a chain across shards: rows of one shard, never set aside again. Never waits for
-        room: the request that it belongs to holds some, and would hold it for ever. Steps of one iteration of the loop for the
-        same shard share a batch; with those of another shard they would share its full disk."""
+        """As `transfer_rows`, for a step of a chain across shards: rows of one shard, never set aside again, which may have the
+        flag CHAIN. Never waits for room: the request that it belongs to holds some, and would hold it for ever. Steps of one
+        iteration of the loop for the same shard share a batch; with those of another shard they would share its full disk."""
         while self._striping:
             await asyncio.wait(self._striping)
         if sum(len(part) for part, _ in self._steps.get(shard, ())) + len(rows) > ROWS_MAX:
@@ -275,15 +275,14 @@ class WalletHost:
     def _submit_steps(self, steps: _Steps) -> None:
         try:
             done = self._future(closing=True)
-            self._native.submit_rows(self._ticket, [row for rows, _ in steps for row in rows], whole=True)
+            self._native.submit_rows(self._ticket, [row for rows, _ in steps for row in rows], chain_steps=True)
         except Exception as error:
             _refuse((one for _, one in steps), self._forget(error))
         else:
             done.add_done_callback(lambda done: _share(done, steps))
 
     async def chain_marks(self, shard: int) -> list[ChainMark]:
-        """Every mark of a chain across shards with the holds that it stands for; decisions have none. A hold on the account of
-        marks that has no mark's id is not one."""
+        """Every mark of a chain across shards with the holds that it stands for; decisions have none."""
         found: list[ChainMark] = []
         at = 0
         while True:
@@ -296,8 +295,7 @@ class WalletHost:
             waiting: list[tuple[bytes, bytes, bytes]] = []
             for id_, debit_id, credit_id, amount in holds:
                 if debit_id == MARKS:
-                    if is_ours(id_, shard, self.shard_count):
-                        found.append(ChainMark(shard, id_, tuple(waiting), len(waiting) == amount - 1))
+                    found.append(ChainMark(shard, id_, tuple(waiting), len(waiting) == amount - 1))
                     waiting = []
                 else:
                     waiting.append((id_, debit_id, credit_id))

@@ -119,7 +119,9 @@ def test_a_record_that_contradicts_the_state_is_named(
     assert engine.status().poisoned
 
 
-def test_a_callers_void_of_a_hold_of_a_chain_is_named(history: tuple[list[Event], list[tuple[int, int]], bytes]) -> None:
+def test_a_callers_void_of_a_hold_of_a_chain_is_named(
+    history: tuple[list[Event], list[tuple[int, int]], bytes],
+) -> None:
     events, frames, _ = history
     at = next(i for i, event in enumerate(events) if event.id == transfer_id(31))
     forged = [*events[:at], replace(events[at], flags=int(F.VOID)), *events[at + 1 :]]

@@ -17,7 +17,7 @@ from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.service import chain_rules
 from wallet_core.service.chain_rules import MARKED, MARKS, transit_account
 from wallet_core.service.chains import Chains, NoPeers
-from wallet_core.service.port import AccountRow, TransferRow
+from wallet_core.service.port import ID_NONE, AccountRow, TransferRow
 from wallet_core.shard import ShardClock, WalletHost
 from wallet_core.shard.port import RowsResult, unpack_cut
 
@@ -28,6 +28,7 @@ A2, B2 = on_shard(0, SHARDS, 1), on_shard(1, SHARDS, 1)
 PEOPLE = (A, B, C, D, A2, B2)
 EURO = on_shard(3, SHARDS, 3)
 LINKED, HOLD = int(TransferFlags.LINKED), int(TransferFlags.HOLD)
+POST, VOID = int(TransferFlags.POST), int(TransferFlags.VOID)
 R = TransferResult
 FUND = 1_000
 
@@ -120,6 +121,7 @@ async def test_all_legs_are_applied_and_nothing_is_left(world: World) -> None:
         (move(2, C, D, 5, flags=int(TransferFlags.BALANCING_DEBIT)), R.CROSS_SHARD_UNSUPPORTED),
         (move(2, C, D, 5, timeout_s=3), R.TIMEOUT_INVALID),
         (move(2, C, D, 5, flags=1 << 9), R.FLAGS_INVALID),
+        (move(2, C, D, 5, flags=int(TransferFlags.CHAIN)), R.FLAGS_INVALID),
         (TransferRow(bytes(16), C, D, 5), R.ID_INVALID),
         (TransferRow(transfer_id(2, NOW_MS + 3_600_000), C, D, 5), R.ID_AHEAD),
         (TransferRow(transfer_id(2, NOW_MS - 30 * 86_400_000), C, D, 5), R.ID_TOO_OLD),
@@ -363,41 +365,28 @@ async def test_without_a_coordinator_chains_across_shards_are_refused(world: Wor
     assert list(codes) == [R.CROSS_SHARD_UNSUPPORTED] * 2
 
 
-async def test_nobody_but_chains_uses_the_accounts_of_marks(world: World) -> None:
-    assert await world.chain(move(1, A, B, 10), move(2, C, D, 10)) == [R.OK] * 2
-    refused = R.CROSS_SHARD_UNSUPPORTED
-    for number, (debit, credit) in enumerate([(MARKS, MARKED), (MARKED, MARKS), (MARKS, A), (A, MARKED), (MARKED, B)]):
-        alone = move(100 + number, debit, credit, 10**12, flags=HOLD)
-        assert list(await world.host.transfers([alone, move(200 + number, A, A2, 1)])) == [refused, R.OK]
-        assert list(await world.host.transfers([alone])) == [refused]
-    a_chain = [move(300, A, A2, 1), move(301, MARKS, MARKED, 1, flags=HOLD), move(302, A2, A, 1)]
-    assert await world.chain(*a_chain) == [refused] * 3
-    assert await world.chain(move(303, A, B, 1), a_chain[1]) == [refused] * 2
-    assert await world.chain(move(304, MARKS, MARKED, 1), move(305, A, B, 1)) == [refused] * 2
-    assert list(await world.host.transfers([a_chain[1]._replace(flags=HOLD | LINKED)])) == [refused]
-    raw = message(
-        [move(306, MARKS, MARKED, 1, flags=HOLD), *linked([move(307, C, B, 1), move(308, D, A, 1)])], settle=2
-    )
-    answer = wallet_pb2.TransferBatchResult.FromString(await world.host.transfer_batch(raw))
-    assert (list(answer.failed_rows), list(answer.failed_results)) == ([0], [refused])
-    await world.is_clean()
-
-
-async def test_a_hold_that_has_no_marks_id_is_not_a_mark(world: World) -> None:
-    """Ids that name shards which do not exist, and other people's holds just before it."""
+async def test_what_callers_do_on_the_accounts_of_marks_means_nothing(world: World) -> None:
+    """Holds there are no marks, whatever their ids and amounts, and whatever was held just before them."""
     assert await world.chain(move(1, A, B, 10), move(2, C, D, 10)) == [R.OK] * 2
     payout = move(3, A, A2, 900, flags=HOLD)
     assert list(await world.host.transfers([payout])) == [R.OK]
-    for number in range(200, 300):
-        foreign = TransferRow(transfer_id(number), MARKS, MARKED, 2 + number, HOLD)
-        # as a shard would have it that took it before such rows were refused
-        assert list((await world.host.apply_step(0, [foreign])).codes) == [R.OK]
+    steps = Steps(world, linked([move(4, A, B, 10), move(5, C, D, 20)]))
+    ids = [transfer_id(number) for number in range(200, 300)]
+    ids += [mark.id for mark in steps.plan.marks] + [steps.plan.decision.id]
+    foreign = [TransferRow(id_, MARKS, MARKED, 2 + number, HOLD) for number, id_ in enumerate(ids)]
+    assert set(await world.host.transfers(foreign)) == {R.OK}
+    (state,) = await world.host.accounts([MARKS])
+    assert state is not None
+    assert state.held_out > 0
     assert await world.chains.look() == 0
     (state,) = await world.host.accounts([A])
     assert state is not None
     assert state.held_out == 900
-    post = move(4, A, A2, 0, flags=int(TransferFlags.POST))._replace(pending_id=payout.id)
-    assert list(await world.host.transfers([post])) == [R.OK]
+    ends = [TransferRow(transfer_id(1_000 + n), MARKS, MARKED, 0, VOID, row.id) for n, row in enumerate(foreign)]
+    post = move(6, A, A2, 0, flags=POST)._replace(pending_id=payout.id)
+    assert set(await world.host.transfers([*ends, post])) == {R.OK}
+    assert await world.chain(move(7, A, A2, 1), move(8, MARKS, MARKED, 1), move(9, B, C, 1)) == [R.OK] * 3
+    await world.is_clean()
 
 
 async def test_a_look_that_fails_does_not_end_the_process(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +405,8 @@ async def test_a_mark_that_stands_for_more_than_a_chain_has_stands_for_nothing(w
     payout = move(3, A, A2, 900, flags=HOLD)
     assert list(await world.host.transfers([payout])) == [R.OK]
     id_ = chain_rules.mark_of(transfer_id(4)[:13] + bytes(3), 0, SHARDS)
-    assert list((await world.host.apply_step(0, [TransferRow(id_, MARKS, MARKED, 10**12, HOLD)])).codes) == [R.OK]
+    mark = TransferRow(id_, MARKS, MARKED, 10**12, HOLD | int(TransferFlags.CHAIN))
+    assert list((await world.host.apply_step(0, [mark])).codes) == [R.OK]
     assert [(mark.holds, mark.complete) for mark in await world.host.chain_marks(0)] == [((), False)]
     await world.chains.look()
     (state,) = await world.host.accounts([A])
@@ -424,11 +414,165 @@ async def test_a_mark_that_stands_for_more_than_a_chain_has_stands_for_nothing(w
     assert state.held_out == 900
 
 
-@pytest.mark.parametrize("ended", [1, 2])
-@pytest.mark.parametrize("kind", [TransferFlags.VOID, TransferFlags.POST])
-async def test_a_committed_chain_with_a_leg_ended_by_hand_waits_and_is_reported(
-    world: World, kind: TransferFlags, ended: int
-) -> None:
+@pytest.mark.parametrize("committed", [False, True])
+async def test_nobody_ends_what_a_chain_holds_by_hand(world: World, committed: bool) -> None:
+    """The ids are in the events that callers watch. Nor does it end by being named in a chain of his, or after it was decided."""
+    rows = linked([move(1, A, B, 400), move(2, C, D, 300)])
+    steps = Steps(world, rows)
+    await steps.take(1 + committed)
+    ours = [id_ for mark in steps.plan.marks for id_ in (mark.id, *(hold[0] for hold in mark.holds))]
+    ours.append(steps.plan.decision.id)
+    number = 1_000
+
+    async def meddle() -> None:
+        nonlocal number
+        for id_ in ours:
+            for kind in (VOID, POST):
+                number += 10
+                by_hand = TransferRow(transfer_id(number), ID_NONE, ID_NONE, 0, kind, id_)
+                assert list(await world.host.transfers([by_hand])) == [R.HOLD_NOT_FOUND]
+                for accounts in ((A, B), (MARKS, MARKED), (A, transit_account("USD")), (transit_account("USD"), B)):
+                    number += 10
+                    named = TransferRow(transfer_id(number), *accounts, 0, kind, id_)
+                    single = named._replace(
+                        id=transfer_id(number + 1), credit_id=A2 if accounts[0] == A else accounts[1]
+                    )
+                    assert list(await world.host.transfers([single])) in (
+                        [R.HOLD_NOT_FOUND],
+                        [R.CROSS_SHARD_UNSUPPORTED],
+                    )
+                    chained = named._replace(id=transfer_id(number + 2), credit_id=single.credit_id)
+                    answers = await world.chain(chained, move(number + 3, A, A2, 1))
+                    assert R.OK not in answers
+
+    await meddle()
+    assert [mark.complete for mark in await world.host.chain_marks(0)] == [True] * (1 + committed)
+    for _ in range(3):
+        await world.chains.look()
+    await meddle()  # over, they are unknown as before: whether they were posted is nobody's business
+    assert await world.balances() == ([600, 1400, 700, 1300, 1000, 1000] if committed else [FUND] * 6)
+    await world.is_clean()
+
+
+async def test_the_flag_of_chains_is_taken_from_no_caller(world: World, tmp_path: Path) -> None:
+    """By every way in that has flags."""
+    rows = linked([move(1, A, B, 400), move(2, C, D, 300)])
+    steps = Steps(world, rows)
+    await steps.take(1)
+    (hold, *_), chain = steps.plan.marks[0].holds, int(TransferFlags.CHAIN)
+    forged = [
+        TransferRow(transfer_id(70), ID_NONE, ID_NONE, 0, VOID | chain, hold[0]),
+        TransferRow(transfer_id(71), hold[1], hold[2], 0, POST | chain, hold[0]),
+        TransferRow(transfer_id(72), MARKS, MARKED, 2, HOLD | chain),
+        move(73, A, A2, 1, flags=HOLD | chain),
+        move(74, A, A2, 1, flags=chain),
+        move(75, A, B, 1, flags=chain),
+    ]
+    wrong = [R.FLAGS_INVALID] * len(forged)
+    assert list(await world.host.transfers(forged)) == wrong
+    raw = message(forged, settle=2)
+    batch = wallet_pb2.SubmitTransfersRequest(batch=wallet_pb2.TransferBatch.FromString(raw)).SerializeToString()
+    answers = [await world.host.transfer_batch(raw)]
+    answers.append(
+        wallet_pb2.SubmitTransfersResponse.FromString(
+            await world.host.transfer_batch(batch, wrapped=True)
+        ).result.SerializeToString()
+    )
+    for answer in answers:
+        assert list(wallet_pb2.TransferBatchResult.FromString(answer).failed_results) == wrong
+    for row in forged:  # in a chain of one shard, and of several
+        for other in (move(80, A, A2, 1), move(81, A, B, 1)):
+            assert R.OK not in await world.chain(other, row)
+            assert R.OK not in await world.chain(row, other)
+    lone = await WalletHost.open(config(tmp_path / "lone", 1, snapshot_events=0), clock=world.native_clock)
+    try:
+        assert list(await lone.transfers(forged)) == wrong
+    finally:
+        await lone.close()
+    assert [mark.complete for mark in await world.host.chain_marks(0)] == [True]
+    for _ in range(3):
+        await world.chains.look()
+    assert await world.balances() == [FUND] * 6
+    await world.is_clean()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_the_id_of_a_decision_used_by_somebody_else_is_no_commit(world: World, refused: bool) -> None:
+    """Who knows a chain's rows knows the id of its decision. Taken for a commit, a chain of which one shard refused its part would
+    be posted on the others: money from nowhere."""
+    rows = linked([move(1, A, B, 2_000 if refused else 400), move(2, C, D, 300)])
+    steps = Steps(world, rows)
+    own = move(0, A, A2, 1)._replace(id=steps.plan.decision.id)
+    assert list(await world.host.transfers([own])) == [R.OK]
+    expected = [R.INSUFFICIENT_FUNDS if refused else R.LINKED_FAILED, R.LINKED_FAILED]
+    assert list(await world.host.transfers(rows)) == expected
+    for _ in range(3):
+        await world.chains.look()
+    assert list(await world.host.transfers(rows)) == expected
+    assert await world.balances() == [FUND - 1, FUND, FUND, FUND, FUND + 1, FUND]
+    await world.is_clean()
+
+
+async def test_a_decision_that_is_refused_is_no_commit(world: World) -> None:
+    """The account of marks is frozen when all holds are placed: the decision's id is used up, by a refusal."""
+    assert await world.chain(move(1, A, B, 1), move(2, C, D, 1)) == [R.OK] * 2
+    steps = Steps(world, linked([move(3, A, B, 400), move(4, C, D, 300)]))
+    await steps.take(1)
+    flags = AccountFlags.MAY_OVERDRAW | AccountFlags.STRIPED
+    assert list(
+        await world.host.create_accounts([AccountRow(MARKS, "XXX", int(flags | AccountFlags.FROZEN))], update=True)
+    ) == [1]
+    decided = await world.chains.apply_step(steps.plan.home, [steps.plan.decision], ())
+    assert list(decided.codes) == [R.DEBIT_ACCOUNT_FROZEN]
+    for _ in range(3):
+        await world.chains.look()
+    assert await world.balances() == [999, 1001, 999, 1001, 1000, 1000]
+    await world.is_clean()
+
+
+@pytest.mark.parametrize("currency", ["XXX", "USD"])
+async def test_an_abort_needs_no_account_that_somebody_may_open(world: World, currency: str) -> None:
+    assert await world.chain(move(8, A, B, 1), move(9, B, A, 1)) == [R.OK] * 2
+    steps = Steps(world, linked([move(1, A, B, 400), move(2, C, D, 300)]))
+    names = [b"chain-aborted:\0\0", b"chain-refused:\0\0"]  # of home 0
+    assert chain_rules._abort(steps.plan.decision.id, 0)[1] in names
+    opened = [AccountRow(one, currency, int(AccountFlags.MAY_OVERDRAW)) for one in names]
+    assert set(await world.host.create_accounts(opened)) == {1}
+    await steps.take(1)
+    for _ in range(3):
+        await world.chains.look()
+    assert await world.balances() == [FUND] * 6
+    await world.is_clean()
+
+
+async def test_a_decision_is_kept_while_a_shard_is_asked_by_nobody(world: World) -> None:
+    """It has moved to a process that this one does not know of, and may have a mark whose end hangs on the decision."""
+
+    class Elsewhere(NoPeers):
+        async def mark_ids(self) -> tuple[set[bytes], set[int]]:
+            return set(), known
+
+    known = {2}
+    rows = linked([move(1, A, B, 10), move(2, C, D, 20)])
+    steps = Steps(world, rows)
+    await steps.take(4)
+    assert await world.balances() == [990, 1010, 980, 1020, 1000, 1000]
+
+    class Host:
+        shard_ids = (0, 1)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(world.host, name)
+
+    chains = Chains(Host(), Elsewhere(), world.clock, grace_s=0.0)  # type: ignore[arg-type]
+    assert await chains.look() == 1
+    known.add(3)
+    assert await chains.look() == 0
+    await world.is_clean()
+
+
+async def test_a_committed_chain_with_a_leg_that_is_gone_waits_and_is_reported(world: World) -> None:
+    """Only a mistake of the coordinator's own can bring that about: the rest of it stays as it is."""
     waiting: list[chain_rules.ChainMark] = []
     world.chains = Chains(
         world.host, NoPeers(), world.clock, grace_s=0.0, on_blocked=lambda mark, seconds: waiting.append(mark)
@@ -436,28 +580,16 @@ async def test_a_committed_chain_with_a_leg_ended_by_hand_waits_and_is_reported(
     rows = linked([move(1, A, B, 400), move(2, A, B, 300)])
     steps = Steps(world, rows)
     await steps.take(2)  # tried and committed, the settle steps get lost
-    for number in range(1, ended + 1):
-        by_hand = TransferRow(transfer_id(76 + number), bytes(16), bytes(16), 0, int(kind), transfer_id(number))
-        assert list(await world.host.transfers([by_hand])) == [R.OK]
+    mistake = TransferRow(transfer_id(77), ID_NONE, ID_NONE, 0, VOID | int(TransferFlags.CHAIN), transfer_id(1))
+    assert list((await world.host.apply_step(0, [mistake])).codes) == [R.OK]
     for _ in range(3):
         world.clock.advance(seconds=100)
         assert await world.chains.look() > 0
-    assert {(mark.shard, len(mark.holds), mark.complete) for mark in waiting} == {(0, 2 - ended, False)}
+    assert {(mark.shard, len(mark.holds), mark.complete) for mark in waiting} == {(0, 1, False)}
     assert list((await world.chains.run(rows, steps.routes))[0]) == [R.IN_FLIGHT] * 2  # and never OK
     (state,) = await world.host.accounts([A])
-    held = 300 * (2 - ended)
     assert state is not None
-    assert state.held_out == held
-
-
-async def test_a_chain_given_up_with_a_leg_voided_by_hand_leaves_nothing(world: World) -> None:
-    await Steps(world, linked([move(1, A, B, 400), move(2, A, B, 300)])).take(1)
-    by_hand = TransferRow(transfer_id(77), bytes(16), bytes(16), 0, int(TransferFlags.VOID), transfer_id(1))
-    assert list(await world.host.transfers([by_hand])) == [R.OK]
-    for _ in range(3):
-        await world.chains.look()
-    assert await world.balances() == [FUND] * 6
-    await world.is_clean()
+    assert state.held_out == 300
 
 
 async def test_chains_end_while_the_requests_that_they_belong_to_hold_all_the_room(tmp_path: Path) -> None:
