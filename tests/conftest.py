@@ -1,7 +1,8 @@
 """Real servers for the tests: one embedded PostgreSQL and one embedded Valkey a session, fresh contents a test.
 
-`make test` runs two sessions (pytest-xdist), a file of tests always in one of them. Each has servers and ports of its own, so they
-share nothing but the machine; long files are begun first, so that both end at about the same time.
+`make test` runs three sessions (pytest-xdist), for a test waits about as long as it computes; a file of tests always in one of them,
+and what needs Kafka in one of them too, for its broker is dear. Each session has servers and ports of its own, so they share nothing but
+the machine; long files are begun first, so that all end at about the same time.
 
 postgres_dsn   a fresh database, cloned from a template that has every room's migrations
 valkey_url     the Valkey, emptied
@@ -32,7 +33,10 @@ __all__ = ["kafka_bootstrap", "kafka_broker"]
 
 _database_number = itertools.count(1)
 
+KAFKA = "what needs Kafka"
+
 LONG_FILES = (
+    KAFKA,
     "e2e/test_kill.py",
     "contract/bus/test_bus_contract.py",
     "integration/runtime_data/test_outbox.py",
@@ -46,6 +50,25 @@ LONG_FILES = (
 """By the time that they take, the longest first; then all others."""
 
 
+def scope_of(node_id: str) -> str:
+    """What a test shares a session with: all that needs Kafka, else its file."""
+    return KAFKA if "kafka" in node_id else node_id.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, by `scope_of`."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByScope(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    return ByScope(config, log)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A worker takes ports from a part of the range that is its own: a port is free when it is picked and taken a moment later."""
     worker = getattr(config, "workerinput", None)
@@ -57,11 +80,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files first, where workers share them out; a run in one process keeps the usual order."""
     if hasattr(config, "workerinput"):
-        root = Path(__file__).parent
 
         def rank(item: pytest.Item) -> int:
-            path = item.path.relative_to(root).as_posix()
-            return next((at for at, prefix in enumerate(LONG_FILES) if path.startswith(prefix)), len(LONG_FILES))
+            scope = scope_of(item.nodeid).removeprefix("tests/")
+            return next((at for at, prefix in enumerate(LONG_FILES) if scope.startswith(prefix)), len(LONG_FILES))
 
         items.sort(key=rank)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import ctypes
+import hashlib
 import os
 import shutil
 import signal
@@ -137,13 +138,19 @@ def _die_with_the_tests() -> None:
 
 
 def class_path(folder: Path) -> str:
-    """The broker's jars, resolved by Maven: from its local store where they are, else downloaded. Raises KafkaMissing."""
+    """The broker's jars, resolved by Maven: from its local store where they are, else downloaded. Raises KafkaMissing.
+
+    Kept in `folder`, for Maven takes longer than the broker; asked again where the POM is another or a jar is gone.
+    """
     for program in ("java", "mvn"):
         if shutil.which(program) is None:
             raise KafkaMissing(f"{program} is not installed")
-    output = folder / "class_path"
+    output = folder / f"class_path-{hashlib.sha256(POM.read_bytes()).hexdigest()[:16]}"
+    if output.exists() and all(Path(jar).exists() for jar in output.read_text().strip().split(os.pathsep)):
+        return output.read_text().strip()
+    resolved = output.with_suffix(".new")
     command = [
-        *("mvn", "-B", "-q", "-f", str(POM), "dependency:build-classpath", f"-Dmdep.outputFile={output}"),
+        *("mvn", "-B", "-q", "-f", str(POM), "dependency:build-classpath", f"-Dmdep.outputFile={resolved}"),
     ]
     said = ""
     for extra in (["-o"], []):
@@ -153,20 +160,23 @@ def class_path(folder: Path) -> str:
             )
         except subprocess.TimeoutExpired:
             raise KafkaMissing(f"Maven did not resolve the broker's jars within {RESOLVE_TIMEOUT_S} s") from None
-        if done.returncode == 0 and output.exists():
+        if done.returncode == 0 and resolved.exists():
+            resolved.rename(output)
             return output.read_text().strip()
         said = (done.stdout + done.stderr).strip()
     raise KafkaMissing(f"Maven cannot resolve the broker's jars: {said[-400:]}")
 
 
 @pytest.fixture(scope="session")
-def kafka_broker(server_folder: Path) -> Iterator[KafkaBroker | None]:
+def kafka_broker(server_folder: Path, pytestconfig: pytest.Config) -> Iterator[KafkaBroker | None]:
     """The session's broker, which a test may kill and start again; None for a given one. Skips the test where there is none."""
     if os.environ.get("DUCAT_KAFKA_BOOTSTRAP"):
         yield None
         return
+    cache = getattr(pytestconfig, "cache", None)
+    kept = cache.mkdir("kafka") if cache is not None else server_folder
     try:
-        broker = KafkaBroker(server_folder / "kafka", class_path(server_folder))
+        broker = KafkaBroker(server_folder / "kafka", class_path(kept))
         broker.start()
     except KafkaMissing as error:
         pytest.skip(f"no Kafka broker: {error}")

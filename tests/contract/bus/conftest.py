@@ -20,6 +20,7 @@ from tests.kafka_broker import KafkaBroker
 CONSUMER_PROCESS = Path(__file__).with_name("consumer_process.py")
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE_S = 45.0
+SESSION_TIMEOUT_MS = 2_000
 
 _number = itertools.count(1)
 
@@ -165,6 +166,12 @@ def messages_of(topic: str, count: int, *, key_count: int = 1, start: int = 0) -
     return [
         Message(topic, f"key-{n % key_count}", f"id-{n}", f"payload-{n}".encode()) for n in range(start, start + count)
     ]
+
+
+@pytest.fixture
+def short_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Kafka group waits so long for a member that died, or whose broker did: it is most of such a test's time."""
+    monkeypatch.setattr("runtime.bus.kafka.SESSION_TIMEOUT_MS_MIN", SESSION_TIMEOUT_MS)
 
 
 @pytest.fixture(params=["valkey", pytest.param("kafka", marks=pytest.mark.kafka)])

@@ -85,6 +85,7 @@ async def test_concurrency_has_its_limit(harness: Harness) -> None:
     assert most_at_once == 3
 
 
+@pytest.mark.usefixtures("short_sessions")
 async def test_killed_consumer_loses_nothing(harness: Harness) -> None:
     """SIGKILL between delivery and acknowledgement: another consumer of the group gets the messages, in order."""
     topic, seen, bus = harness.topic(), Seen(), await harness.open()
@@ -360,6 +361,7 @@ async def test_publish_is_refused_not_lost_when_the_broker_is_away(
     assert not set(seen.ids) & {f"id-{n}" for n in range(5, 10)}
 
 
+@pytest.mark.usefixtures("short_sessions")
 async def test_consumer_survives_a_broker_restart(harness: Harness) -> None:
     if harness.server is None:
         pytest.skip("the broker is somebody's own: this suite does not kill it")
