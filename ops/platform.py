@@ -25,7 +25,7 @@ import aiohttp
 
 import ducat
 import ducat.aio
-from runtime.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed, free_port
+from runtime.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed, free_port, private_folder
 from runtime.settings import Settings, split_address
 
 __all__ = ["PROCESSES", "DataFolderBusy", "Platform", "ProcessFailed"]
@@ -328,7 +328,7 @@ class Platform:
     # One process
 
     async def _spawn(self, process: ManagedProcess) -> None:
-        process.log_path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(process.log_path.parent)
         process.ready.clear()
         process.started_at = time.monotonic()
         with process.log_path.open("ab") as log:

@@ -47,6 +47,8 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
     settings = Settings.load(overrides)
     async with Process.start("wallet", settings) as process:
         config = host_config(settings)
+        if config.data_dir.exists():  # it may be older than the rule
+            config.data_dir.chmod(0o700)
         host = await WalletHost.open(config, progress=_log_progress)
         host.on_snapshot_failure = _log_snapshot_failure
         process.on_close("shards", host.close)

@@ -8,8 +8,8 @@ On Linux the servers stop cleanly when their parent dies, SIGKILL included. Else
 
 from __future__ import annotations
 
-from runtime.embedded._server import ServerFailed, free_port
+from runtime.embedded._server import ServerFailed, free_port, private_folder
 from runtime.embedded.postgres import EmbeddedPostgres
 from runtime.embedded.valkey import EmbeddedValkey
 
-__all__ = ["EmbeddedPostgres", "EmbeddedValkey", "ServerFailed", "free_port"]
+__all__ = ["EmbeddedPostgres", "EmbeddedValkey", "ServerFailed", "free_port", "private_folder"]

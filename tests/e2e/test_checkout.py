@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import stat
 from pathlib import Path
 
 import aiohttp
@@ -95,6 +96,13 @@ async def test_the_same_webhook_a_hundred_times_pays_once(platform: Platform) ->
             await http.delete(f"{platform.sandbox_url}/_control/faults")
     for outcome in outcomes:
         assert_all_paid(outcome)
+
+
+async def test_nobody_else_enters_the_data(platform: Platform) -> None:
+    """Risk: any user of the machine reads balances, names and logs."""
+    owned = ("wallet", "logs", "sandbox", "valkey", "postgres/data", "postgres/socket")
+    modes = {name: stat.S_IMODE((platform.data_dir / name).stat().st_mode) for name in owned}
+    assert modes == dict.fromkeys(owned, 0o700)
 
 
 async def test_a_second_up_on_the_same_data_is_refused(platform: Platform) -> None:

@@ -29,6 +29,7 @@ from wallet_core.event_log.port import DurablePosition, Frame, FrameStore, LogDa
 SEGMENT_BYTES = 256 * 1024 * 1024
 RESERVE_BYTES = 256 * 1024 * 1024
 RECORD_BYTES = 48
+FOLDER_MODE = 0o700
 _HASH_ZERO = bytes(16)
 
 
@@ -202,14 +203,14 @@ def open_log(
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and sync every parent that was touched."""
+    """Create a folder, for its owner alone, and sync every parent that was touched."""
     missing = []
     at = folder
     while not at.exists():
         missing.append(at)
         at = at.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
+    for made in reversed(missing):
+        made.mkdir(FOLDER_MODE, exist_ok=True)
         sync_folder(made.parent)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import stat
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 import pytest
@@ -204,6 +206,14 @@ async def test_a_malformed_column_is_named_over_a_real_stream(start_wallet: Star
     bad.timeouts_s.append(1)
     assert await error_of(bad) == ("BATCH_INVALID", "timeouts_s", "2")
     assert await error_of(wallet_pb2.TransferBatch()) == ("BATCH_INVALID", "ids", "2")
+
+
+async def test_a_data_folder_that_others_could_enter_is_closed(start_wallet: StartWallet, tmp_path: Path) -> None:
+    """Risk: a folder of an older version stays open to every user of the machine."""
+    (tmp_path / "wallet").mkdir(mode=0o755)
+    await start_wallet()
+    entered = [path for path in (tmp_path / "wallet").rglob("") if stat.S_IMODE(path.stat().st_mode) != 0o700]
+    assert entered == []
 
 
 async def test_reading_your_own_write_from_the_read_model(start_wallet: StartWallet) -> None:
