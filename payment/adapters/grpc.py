@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from ducat.payment.v1 import payment_pb2, payment_service_pb2_grpc, payout_pb2
 from kernel.errors import FieldViolation, InvalidArgument, Unimplemented
@@ -37,7 +37,40 @@ SCOPES = {
 }
 """The scope that each method needs."""
 
+PAGE_BYTES_MAX = 3 * 1024 * 1024
+"""A page of a list ends before the item that would make it larger, were it not the first: gRPC's own limit of a message is 4 MiB in
+every language, where nobody sets another.
+"""
+_FRAME_BYTES = 6
+"""At most, before each item of a repeated field: its tag and its length."""
+
 _logger = get_logger("payment")
+
+Item = TypeVar("Item")
+
+
+class _Sized(Protocol):
+    def ByteSize(self) -> int: ...
+
+
+Sized = TypeVar("Sized", bound=_Sized)
+
+
+class _Page(Generic[Item, Sized]):
+    """The messages of a page, as many as PAGE_BYTES_MAX lets in."""
+
+    def __init__(self, message_of: Callable[[Item], Sized]) -> None:
+        self.messages: list[Sized] = []
+        self._message_of = message_of
+        self._bytes = 0
+
+    def fits(self, item: Item) -> bool:
+        message = self._message_of(item)
+        self._bytes += message.ByteSize() + _FRAME_BYTES
+        if self.messages and self._bytes > PAGE_BYTES_MAX:
+            return False
+        self.messages.append(message)
+        return True
 
 
 class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
@@ -71,8 +104,9 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
     ) -> payment_pb2.ListPaymentsResponse:
         """Lists payments, newest first."""
         wanted = PaymentFilter(request.buyer_id, request.seller_account, request.open_only)
-        page, token = await self._payments.list(wanted, request.page_size, request.page_token)
-        return payment_pb2.ListPaymentsResponse(payments=[self._payment(each) for each in page], next_page_token=token)
+        page = _Page(self._payment)
+        _, token = await self._payments.list(wanted, request.page_size, request.page_token, page.fits)
+        return payment_pb2.ListPaymentsResponse(payments=page.messages, next_page_token=token)
 
     async def CancelPayment(
         self, request: payment_pb2.CancelPaymentRequest, context: Any
@@ -122,8 +156,9 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
     async def ListPayouts(self, request: payout_pb2.ListPayoutsRequest, context: Any) -> payout_pb2.ListPayoutsResponse:
         """Lists payouts, newest first, bank details masked."""
         wanted = PayoutFilter(request.seller_account, PayoutState(request.state) if request.state else None)
-        page, token = await self._payouts.list(wanted, request.page_size, request.page_token)
-        return payout_pb2.ListPayoutsResponse(payouts=[_payout(each) for each in page], next_page_token=token)
+        page = _Page(_payout)
+        _, token = await self._payouts.list(wanted, request.page_size, request.page_token, page.fits)
+        return payout_pb2.ListPayoutsResponse(payouts=page.messages, next_page_token=token)
 
     async def CancelPayout(
         self, request: payout_pb2.CancelPayoutRequest, context: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 from kernel.clock import Clock
@@ -18,7 +19,18 @@ from payment.domain.requests import (
     used_order_violations,
 )
 from payment.service.page_token import page_token_of, position_of
-from payment.service.ports import Changes, ChangeSet, OrderIdsTaken, PaymentFilter, StaleState, Store, Stored, now_of
+from payment.service.pages import Fits, everything_fits, read_page
+from payment.service.ports import (
+    Changes,
+    ChangeSet,
+    OrderIdsTaken,
+    PaymentFilter,
+    Position,
+    StaleState,
+    Store,
+    Stored,
+    now_of,
+)
 
 __all__ = ["PAGE_SIZE_DEFAULT", "PAGE_SIZE_MAX", "STALE_TRIES_MAX", "Payments", "until_fresh"]
 
@@ -94,17 +106,21 @@ class Payments:
             raise NotFound(f"no payment has the checkout_id {checkout_id!r}", metadata={"checkout_id": checkout_id})
         return payment
 
-    async def list(self, filter: PaymentFilter, page_size: int, page_token: str) -> tuple[list[Payment], str]:
-        """One page, newest first, and the token of the next one."""
+    async def list(
+        self, filter: PaymentFilter, page_size: int, page_token: str, fits: Fits[Payment] = everything_fits
+    ) -> tuple[list[Payment], str]:
+        """One page, newest first, and the token of the next one. It ends early where the next one does not fit."""
         limit = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         scope = f"payments/{filter.buyer_id}/{filter.seller_account}/{filter.open_only:d}"
         if "\0" in scope:  # no stored text holds one
             return [], ""
-        found = await self._store.list_payments(filter, position_of(page_token, scope), limit + 1)
-        page = found[:limit]
-        if len(found) <= limit:
-            return page, ""
-        return page, page_token_of((page[-1].create_time, page[-1].checkout_id), scope)
+
+        def position(of: Payment) -> Position:
+            return of.create_time, of.checkout_id
+
+        read, after = partial(self._store.list_payments, filter), position_of(page_token, scope)
+        page, has_more = await read_page(read, position, after, limit, fits)
+        return page, page_token_of(position(page[-1]), scope) if has_more else ""
 
     async def cancel(self, checkout_id: str, reason: str) -> Payment:
         """Cancels what is not paid: at once where no PSP has the order, else the PSP is asked to. Idempotent.

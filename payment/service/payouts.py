@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kernel.clock import Clock
 from kernel.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from kernel.state_table import TransitionRefused
@@ -9,8 +11,9 @@ from payment.domain.facts import Fact, FactKind
 from payment.domain.payout import Payout, PayoutState
 from payment.domain.requests import PayoutRequest, Providers, check_payout, choose_provider, new_payout, payout_hash
 from payment.service.page_token import page_token_of, position_of
+from payment.service.pages import Fits, everything_fits, read_page
 from payment.service.payments import PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX, until_fresh
-from payment.service.ports import ChangeSet, PayoutFilter, Store, Stored, now_of
+from payment.service.ports import ChangeSet, PayoutFilter, Position, Store, Stored, now_of
 
 __all__ = ["Payouts"]
 
@@ -59,17 +62,21 @@ class Payouts:
             raise NotFound(f"no payout has the reference {reference!r}", metadata={"reference": reference})
         return payout
 
-    async def list(self, filter: PayoutFilter, page_size: int, page_token: str) -> tuple[list[Payout], str]:
-        """One page, newest first, and the token of the next one."""
+    async def list(
+        self, filter: PayoutFilter, page_size: int, page_token: str, fits: Fits[Payout] = everything_fits
+    ) -> tuple[list[Payout], str]:
+        """One page, newest first, and the token of the next one. It ends early where the next one does not fit."""
         limit = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         scope = f"payouts/{filter.seller_account}/{filter.state or 0:d}"
         if "\0" in scope:  # no stored text holds one
             return [], ""
-        found = await self._store.list_payouts(filter, position_of(page_token, scope), limit + 1)
-        page = found[:limit]
-        if len(found) <= limit:
-            return page, ""
-        return page, page_token_of((page[-1].create_time, page[-1].reference), scope)
+
+        def position(of: Payout) -> Position:
+            return of.create_time, of.reference
+
+        read, after = partial(self._store.list_payouts, filter), position_of(page_token, scope)
+        page, has_more = await read_page(read, position, after, limit, fits)
+        return page, page_token_of(position(page[-1]), scope) if has_more else ""
 
     async def cancel(self, reference: str, reason: str) -> Payout:
         """Cancels a payout whose money is not held yet. Idempotent. Raises NotFound, FailedPrecondition."""

@@ -109,6 +109,61 @@ async def test_a_payment_over_the_contract(service: Service) -> None:
     assert canceled.payment == payment
 
 
+async def test_a_page_of_large_payments_ends_before_it_is_too_large_to_send(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Risk: a list of large payments answers RESOURCE_EXHAUSTED, whatever its caller does but ask for less."""
+    monkeypatch.setattr("payment.service.pages.CHUNK_COUNT", 4)
+    serving = servicer(service)
+    for number in range(13):
+        request = create_request()
+        request.checkout_id = f"CH-{number:02}"
+        count = 40 if number == 6 else 2  # one that is too large for any page stands alone
+        del request.payment_orders[:]
+        for order in range(count):
+            amount = Money(currency_code="USD", amount_minor=1)
+            request.payment_orders.add(payment_order_id=f"{number}-{order}", seller_account="S" * 60, amount=amount)
+        await serving.CreatePayment(request, CONTEXT)
+        service.clock.advance(seconds=1)
+    whole = await serving.ListPayments(payment_pb2.ListPaymentsRequest(), CONTEXT)
+    assert len(whole.payments) == 13
+    assert whole.next_page_token == ""
+    usual = min(payment.ByteSize() for payment in whole.payments)
+    largest = max(payment.ByteSize() for payment in whole.payments)
+    bytes_max = 5 * usual + 100
+    assert largest > bytes_max
+    monkeypatch.setattr("payment.adapters.grpc.PAGE_BYTES_MAX", bytes_max)
+    pages, token = [], ""
+    while not pages or token:
+        page = await serving.ListPayments(payment_pb2.ListPaymentsRequest(page_size=500, page_token=token), CONTEXT)
+        assert len(page.payments) == 1 or page.ByteSize() - len(page.next_page_token) - 2 <= bytes_max
+        pages.append(list(page.payments))
+        token = page.next_page_token
+    assert [payment for page in pages for payment in page] == list(whole.payments)
+    assert [len(page) for page in pages] == [5, 1, 1, 5, 1]
+
+
+async def test_a_page_of_large_payouts_ends_before_it_is_too_large_to_send(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("payment.service.pages.CHUNK_COUNT", 2)
+    monkeypatch.setattr("payment.adapters.grpc.PAGE_BYTES_MAX", 1_000)
+    serving = servicer(service)
+    for number in range(9):
+        request = payout_message()
+        request.reference = f"PO-{number}"
+        await serving.CreatePayout(request, CONTEXT)
+        service.clock.advance(seconds=1)
+    pages, token = [], ""
+    while not pages or token:
+        page = await serving.ListPayouts(payout_pb2.ListPayoutsRequest(page_token=token), CONTEXT)
+        pages.append([payout.reference for payout in page.payouts])
+        token = page.next_page_token
+        assert page.ByteSize() - len(token) - 2 <= 1_000
+    assert [reference for page in pages for reference in page] == [f"PO-{number}" for number in reversed(range(9))]
+    assert 1 < len(pages) < 9
+
+
 async def test_bank_details_are_shown_masked_except_to_the_executor(service: Service) -> None:
     serving = servicer(service)
     created = await serving.CreatePayout(payout_message(), CONTEXT)
