@@ -15,6 +15,7 @@ from ops.platform import DataFolderBusy, Platform
 from tests.e2e.checkouts import checkout
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
+OPERATOR = {"authorization": "Bearer sk_test_sandbox"}
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "payment_event.json"
 
 
@@ -85,15 +86,15 @@ async def test_an_invalid_event_names_every_wrong_field_and_stores_nothing(platf
 
 async def test_the_same_webhook_a_hundred_times_pays_once(platform: Platform) -> None:
     async with aiohttp.ClientSession() as http:
-        await http.post(
-            f"{platform.sandbox_url}/_control/faults", json={"duplicate_webhooks": 1.0, "reorder_webhooks": 1.0}
-        )
+        faults = {"duplicate_webhooks": 1.0, "reorder_webhooks": 1.0}
+        async with http.post(f"{platform.sandbox_url}/_control/faults", json=faults, headers=OPERATOR) as answer:
+            assert answer.status == 200
         try:
             outcomes = await asyncio.gather(
                 *(run_checkout(platform, checkout(2), log=print, pay_out=False) for _ in range(10))
             )
         finally:
-            await http.delete(f"{platform.sandbox_url}/_control/faults")
+            await http.delete(f"{platform.sandbox_url}/_control/faults", headers=OPERATOR)
     for outcome in outcomes:
         assert_all_paid(outcome)
 

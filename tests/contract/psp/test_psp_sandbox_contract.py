@@ -12,8 +12,9 @@ from executor.domain.outcome import Accepted, NoAnswer, NotFound, NotificationKi
 from executor.psp.sandbox import SandboxPsp
 from executor.service.ports import Channel
 from kernel.money import Money
-from tests.contract.psp.sandbox_server import Gateway, RunningSandbox
+from tests.contract.psp.sandbox_server import API_KEY, Gateway, RunningSandbox
 
+OPERATOR = {"authorization": f"Bearer {API_KEY}"}
 PAYS, DECLINED, NO_FUNDS = "4242424242424242", "4000000000000002", "4000 0000 0000 9995"
 
 
@@ -161,7 +162,8 @@ class TestAmbiguity:
         assert again.psp_object_id == found.psp_object_id
 
     async def test_slow_answer_is_an_answer(self, sandbox: RunningSandbox, psp, http):
-        await http.post(f"{sandbox.url}/_control/faults", json={"slow_ms": 120})
+        async with http.post(f"{sandbox.url}/_control/faults", json={"slow_ms": 120}, headers=OPERATOR) as answer:
+            assert answer.status == 200
         begin = time.monotonic()
         assert isinstance(await psp.register_order(order()), Accepted)
         assert time.monotonic() - begin >= 0.12
@@ -307,6 +309,6 @@ class TestPayout:
 async def _until_tried(http: aiohttp.ClientSession, page: str) -> None:
     root = page.split("/sandbox/", 1)[0]
     for _ in range(100):
-        answer = json.loads(await (await http.get(f"{root}/_control/pending")).text())
+        answer = json.loads(await (await http.get(f"{root}/_control/pending", headers=OPERATOR)).text())
         if answer["pending"]:
             return

@@ -192,16 +192,31 @@ class TestPage:
 
 class TestControl:
     async def test_faults_are_set_kept_and_cleared(self, client: Client, tmp_path: Path) -> None:
-        answer = await client.call("POST", "/_control/faults", {"decline": 1.0, "psp": "sandbox"})
+        answer = await client.call(
+            "POST", "/_control/faults", {"decline": 1.0, "psp": "sandbox"}, authorization="Bearer sk"
+        )
         assert answer.json() == {"sandbox": {"decline": 1.0, "slow_ms": 0, "seed": 0}}
         created = await client.create()
         await pay(client, created, "4242424242424242")
         assert client.sandbox.store.count() == {"payment_intent failed": 1}
         client.sandbox.store.close()
         client.sandbox = Sandbox(tmp_path / "s.sqlite", [NAME, OTHER])
-        assert (await client.call("GET", "/_control/faults")).json() == answer.json()
-        assert (await client.call("DELETE", "/_control/faults")).json() == {}
-        assert (await client.call("POST", "/_control/faults", {"psp": "nobody"})).status == 400
+        assert (await client.call("GET", "/_control/faults", authorization="Bearer sk_other")).json() == answer.json()
+        assert (await client.call("DELETE", "/_control/faults", authorization="Bearer sk")).json() == {}
+        assert (
+            await client.call("POST", "/_control/faults", {"psp": "nobody"}, authorization="Bearer sk")
+        ).status == 400
+
+    @pytest.mark.parametrize("key", ["", "Bearer ", "Bearer sk_payout", "Bearer whsec", "sk"])
+    @pytest.mark.parametrize("path", ["/_control/faults", "/_control/pending"])
+    async def test_nobody_without_an_api_key_sets_or_sees_anything(self, client: Client, key: str, path: str) -> None:
+        """Risk: whoever sees a hosted page, or a script in a buyer's browser, makes every payment fail."""
+        nameless = PspName("nameless", "http://psp/nameless", "", "", "whsec", "http://gateway/webhooks/nameless")
+        client.sandbox.api._names = {**client.sandbox.api._names, "nameless": nameless}
+        for method in ("POST", "GET", "DELETE"):
+            answer = await client.call(method, path, {"decline": 1.0}, authorization=key)
+            assert answer.status == 401
+        assert client.sandbox.psp.faults == {}
 
     async def test_error_after_has_acted_and_a_retry_gets_it(self, client: Client) -> None:
         assert (await client.create("ORD-fault", metadata={"sandbox_fault": "error_after"})).status == 500
