@@ -116,6 +116,7 @@ def _config(psp: PspSettings, settings: Settings) -> PspConfig:
         timeout_ms=settings.psp_timeout_ms,
         currency_codes=frozenset(psp.currency_codes),
         weight=psp.weight,
+        webhook_secret_previous=psp.webhook_secret_previous.get_secret_value(),
     )
 
 

@@ -57,6 +57,8 @@ class PspSettings(BaseModel):
     api_key: SecretStr
     payout_api_key: SecretStr
     webhook_secret: SecretStr
+    webhook_secret_previous: SecretStr = SecretStr("")
+    """Accepted too while a secret is being replaced; empty = none."""
     currency_codes: list[str] = []
     weight: int = Field(default=1, ge=0, le=1000)
 
@@ -307,7 +309,7 @@ class Settings(BaseSettings):
         return any(
             secret.get_secret_value() in DEVELOPMENT_SECRETS
             for psp in self.psps
-            for secret in (psp.api_key, psp.payout_api_key, psp.webhook_secret)
+            for secret in (psp.api_key, psp.payout_api_key, psp.webhook_secret, psp.webhook_secret_previous)
         )
 
     def describe(self) -> list[SettingDescription]:

@@ -65,6 +65,14 @@ class PspConfig:
     timeout_ms: int
     currency_codes: frozenset[str] = frozenset()
     weight: int = 1
+    webhook_secret_previous: str = field(default="", repr=False)
+
+    @property
+    def webhook_secrets(self) -> tuple[str, ...]:
+        """What may have signed a webhook: the secret and, while it is being replaced, the one before. None without a secret."""
+        if not (self.webhook_secret and self.webhook_secret_previous):
+            return (self.webhook_secret,)
+        return self.webhook_secret, self.webhook_secret_previous
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +224,14 @@ class Http:
         return self._pool
 
 
-def verify_timestamped_hmac(header: str, body: bytes, secret: str, now_s: int, *, name: str) -> None:
+def verify_timestamped_hmac(header: str, body: bytes, secrets: Sequence[str], now_s: int, *, name: str) -> None:
     """Verifies `t=<unix>,v1=<hex>[,v1=<hex>…]` over the raw body, as Stripe signs: hex HMAC-SHA256 of ``{t}.{body}``.
 
-    Other schemes than v1 are ignored; any of several v1 may match (a secret that is being rolled); compared in constant time. Raises
-    PermissionDenied with SIGNATURE_INVALID. Source: Stripe, "Verify webhook signatures manually".
+    Other schemes than v1 are ignored; any of several v1 may match, with any of the secrets (one that is being replaced, on their side or
+    on ours); compared in constant time. Raises PermissionDenied with SIGNATURE_INVALID.
+    Source: Stripe, "Verify webhook signatures manually".
     """
-    if not secret:
+    if not secrets or not all(secrets):
         raise signature_refused("no webhook secret is configured, so no webhook is accepted")
     if not header:
         raise signature_refused(f"header {name} is missing")
@@ -242,10 +251,11 @@ def verify_timestamped_hmac(header: str, body: bytes, secret: str, now_s: int, *
         raise signature_refused(
             f"header {name}: expected 1 to {SIGNATURE_COUNT_MAX} v1 signatures, got {len(signatures)}"
         )
-    expected = hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest().encode()
     matches = False
-    for signature in signatures:
-        matches |= hmac.compare_digest(expected, signature.encode("utf-8", "surrogateescape"))
+    for secret in secrets:
+        expected = hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest().encode()
+        for signature in signatures:
+            matches |= hmac.compare_digest(expected, signature.encode("utf-8", "surrogateescape"))
     if not matches:
         raise signature_refused(f"header {name}: no v1 signature matches the body")
     if abs(now_s - int(timestamp)) > SIGNATURE_TOLERANCE_S:

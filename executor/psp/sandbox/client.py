@@ -65,7 +65,7 @@ class SandboxPsp(PspBase):
         return await self._ask(_path("payouts", psp_object_id, "your_reference_id", reference), self._payout_headers)
 
     def verify(self, headers: Mapping[str, str], body: bytes, channel: Channel, now_s: int) -> None:
-        webhook.verify(headers, body, self.config.webhook_secret, now_s)
+        webhook.verify(headers, body, self.config.webhook_secrets, now_s)
 
     def translate(self, body: bytes, channel: Channel) -> Sequence[Notification]:
         return translate.notifications(body, CAPABILITIES)

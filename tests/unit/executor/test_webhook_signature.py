@@ -6,11 +6,14 @@ import hashlib
 import hmac
 
 import pytest
+from pydantic import SecretStr
 
+from executor.bootstrap import adapters_of
 from executor.psp.base import SIGNATURE_TOLERANCE_S, PspBase, PspConfig
 from executor.psp.sandbox import SandboxPsp
 from executor.service.ports import Channel
 from kernel.errors import PermissionDenied
+from runtime.settings import PspSettings, Settings
 from sandbox.deliveries import sign
 
 NOW = 1_753_056_000
@@ -18,13 +21,16 @@ BODY = b'{"id":"evt_1","type":"payment_intent.succeeded"}'
 SECRET = "whsec_unit"
 
 
-def config(secret: str = SECRET) -> PspConfig:
-    return PspConfig("sandbox", "http://x/sandbox", "k", "p", secret, "http://x/r", "http://x/p", "SHOP", 1000)
+def config(secret: str = SECRET, previous: str = "") -> PspConfig:
+    urls = ("http://x/r", "http://x/p")
+    return PspConfig(
+        "sandbox", "http://x/sandbox", "k", "p", secret, *urls, "SHOP", 1000, webhook_secret_previous=previous
+    )
 
 
-def verify(header: str | None, body: bytes = BODY, now_s: int = NOW, secret: str = SECRET) -> None:
+def verify(header: str | None, body: bytes = BODY, now_s: int = NOW, secret: str = SECRET, previous: str = "") -> None:
     headers = {} if header is None else {"sandbox-signature": header}
-    SandboxPsp(config(secret)).verify(headers, body, Channel.PAYMENT, now_s)
+    SandboxPsp(config(secret, previous)).verify(headers, body, Channel.PAYMENT, now_s)
 
 
 def v1(secret: str = SECRET, time_s: int = NOW, body: bytes = BODY) -> str:
@@ -91,6 +97,43 @@ def test_an_empty_secret_accepts_nothing() -> None:
         verify(sign("", BODY, NOW), secret="")
 
 
+@pytest.mark.parametrize("signer", [SECRET, "whsec_before"])
+def test_both_secrets_count_while_one_is_being_replaced(signer: str) -> None:
+    """Risk: webhooks are refused from the moment the PSP has the new secret until every executor has."""
+    verify(sign(signer, BODY, NOW), previous="whsec_before")
+    verify(f"t={NOW},v1={v1('whsec_third')},v1={v1(signer)}", previous="whsec_before")
+
+
+@pytest.mark.parametrize("signer", ["whsec_before", "whsec_third", ""])
+def test_after_that_only_the_new_one_counts(signer: str) -> None:
+    with pytest.raises(PermissionDenied):
+        verify(sign(signer, BODY, NOW))
+    if signer != "whsec_before":
+        with pytest.raises(PermissionDenied):
+            verify(sign(signer, BODY, NOW), previous="whsec_before")
+
+
+@pytest.mark.parametrize("signer", ["whsec_before", ""])
+def test_a_previous_secret_alone_accepts_nothing(signer: str) -> None:
+    with pytest.raises(PermissionDenied):
+        verify(sign(signer, BODY, NOW), secret="", previous="whsec_before")
+
+
+def test_the_settings_reach_the_adapter() -> None:
+    psp = PspSettings(
+        name="acme",
+        adapter="sandbox",
+        base_url="http://x/acme",
+        api_key=SecretStr("k"),
+        payout_api_key=SecretStr("p"),
+        webhook_secret=SecretStr(SECRET),
+        webhook_secret_previous=SecretStr("whsec_before"),
+    )
+    adapter = adapters_of(Settings.load({"psps": [psp.model_dump()]}, environ={}))["acme"]
+    for signer in (SECRET, "whsec_before"):
+        adapter.verify({"sandbox-signature": sign(signer, BODY, NOW)}, BODY, Channel.PAYMENT, NOW)
+
+
 def test_an_adapter_without_verification_accepts_nothing() -> None:
     with pytest.raises(PermissionDenied):
         PspBase(config()).verify({}, b"", Channel.PAYMENT, NOW)
@@ -98,3 +141,4 @@ def test_an_adapter_without_verification_accepts_nothing() -> None:
 
 def test_config_shows_no_secret() -> None:
     assert SECRET not in repr(config())
+    assert "whsec_before" not in repr(config(previous="whsec_before"))

@@ -172,10 +172,13 @@ def test_psps_come_from_the_file_with_their_secrets_in_files(elsewhere: Path) ->
     (elsewhere / "key").write_text("sk_live_0123456789abcdef\n")
     (elsewhere / "ducat.toml").write_text(
         '[[psps]]\nname = "stripe"\nadapter = "stripe"\nbase_url = "https://api.example"\napi_key_file = "key"\n'
-        'payout_api_key_file = "key"\nwebhook_secret = "whsec_own"\ncurrency_codes = ["USD", "JPY"]\nweight = 3\n'
+        'payout_api_key_file = "key"\nwebhook_secret = "whsec_own"\n'
+        'webhook_secret_previous_file = "key"\ncurrency_codes = ["USD", "JPY"]\nweight = 3\n'
     )
     (only,) = Settings.load(environ={}).psps
     assert only.api_key.get_secret_value() == "sk_live_0123456789abcdef"
+    assert only.webhook_secret_previous.get_secret_value() == "sk_live_0123456789abcdef"
+    assert "0123456789abcdef" not in repr(only)
     assert (only.name, only.currency_codes, only.weight) == ("stripe", ["USD", "JPY"], 3)
 
 
@@ -200,6 +203,8 @@ def test_development_secrets_are_recognized() -> None:
     assert settings.has_development_secrets()
     assert {settings.psps[0].api_key.get_secret_value()} <= DEVELOPMENT_SECRETS
     assert not Settings.load({"psps": [psp()]}, environ={}).has_development_secrets()
+    old = psp(webhook_secret_previous="whsec_sandbox_dev")
+    assert Settings.load({"psps": [old]}, environ={}).has_development_secrets()
 
 
 def test_environment_carries_all_settings_to_a_child() -> None:
