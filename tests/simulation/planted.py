@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wallet_core.engine.codes import EventKind
+from wallet_core.engine.codes import EventKind, TransferFlags, TransferResult
 from wallet_core.engine.events import Event
-from wallet_core.engine.twin import Generation, Known, Row, Twin, id_time_ms
+from wallet_core.engine.twin import Generation, Hold, Known, Row, Twin, id_time_ms
 from wallet_core.event_log import (
     FileLog,
     FrameReader,
@@ -28,6 +29,8 @@ from wallet_core.event_log.file import _cut_tail, make_folder
 from wallet_core.service import chain_rules
 from wallet_core.simulation.shard import Group, SimulatedShard
 from wallet_core.snapshot import SnapshotWriter, snapshot_files
+
+F = TransferFlags
 
 
 class AcknowledgesBeforeSync(SimulatedShard):
@@ -298,17 +301,53 @@ class VoidsALeftChainWithoutAsking(SimulatedShard):
     chain_rules = _AsksNobody()
 
 
-class _HoldsForAWhile(_KnowsBetter):
-    def plan(self, *arguments: Any) -> chain_rules.Plan:
-        """The holds of a chain expire after a second, so that none is left for ever."""
-        made = chain_rules.plan(*arguments)
-        for ask in made.tries:
-            ask.rows[:] = [row._replace(timeout_s=1) for row in ask.rows]
-        return made
+class _HoldsForAWhile(Twin):
+    """The holds of a chain expire after a second, so that none is left for ever."""
+
+    def _deadline(self, row: Row) -> int:
+        return super()._deadline(replace(row, flags=0, timeout_s=1) if row.flags & F.CHAIN else row)
 
 
-class LetsTheHoldsOfAChainExpire(SimulatedShard):
-    chain_rules = _HoldsForAWhile()
+class LetsTheHoldsOfAChainExpire(TwinShard):
+    twin_class = _HoldsForAWhile
+
+
+class _ObeysAnybody(Twin):
+    """Who knows the id of a hold of a chain posts or voids it by hand."""
+
+    def _may_end(self, known: Hold | Known, row: Row) -> bool:
+        return True
+
+
+class LetsCallersEndTheHoldsOfAChain(TwinShard):
+    twin_class = _ObeysAnybody
+
+
+class _BelievesAnyUse(_KnowsBetter):
+    """An id of a decision that is used was used by the decision."""
+
+    def run(self, chain: chain_rules.Plan, now_ns: Any) -> Any:
+        return _unasked(chain_rules.run(chain, now_ns))
+
+    def settle(self, mark: Any, shard_count: int, now_ns: Any) -> Any:
+        return _unasked(chain_rules.settle(mark, shard_count, now_ns))
+
+
+def _unasked(steps: Any) -> Any:
+    """Answers the question for the decision's hold (to post 2 of it) by itself."""
+    asks = next(steps)
+    while True:
+        row = asks[0].rows[0]
+        is_probe = row.flags & F.POST and row.amount_minor == 2
+        answers = [bytes([TransferResult.HOLD_AMOUNT_EXCEEDED])] if is_probe else (yield asks)
+        try:
+            asks = steps.send(answers)
+        except StopIteration as stop:
+            return stop.value
+
+
+class TakesAnyUseOfADecisionForACommit(SimulatedShard):
+    chain_rules = _BelievesAnyUse()
 
 
 class _VoidsBeforeTheAbort(_KnowsBetter):
@@ -352,5 +391,7 @@ PLANTED: tuple[type[SimulatedShard], ...] = (
     DecidesAChainInMemory,
     VoidsALeftChainWithoutAsking,
     LetsTheHoldsOfAChainExpire,
+    LetsCallersEndTheHoldsOfAChain,
+    TakesAnyUseOfADecisionForACommit,
     VoidsBeforeTheAbortIsDurable,
 )

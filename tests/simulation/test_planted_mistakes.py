@@ -32,7 +32,7 @@ RULES: dict[type[SimulatedShard], set[str]] = {
     planted.IgnoresTheDurableMark: {"damage accepted", "lost acknowledgement"},
     planted.SnapshotsWhatIsNotDurable: {"unexpected error", "recovered more than was sent"},
     planted.KeepsTooLittleLog: {"unexpected error"},
-    planted.AppliesADoubledCredit: {"double effect"},
+    planted.AppliesADoubledCredit: {"double effect", "unexpected error"},  # or the restart refuses to replay it
     planted.AdvancesTheCursorLater: {"double effect", "replay differs", "a saga did not end"},
     planted.ForgetsIdsTooEarly: {"double effect", "one id, two contents", "a repeated id is answered differently"},
     planted.LeavesHalfAHold: {"balance"},
@@ -41,9 +41,17 @@ RULES: dict[type[SimulatedShard], set[str]] = {
     planted.DecidesAChainInMemory: _CHAINS,
     planted.VoidsALeftChainWithoutAsking: _CHAINS,
     planted.LetsTheHoldsOfAChainExpire: _CHAINS,
+    planted.LetsCallersEndTheHoldsOfAChain: _CHAINS,
+    planted.TakesAnyUseOfADecisionForACommit: _CHAINS,
     planted.VoidsBeforeTheAbortIsDurable: _CHAINS,
 }
-OPTIONS = {planted.KeepsTooLittleLog: Options(heavy_share=1.0, steps=600)}
+#: The real state machine refuses to replay what these two do.
+_NOT_REBUILT = Options(rebuild_every=0)
+OPTIONS = {
+    planted.KeepsTooLittleLog: Options(heavy_share=1.0, steps=600),
+    planted.LetsTheHoldsOfAChainExpire: _NOT_REBUILT,
+    planted.LetsCallersEndTheHoldsOfAChain: _NOT_REBUILT,
+}
 
 
 def test_every_planted_mistake_is_tried() -> None:

@@ -234,7 +234,7 @@ class Coordinators:
         return self.open == 0 and not any(shard.up and shard.engine.holds(chain_rules.MARKS) for shard in self.shards)
 
 
-def _columns(rows: Sequence[TransferRow]) -> tuple[tuple[bytes, ...], dict[str, bytes]]:
+def _columns(rows: Sequence[TransferRow]) -> tuple[tuple[bytes, ...], dict[str, Any]]:
     count = len(rows)
     ids, debits, credits_, amounts, flags, pending, timeouts, codes = zip(*rows, strict=True)
     return (
@@ -245,6 +245,7 @@ def _columns(rows: Sequence[TransferRow]) -> tuple[tuple[bytes, ...], dict[str, 
             "timeouts_s": struct.pack(f"<{count}I", *timeouts),
             "codes": struct.pack(f"<{count}H", *codes),
             "credit_shards": struct.pack(f"<{count}H", *[SHARD_LOCAL] * count),
+            "chain_steps": True,
         },
     )
 

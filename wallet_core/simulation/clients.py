@@ -25,6 +25,7 @@ REMEMBERED: Final = frozenset({OK, IN_FLIGHT, *range(R.HOLD_NOT_FOUND, R.LINKED_
 CURRENCIES: Final = (b"USD\0", b"EUR\0")
 THINK_NS = (20_000, 500_000)
 PATIENCE_NS = (3_000_000, 12_000_000)
+MEDDLE_NS = 3_000_000
 ATTEMPTS_KEPT = 64
 
 Row = tuple[bytes, bytes, bytes, int, int, bytes, int, int, int]
@@ -218,6 +219,8 @@ class Clients:
             return
         rules = self.shards[routes[0][0]].chain_rules
         self.coordinators.begin(Chain(rows, routes, rules.plan(rows, routes, currencies, len(self.shards)), client))
+        for _ in range(random.choice((0, 0, 1, 2))):
+            self.world.after(self.world.between(0, MEDDLE_NS), self._meddle)
 
     def _chain_told(self, chain: Chain) -> None:
         self.world.after(self.world.between(*THINK_NS), self._act, chain.client)
@@ -411,6 +414,24 @@ class Clients:
         post = chance() < 0.65
         amount = 0 if chance() < 0.5 or not post else max(1, int(hold[3] * 1.1 * chance()))
         return (self._transfer_id(), *accounts, amount, POST if post else VOID, hold[0], 0, 0, SHARD_LOCAL)
+
+    def _meddle(self) -> None:
+        """Against a chain across shards that was begun lately, by somebody who knows all its ids: what it holds is posted or voided
+        by hand, with the flag of chains or without, or one of its ids is used for something else."""
+        random, chance = self.world.random, self.world.chance
+        plan = random.choice(self.coordinators.chains[-3:]).plan
+        mark = random.choice(plan.marks)
+        shard, held = mark.shard, [*mark.holds, (mark.id, chain_rules.MARKS, chain_rules.MARKED)]
+        if shard == plan.home:
+            held += [(plan.decision.id, chain_rules.MARKS, chain_rules.MARKED)] * 2
+        id_, *accounts = random.choice(held)
+        row: Row = (id_, *self._local(shard)[1:])
+        if chance() < 0.6:
+            debit, credit = accounts if chance() < 0.5 else (ZERO_ID, ZERO_ID)
+            flags = random.choice((POST, VOID)) | (int(F.CHAIN) if chance() < 0.25 else 0)
+            row = (self._transfer_id(), debit, credit, 0, flags, id_, 0, 0, SHARD_LOCAL)
+        self.world.counts["row against a chain"] += 1
+        self._begin(self._request(shard, [row]), -1)
 
     def _collide(self, shard: int) -> Row:
         """An id that was used, with other content."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wallet_core.engine._engine import Engine
+from wallet_core.engine.codes import TransferFlags
 from wallet_core.engine.views import EngineRefused
 from wallet_core.event_log import (
     FileLog,
@@ -64,7 +65,7 @@ class Request:
     shard: int
     call: str  # "transfers", "open_accounts", "update_accounts", "account"
     columns: tuple[bytes, ...]
-    options: dict[str, bytes] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     keys: list[tuple[Any, ...]] = field(default_factory=list)  # of transfers: the content of each row
     client: int = 0
     attempts: int = 0
@@ -392,8 +393,10 @@ class SimulatedShard:
         """What is left of chains across shards here: marks with their holds, decisions without."""
         found = []
         for mark in self.engine.holds(chain_rules.MARKS):
+            if not mark.flags & TransferFlags.CHAIN:
+                continue
             legs = [self.engine.hold_at(mark.sequence - back) for back in range(mark.amount - 1, 0, -1)]
-            holds = tuple((leg.id, leg.debit_id, leg.credit_id) for leg in legs if leg is not None)
+            holds = tuple((leg.id, leg.debit_id, leg.credit_id) for leg in legs if leg and leg.flags)
             found.append(ChainMark(self.shard, mark.id, holds, len(holds) == mark.amount - 1))
         return found
 

@@ -99,7 +99,7 @@ class Simulation:
             check_twin(self.shards)
         self._restart_all()
         check_replay(self.shards)
-        if world.seed % options.rebuild_every == 0:
+        if options.rebuild_every and world.seed % options.rebuild_every == 0:
             self._rebuild()
         self.world.counts["rows repeated at the end"] += check_repeats(self.clients, self.shards)
 

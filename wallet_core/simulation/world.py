@@ -39,7 +39,7 @@ class Options:
     clients: int = 5
     heavy_share: float = 0.06  # of seeds with batches so large that segments fill
     twin_every: int = 16  # every n-th seed replays its logs into the Python twin as well
-    rebuild_every: int = 4  # every n-th seed rebuilds its shards from disk beside the ones that run
+    rebuild_every: int = 4  # every n-th seed rebuilds its shards from disk beside the ones that run; 0: none
 
 
 class World:
