@@ -54,22 +54,26 @@ cdef int blob_add(Blob* blob, const void* data, size_t length) noexcept nogil:
 
 
 cdef int chain_holds_read(Engine engine, const uint8_t* marks_id, uint64_t from_slot, Blob* blob) noexcept nogil:
-    """Some marks (holds on the account of marks), each behind those of the amount - 1 holds that its frame placed just before it
-    which are still held. One that stands for more than a chain can have is no mark and comes alone."""
+    """Some marks (holds on the account of marks), each behind those of the amount - 1 holds that its frame placed just before it.
+    What begins a step of chains is never in the middle of another one, so they end where anything else comes: there is nothing
+    then that could be taken for a part of this chain. One that stands for more than a chain can have comes alone."""
     cdef HoldState marks[HOLDS_A_LOOK]
     cdef HoldState leg
-    cdef uint64_t slot = from_slot, sequence
+    cdef uint64_t slot = from_slot, sequence, least
     cdef uint32_t count = engine.read_holds(marks_id, &slot, HOLD_SLOTS_A_LOOK, marks, HOLDS_A_LOOK), i
     if blob_add(blob, &slot, 8) < 0:
         return -1
     for i in range(count):
         if not marks[i].flags & FLAG_CHAIN:
             continue
-        sequence = marks[i].sequence
+        sequence = least = marks[i].sequence
         if <uint64_t>marks[i].amount - 1 <= min(<uint64_t>LEGS_MAX, sequence):
-            sequence -= <uint64_t>marks[i].amount - 1
+            least -= <uint64_t>marks[i].amount - 1
+        while sequence > least and engine.hold_placed_at(sequence - 1, &leg) and leg.flags & FLAG_CHAIN \
+                and not ducat_same_id(leg.debit_id, marks_id):
+            sequence -= 1
         while sequence < marks[i].sequence:
-            if engine.hold_placed_at(sequence, &leg) and leg.flags & FLAG_CHAIN and blob_add(blob, &leg, sizeof(HoldState)) < 0:
+            if engine.hold_placed_at(sequence, &leg) and blob_add(blob, &leg, sizeof(HoldState)) < 0:
                 return -1
             sequence += 1
         if blob_add(blob, &marks[i], sizeof(HoldState)) < 0:

@@ -18,7 +18,7 @@ from typing import Any
 
 from wallet_core.engine._engine import Engine
 from wallet_core.engine.codes import TransferFlags
-from wallet_core.engine.views import EngineRefused
+from wallet_core.engine.views import EngineRefused, HoldView
 from wallet_core.event_log import (
     FileLog,
     FrameReader,
@@ -395,10 +395,20 @@ class SimulatedShard:
         for mark in self.engine.holds(chain_rules.MARKS):
             if not mark.flags & TransferFlags.CHAIN:
                 continue
-            legs = [self.engine.hold_at(mark.sequence - back) for back in range(mark.amount - 1, 0, -1)]
-            holds = tuple((leg.id, leg.debit_id, leg.credit_id) for leg in legs if leg and leg.flags)
+            legs = self._legs(mark)
+            holds = tuple((leg.id, leg.debit_id, leg.credit_id) for leg in legs)
             found.append(ChainMark(self.shard, mark.id, holds, len(holds) == mark.amount - 1))
         return found
+
+    def _legs(self, mark: HoldView) -> list[HoldView]:
+        """The holds that were placed just before a mark."""
+        legs: list[HoldView] = []
+        for back in range(1, mark.amount):
+            leg = self.engine.hold_at(mark.sequence - back)
+            if leg is None or not leg.flags & TransferFlags.CHAIN or leg.debit_id == chain_rules.MARKS:
+                break
+            legs.insert(0, leg)
+        return legs
 
     def send_credits(self, destination: int, settled: int, number: int, last: int, group: Group) -> None:
         """Sends become deliveries of this group, which say how far this shard has settled."""

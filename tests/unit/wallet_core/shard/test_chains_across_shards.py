@@ -571,6 +571,19 @@ async def test_a_decision_is_kept_while_a_shard_is_asked_by_nobody(world: World)
     await world.is_clean()
 
 
+async def test_a_mark_never_stands_for_holds_of_another_chain(world: World) -> None:
+    """A leg that was there before (somebody looked for two chains with the same tag) is not behind the mark. What is in its place
+    belongs to others."""
+    steps = Steps(world, linked([move(1, A, B, 400), move(2, A, C, 300)]))
+    await steps.take(1)
+    (ask, *_), (mark, *_) = steps.plan.tries, steps.plan.marks
+    other = chain_rules.mark_of(transfer_id(9)[:13] + bytes(3), 0, SHARDS)
+    rows = [ask.rows[0], ask.rows[2]._replace(id=other, amount_minor=2)]
+    assert list((await world.chains.apply_step(0, rows, ())).codes) == [R.OK, R.OK]
+    found = {one.id: (one.holds, one.complete) for one in await world.host.chain_marks(0)}
+    assert found == {mark.id: (mark.holds, True), other: ((), False)}
+
+
 async def test_a_committed_chain_with_a_leg_that_is_gone_waits_and_is_reported(world: World) -> None:
     """Only a mistake of the coordinator's own can bring that about: the rest of it stays as it is."""
     waiting: list[chain_rules.ChainMark] = []
@@ -703,3 +716,39 @@ async def test_an_answer_for_which_there_is_no_memory_does_not_stop_the_shard(wo
     assert len(unpack_cut(0, await world.host.cut(0)).links) == SHARDS - 1
     await world.chains.look()
     await world.is_clean()
+
+
+async def test_the_longest_chain_is_one_and_a_longer_one_is_refused(world: World) -> None:
+    rows = [move(n, *((A, B), (C, D), (SOURCE, A), (B, A2))[n % 4], 1) for n in range(chain_rules.LEG_COUNT_MAX + 1)]
+    assert await world.chain(*rows) == [R.CROSS_SHARD_UNSUPPORTED] * len(rows)
+    assert await world.chain(*rows[1:]) == [R.OK] * chain_rules.LEG_COUNT_MAX
+    assert await world.chain(*rows[1:]) == [R.OK] * chain_rules.LEG_COUNT_MAX
+    assert await world.balances() == [FUND, FUND, FUND - 256, FUND + 256, FUND + 256, FUND]
+    own = [move(5_000 + n, A, B, 1) for n in range(chain_rules.LEG_COUNT_MAX)]  # each has a hold on shard 0
+    assert set(await world.host.transfers([move(9_999, SOURCE, A, 100)])) == {R.OK}
+    await Steps(world, linked(own)).take(1)
+    assert [len(mark.holds) for mark in await world.host.chain_marks(0)] == [chain_rules.LEG_COUNT_MAX]
+    await world.is_clean()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+async def test_a_snapshot_between_two_steps_knows_whose_holds_they_are(tmp_path: Path, count: int) -> None:
+    world = await World(tmp_path).start()
+    try:
+        await world.open()
+        rows = linked([move(1, A, B, 400), move(2, C, D, 300)])
+        steps = Steps(world, rows)
+        await steps.take(count, 1 if count == 3 else None)
+        for shard in range(SHARDS):
+            await world.host.snapshot(shard)
+        await world.host.close()
+        await world.start()
+        for number, mark in enumerate(steps.plan.marks):
+            by_hand = TransferRow(transfer_id(100 + number), ID_NONE, ID_NONE, 0, VOID, mark.holds[0][0])
+            assert list(await world.host.transfers([by_hand])) == [R.HOLD_NOT_FOUND]
+        for _ in range(3):
+            await world.chains.look()
+        assert await world.balances() == ([600, 1400, 700, 1300, 1000, 1000] if count > 1 else [FUND] * 6)
+        await world.is_clean()
+    finally:
+        await world.host.close()
