@@ -196,8 +196,7 @@ static inline void du_arena_close(du_arena *arena) {
 static inline int du_arena_commit(du_arena *arena, uint64_t bytes, du_budget *budget) {
     if (du_likely(bytes <= arena->committed)) return 0;
     uint64_t touched = __atomic_load_n(&arena->touched, __ATOMIC_ACQUIRE);
-    if (bytes <= touched) {
-        if (du_budget_take(budget, touched - arena->committed)) return -1;
+    if (bytes <= touched && !du_budget_take(budget, touched - arena->committed)) {
         arena->committed = touched;
         return 0;
     }

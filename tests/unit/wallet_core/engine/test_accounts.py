@@ -138,7 +138,7 @@ def test_growing_waits_for_the_table_that_another_thread_makes_but_not_for_ever(
     """The writer would find 16 MiB of fresh pages in one batch; every account is found at every load."""
     alone, prepared = Engine(generation_ids=1 << 10), Engine(generation_ids=1 << 10)
     prepared.prepare_memory()
-    table = 4 << 16  # of 65,536 slots, 0.6 full with 39,321 accounts and 0.75 with 49,152; the next one has twice as many
+    table = 4 << 16  # 65,536 slots: 0.6 full with 39,321 accounts, 0.75 with 49,152; the next one has twice as many
     begun = [engine.status().memory_bytes for engine in (alone, prepared)]
     opened, lag = 0, []
     for count in (39_000, 45_000, 49_000, 60_000):
