@@ -15,8 +15,12 @@ from wallet_core.event_log.kafka import KafkaFrames, KafkaLogConfig
 
 @pytest.mark.kafka
 @pytest.mark.timeout(400)
-async def test_a_checkout_and_a_payout_over_a_real_kafka_broker(kafka_bootstrap: str, tmp_path: Path) -> None:
+async def test_a_checkout_and_a_payout_over_a_real_kafka_broker(
+    kafka_bootstrap: str, postgres_dsn: str, valkey_url: str, tmp_path: Path
+) -> None:
     env = {
+        "DUCAT_DATABASE_URL": postgres_dsn,
+        "DUCAT_REDIS_URL": valkey_url,
         "DUCAT_BUS": "kafka",
         "DUCAT_KAFKA_BOOTSTRAP": kafka_bootstrap,
         "DUCAT_WALLET_LOG": "kafka",

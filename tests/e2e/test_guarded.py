@@ -39,8 +39,11 @@ def guarded(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(400)
-async def test_a_checkout_and_a_payout_over_mtls_with_tokens_and_one_trace(tmp_path: Path) -> None:
-    platform = Platform(tmp_path / "data", free_ports=True, executor_count=2, env=guarded(tmp_path), log=print)
+async def test_a_checkout_and_a_payout_over_mtls_with_tokens_and_one_trace(
+    postgres_dsn: str, valkey_url: str, tmp_path: Path
+) -> None:
+    env = {**guarded(tmp_path), "DUCAT_DATABASE_URL": postgres_dsn, "DUCAT_REDIS_URL": valkey_url}
+    platform = Platform(tmp_path / "data", free_ports=True, executor_count=2, env=env, log=print)
     try:
         await platform.start()
         outcome = await run_checkout(platform, checkout(4, currencies=("USD", "KWD")), log=print)

@@ -82,6 +82,7 @@ class Harness:
                 group,
                 mode,
                 str(delivery_count_max),
+                str(SESSION_TIMEOUT_MS),
             ),
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=asyncio.subprocess.PIPE,

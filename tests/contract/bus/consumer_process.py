@@ -8,12 +8,16 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from runtime.bus import BusPolicy, Message, kafka, open_bus
-from tests.contract.bus.conftest import SESSION_TIMEOUT_MS
+from runtime.bus import BusPolicy, Message, open_bus
 
 
-async def main(backend: str, address: str, topic: str, group: str, mode: str, delivery_count_max: str) -> None:
-    kafka.SESSION_TIMEOUT_MS_MIN = SESSION_TIMEOUT_MS
+async def main(
+    backend: str, address: str, topic: str, group: str, mode: str, delivery_count_max: str, session_timeout_ms: str
+) -> None:
+    if backend == "kafka":
+        from runtime.bus import kafka
+
+        kafka.SESSION_TIMEOUT_MS_MIN = int(session_timeout_ms)
     policy = BusPolicy(
         claim_idle_ms=900, retry_base_ms=20, retry_cap_ms=100, delivery_count_max=int(delivery_count_max)
     )
