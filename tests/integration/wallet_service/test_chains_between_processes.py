@@ -106,6 +106,16 @@ async def test_processes_that_die_under_chains_leave_nothing_half_done(start_wal
     await one.kill()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     one = await pair.start(0)
+    ids = transfer_ids(len(sent))
+    by_hand = [
+        wallet_pb2.Transfer(
+            transfer_id=ids[16 * n : 16 * n + 16],
+            kind=wallet_pb2.TRANSFER_KIND_VOID,
+            pending_id=rows[0].transfer_id,
+        )
+        for n, rows in enumerate(sent)
+    ]
+    assert set(await submit(one, by_hand)) == {wallet_pb2.TRANSFER_RESULT_HOLD_NOT_FOUND}
     async with asyncio.timeout(40):  # marks that were left are ended after a grace period
         while True:
             account = (await one.wallet.GetBalance(wallet_pb2.GetBalanceRequest(name=NAMES[0]))).account
