@@ -236,6 +236,9 @@ class Settings(BaseSettings):
     wallet_snapshot_events: int = Field(
         5_000_000, ge=0, description="events of a shard after which a snapshot is taken; 0 = only when asked for"
     )
+    wallet_snapshots_kept: int = Field(
+        2, ge=2, description="snapshots kept of each shard: a look into the past starts from the nearest one before it"
+    )
 
     # bus
     bus_delivery_count_max: int = Field(

@@ -152,6 +152,7 @@ def host_config(settings: Settings) -> ShardHostConfig:
         id_window_ms=settings.wallet_id_window_ms,
         room_ids=settings.wallet_room_ids,
         snapshot_events=settings.wallet_snapshot_events,
+        snapshots_kept=settings.wallet_snapshots_kept,
         keep_history=settings.wallet_keep_history,
         kafka=_kafka_log(settings),
     )
