@@ -287,7 +287,10 @@ def measure_snapshot(scenario: Scenario, folder: Path, counts: Counts) -> dict[s
     """A stream under full load, and a snapshot of the shard in the middle of it. Every batch is a commit that somebody waits
     for. `snapshot.batch_ms` is of the batches that were under way while the snapshot was being written, `batch_ms` of as many
     right before it. `delay_ms` is what they took beyond the usual batch before (its p50, `batch_ms.p50`): `max` is not made
-    smaller by a stall that happened without the snapshot. The rate beside it is held against the rate before it, too.
+    smaller by a stall that happened without the snapshot. `delay_ms_before` reads the batches before in the same way: what is
+    not more than that is no delay by the snapshot. The rate beside it is held against the rate before it, too.
+    `writer` is what the shard's writer itself counted, beside the snapshot and before it, and `writer_pause_ms` how long it did
+    nothing but begin and end the image.
     """
     limits = disk_limits(folder)
     with serving(folder, scenario.shards, snapshots=False) as server:
@@ -318,6 +321,9 @@ def measure_snapshot(scenario: Scenario, folder: Path, counts: Counts) -> dict[s
             "batches_before": beside["batches_before"],
             "batch_ms": beside["beside_ms"],
             "delay_ms": beside["delay_ms"],
+            "delay_ms_before": beside["delay_ms_before"],
+            "writer_pause_ms": taken["writer_pause_ms"],
+            "writer": taken["writer"],
         },
         "limits": limits,
         "ratios": {
@@ -350,6 +356,7 @@ def _beside(spans: np.ndarray[Any, Any], began: float, ended: float) -> dict[str
         "before_ms": before_ms,
         "beside_ms": beside_ms,
         "delay_ms": {name: round(beside_ms[name] - before_ms["p50"], 3) for name in beside_ms},
+        "delay_ms_before": {name: round(before_ms[name] - before_ms["p50"], 3) for name in before_ms},
         "rate": done / (ended - began) / rate_before if rate_before else 0.0,
     }
 
@@ -443,15 +450,40 @@ def _snapshot_at(shards: wallet_service_pb2_grpc.ShardServiceStub, sequence: int
             if leaving.wait(POLL_S):
                 raise RuntimeError(f"the shard has not come to event {sequence}")
         began = time.perf_counter()
-        taken = shards.CreateSnapshot(shard_pb2.CreateSnapshotRequest(shard=0)).snapshot
+        answer = shards.CreateSnapshot(shard_pb2.CreateSnapshotRequest(shard=0))
         ended = time.perf_counter()
-        return {"began": began, "ended": ended, "sequence": taken.sequence_number, "bytes": taken.size_bytes}
+        return {
+            "began": began,
+            "ended": ended,
+            "sequence": answer.snapshot.sequence_number,
+            "bytes": answer.snapshot.size_bytes,
+            "writer_pause_ms": {
+                "max": answer.writer_beside.pause_ns_max / 1e6,
+                "total": answer.writer_beside.pause_ns / 1e6,
+            },
+            "writer": {
+                "before": _writer(answer.writer_before),
+                "beside": _writer(answer.writer_beside),
+            },
+        }
 
     with ThreadPoolExecutor(1) as beside:
         try:
             yield beside.submit(take)
         finally:
             leaving.set()
+
+
+def _writer(times: shard_pb2.WriterTimes) -> dict[str, float]:
+    """Batches and commits of the shard's writer, in ms; `apply_cpu_us_a_transfer` is of its threads alone."""
+    return {
+        "batches": times.batches,
+        "apply_cpu_us_a_transfer": times.apply_cpu_ns / 1e3 / max(times.rows, 1),
+        "apply_cpu_ms_max": times.apply_cpu_ns_max / 1e6,
+        "apply_ms_max": times.apply_ns_max / 1e6,
+        "commits": times.commits,
+        "commit_ms_max": times.commit_ns_max / 1e6,
+    }
 
 
 def _state(server: Server, shards: wallet_service_pb2_grpc.ShardServiceStub, counts: Counts) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import hashlib
 import struct
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -390,7 +391,13 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
         self, request: shard_pb2.CreateSnapshotRequest, context: Any
     ) -> shard_pb2.CreateSnapshotResponse:
         _owned(self._host, request.shard)
-        return shard_pb2.CreateSnapshotResponse(snapshot=_snapshot(await self._host.snapshot(request.shard)))
+        taken = await self._host.snapshot(request.shard)
+        answer = shard_pb2.CreateSnapshotResponse(snapshot=_snapshot(taken))
+        if taken.writer is not None:
+            before, beside = taken.writer
+            answer.writer_before.CopyFrom(shard_pb2.WriterTimes(**asdict(before)))
+            answer.writer_beside.CopyFrom(shard_pb2.WriterTimes(**asdict(beside)))
+        return answer
 
     async def ListSnapshots(
         self, request: shard_pb2.ListSnapshotsRequest, context: Any

@@ -191,6 +191,7 @@ cdef class Engine:
     cdef void forget_refusals(self, uint16_t source_shard, uint64_t upto_number) noexcept nogil
 
     # a consistent image without stopping the writer; a sequence of self-describing pieces (image.pyx)
+    cdef bint prepare_image(self) noexcept nogil              # reader's thread, as long as it says so: memory for the writer
     cdef int begin_image(self) noexcept nogil                 # writer's thread, microseconds; ENGINE_REFUSED = one is open
     cdef int64_t read_image(self, uint8_t* buffer) noexcept nogil   # any one thread; bytes of the next piece, 0 = done, <0 failed
     cdef void end_image(self) noexcept nogil                  # writer's thread; also gives up an unfinished image

@@ -323,6 +323,10 @@ cdef class Engine:
 
     cdef void release_image(self) noexcept nogil:
         image_release(state(self))
+        spares_free(state(self))
+
+    cdef bint prepare_image(self) noexcept nogil:
+        return image_prepare(state(self))
 
     cdef int load_piece(self, const uint8_t* piece, uint64_t length) noexcept nogil:
         return image_load_piece(state(self), piece, length)

@@ -6,7 +6,8 @@
 # the reader may not have passed yet, puts the record as it was into the *overlay* (one bit a record says that it is
 # there). The overlay is written after everything else and, when loaded, laid over it.
 #
-# So the writer pays one branch per change while no image is taken, and at most one 80-byte copy per record and image.
+# So the writer pays one branch per change while no image is taken, and at most one 80-byte copy per record and image, into
+# memory that the reader has touched: up to 64 MiB before the image begins (prepare_image), more with every piece that it reads.
 # Copying whole chunks on write was rejected: with 10 M accounts and random transfers the first batch alone touches
 # 16,000 chunks of any size (64 MiB of 4 KiB chunks, 10 ms), fork() likewise. See docs/decisions/0002-wallet-engine.md.
 #
@@ -45,8 +46,9 @@ cdef enum:
     PIECE_PAYLOAD_MAX = 1048576
     HEADER_WORDS = 17
     IMAGE_VERSION = 1
-    OVERLAY_ENTRIES = 13000
-    OVERLAY_SPARES = 4
+    PIECE_PAYLOAD = 262144          # of the long lists: the thread that reads rests between two pieces while commits are under way
+    OVERLAY_ENTRIES = 1637          # 128 KiB a chunk
+    SPARES_A_PIECE = 2
 
 
 cdef struct PieceHeader:
@@ -99,7 +101,6 @@ cdef struct ImageState:
     ImageQueue queues[SHARD_COUNT_MAX]
     ImageCursor cursors[SHARD_COUNT_MAX]
     uint64_t newest                 # OverlayChunk*, published by the writer
-    uint64_t spares[OVERLAY_SPARES] # OverlayChunk*, touched by the reader for the writer; 0 = none
     uint64_t failed                 # out of memory: the image is no good, the engine is
     # where the reader is
     uint64_t pieces                 # read so far
@@ -109,28 +110,44 @@ cdef struct ImageState:
     OverlayChunk* overlay
 
 
-cdef OverlayChunk* overlay_chunk(ImageState* image) noexcept nogil:
+cdef OverlayChunk* overlay_chunk(EngineState* e) noexcept nogil:
     # An empty chunk: one that the reader has touched, or a new one.
-    cdef uint64_t i, spare
-    for i in range(OVERLAY_SPARES):
-        spare = du_load_acquire(&image.spares[i])
-        if spare != 0:
-            du_store_release(&image.spares[i], 0)
-            return <OverlayChunk*> spare
-    return <OverlayChunk*> malloc(sizeof(OverlayChunk))
-
-
-cdef void overlay_prepare(ImageState* image) noexcept nogil:
-    # In the reader's thread. Only the reader fills a place, only the writer empties it.
-    cdef uint64_t i
+    cdef uint64_t taken = e.spares_taken
     cdef OverlayChunk* chunk
-    for i in range(OVERLAY_SPARES):
-        if du_load_acquire(&image.spares[i]) == 0:
-            chunk = <OverlayChunk*> malloc(sizeof(OverlayChunk))
-            if chunk == NULL:
-                return
-            du_table_touch(chunk, sizeof(OverlayChunk))
-            du_store_release(&image.spares[i], <uint64_t> chunk)
+    if du_load_acquire(&e.spares_made) == taken:
+        return <OverlayChunk*> malloc(sizeof(OverlayChunk))
+    chunk = <OverlayChunk*> e.spares[taken % OVERLAY_SPARES]
+    du_store_release(&e.spares_taken, taken + 1)
+    return chunk
+
+
+cdef uint64_t overlay_prepare(EngineState* e, uint64_t count) noexcept nogil:
+    # In the reader's thread: up to `count` chunks more for the writer. Returns how many there was room for.
+    cdef uint64_t done = 0
+    cdef OverlayChunk* chunk
+    while done < count and e.spares_made - du_load_acquire(&e.spares_taken) < OVERLAY_SPARES:
+        chunk = <OverlayChunk*> malloc(sizeof(OverlayChunk))
+        if chunk == NULL:
+            break
+        du_table_touch(chunk, sizeof(OverlayChunk))
+        e.spares[e.spares_made % OVERLAY_SPARES] = <uint64_t> chunk
+        du_store_release(&e.spares_made, e.spares_made + 1)
+        done += 1
+    return done
+
+
+cdef bint image_prepare(EngineState* e) noexcept nogil:
+    # Before image_begin: memory for what the writer will have to keep at once. True: there is more to do.
+    cdef uint64_t wanted = (e.account_count + e.hold_slots) // OVERLAY_ENTRIES + 1
+    cdef uint64_t have = e.spares_made - du_load_acquire(&e.spares_taken)
+    return have < min(wanted, <uint64_t> OVERLAY_SPARES) and overlay_prepare(e, SPARES_A_PIECE) != 0
+
+
+cdef void spares_free(EngineState* e) noexcept nogil:
+    # No image is under way, and nobody begins one meanwhile.
+    while e.spares_taken != e.spares_made:
+        free(<void*> e.spares[e.spares_taken % OVERLAY_SPARES])
+        e.spares_taken += 1
 
 
 cdef OverlayEntry* overlay_add(EngineState* e, uint32_t kind, uint64_t position) noexcept nogil:
@@ -138,7 +155,7 @@ cdef OverlayEntry* overlay_add(EngineState* e, uint32_t kind, uint64_t position)
     cdef OverlayChunk* chunk = <OverlayChunk*> image.newest
     cdef OverlayEntry* entry
     if chunk == NULL or chunk.count == OVERLAY_ENTRIES:
-        chunk = overlay_chunk(image)
+        chunk = overlay_chunk(e)
         if chunk == NULL:
             du_store_release(&image.failed, 1)
             return NULL
@@ -317,8 +334,6 @@ cdef void image_free(EngineState* e, ImageState* image) noexcept nogil:
         older = chunk.older
         free(chunk)
         chunk = older
-    for i in range(OVERLAY_SPARES):
-        free(<void*> image.spares[i])
     if image.account_bits != NULL:
         du_table_free(image.account_bits, image.account_count // 8 + 1, &e.budget)
     if image.hold_bits != NULL:
@@ -369,7 +384,7 @@ cdef int64_t image_read_piece(EngineState* e, uint8_t* buffer) noexcept nogil:
     if image == NULL or du_load_acquire(&image.failed):
         return ENGINE_REFUSED
     if image.stage < PIECE_CURSOR:
-        overlay_prepare(image)
+        overlay_prepare(e, SPARES_A_PIECE)
     if image.stage == PIECE_HEADER:
         du_table_populate(image.account_bits, image.account_count // 8 + 1)
         du_table_populate(image.hold_bits, image.hold_slots // 8 + 1)
@@ -378,7 +393,7 @@ cdef int64_t image_read_piece(EngineState* e, uint8_t* buffer) noexcept nogil:
     if image.stage == PIECE_ACCOUNTS:
         first = image.accounts_done
         if first < image.account_count:
-            count = min(image.account_count - first, <uint64_t> (PIECE_PAYLOAD_MAX // RECORD_BYTES))
+            count = min(image.account_count - first, <uint64_t> (PIECE_PAYLOAD // RECORD_BYTES))
             length = piece_write(buffer, PIECE_ACCOUNTS, 0, first, count, &e.accounts[first], RECORD_BYTES)
             du_fence()
             du_store_release(&image.accounts_done, first + count)
@@ -388,7 +403,7 @@ cdef int64_t image_read_piece(EngineState* e, uint8_t* buffer) noexcept nogil:
         if image.generations_done < image.generation_count:
             g = &image.generations[image.generations_done]
             first = image.first
-            count = min(g.count - first, <uint64_t> (PIECE_PAYLOAD_MAX // sizeof(IdEntry)))
+            count = min(g.count - first, <uint64_t> (PIECE_PAYLOAD // sizeof(IdEntry)))
             length = piece_write(buffer, PIECE_IDS, g.serial, first, count, g.entries + first, sizeof(IdEntry))
             image.first += count
             if image.first == g.count:
@@ -400,7 +415,7 @@ cdef int64_t image_read_piece(EngineState* e, uint8_t* buffer) noexcept nogil:
     if image.stage == PIECE_HOLDS:
         first = image.holds_done
         if first < image.hold_slots:
-            count = min(image.hold_slots - first, <uint64_t> (PIECE_PAYLOAD_MAX // RECORD_BYTES))
+            count = min(image.hold_slots - first, <uint64_t> (PIECE_PAYLOAD // RECORD_BYTES))
             length = piece_write(buffer, PIECE_HOLDS, 0, first, count, &e.holds[first], RECORD_BYTES)
             du_fence()
             du_store_release(&image.holds_done, first + count)

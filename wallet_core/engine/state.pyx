@@ -70,6 +70,7 @@ cdef enum:
     CURRENCY_COUNT_MAX = 1024
     INDEX_BITS_MIN = 10
     TOMBSTONE = 0xFFFFFFFF
+    OVERLAY_SPARES = 512            # 64 MiB (image.pyx)
     RECORD_BYTES = 64               # of an Account and of a Hold: one cache line
 
     # account flags
@@ -330,6 +331,9 @@ cdef struct EngineState:
     uint64_t replay_error
     const char* replay_reason
     ImageState* image               # NULL = no image is being taken
+    uint64_t spares[OVERLAY_SPARES] # a ring of OverlayChunk*, touched for the writer by the thread that reads the image
+    uint64_t spares_made            # by that thread
+    uint64_t spares_taken           # by the writer
     uint64_t image_ended            # ImageState* whose memory is still to be given back, 0 = none
     # while an image is loaded: the last piece's kind, and what its header promises
     uint32_t load_stage
@@ -404,6 +408,7 @@ cdef void state_free(EngineState* e) noexcept nogil:
         return
     image_end(e)
     image_release(e)
+    spares_free(e)
     for i in range(e.generation_count):
         generation_free(e, &e.generations[i])
     for i in range(READY_MAX):

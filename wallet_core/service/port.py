@@ -25,6 +25,7 @@ __all__ = [
     "SnapshotInfo",
     "TransferItem",
     "TransferRow",
+    "WriterTimes",
     "slot_of",
 ]
 
@@ -104,8 +105,25 @@ class ShardStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class WriterTimes:
+    """What a shard's writer did in some time. Batches are those of at least 256 transfers; `cpu` is of the writer's thread
+    alone, without what it waited for. `pause`: what it did for nothing but a snapshot, to begin and to end its image."""
+
+    batches: int
+    rows: int
+    apply_cpu_ns: int
+    apply_cpu_ns_max: int
+    apply_ns_max: int
+    commits: int
+    commit_ns_max: int
+    pause_ns: int
+    pause_ns_max: int
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """One snapshot on disk."""
+    """One snapshot on disk. `writer`: what the shard's writer did since the snapshot before, and beside this one; None of
+    one that was there already."""
 
     shard: int
     sequence: int
@@ -113,6 +131,7 @@ class SnapshotInfo:
     size_bytes: int
     digest: bytes
     create_time_ns: int
+    writer: tuple[WriterTimes, WriterTimes] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,11 @@ cdef extern from *:
 
     #define ducat_sub(p, n) __atomic_sub_fetch((p), (n), __ATOMIC_ACQ_REL)
     #define ducat_add(p, n) __atomic_add_fetch((p), (n), __ATOMIC_ACQ_REL)
+    static inline uint64_t ducat_thread_ns(void) {      /* CPU time of the calling thread, 0.7 us a call */
+        struct timespec t;
+        if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t)) return 0;
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
     static inline void ducat_max_u64(uint64_t *p, uint64_t v) {
         uint64_t old = __atomic_load_n(p, __ATOMIC_RELAXED);
         while (old < v && !__atomic_compare_exchange_n(p, &old, v, 1, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
@@ -48,6 +53,7 @@ cdef extern from *:
         struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t);
         return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
     }
+    static inline void ducat_rest_us(long us) { struct timespec t = {0, us * 1000}; nanosleep(&t, NULL); }
     /* waits at most wait_ns */
     static inline void ducat_cond_wait_ns(pthread_cond_t *cond, pthread_mutex_t *mutex, int64_t wait_ns) {
         struct timespec t; clock_gettime(CLOCK_REALTIME, &t);
@@ -83,8 +89,10 @@ cdef extern from *:
     int ducat_load_int "ducat_load" (int*) noexcept nogil
     void ducat_store_int "ducat_store" (int*, int) noexcept nogil
     int64_t ducat_now_ns() noexcept nogil
+    uint64_t ducat_thread_ns() noexcept nogil
     void ducat_name_thread(const char*, int) noexcept nogil
     int64_t ducat_monotonic_ns() noexcept nogil
+    void ducat_rest_us(long) noexcept nogil
     void ducat_cond_wait_ns(pthread_cond_t*, pthread_mutex_t*, int64_t) noexcept nogil
     uint32_t ducat_slot(const uint8_t*) noexcept nogil
     bint ducat_same_id(const uint8_t*, const uint8_t*) noexcept nogil
@@ -125,6 +133,8 @@ cdef enum:
     CALL_ROWS_MAX = 256              # rows of one CreateTransfersRequest that travels with others
     DELIVERY_ROWS_MAX = 8190         # credits in one delivery
     REFUSALS_REPEATED_MAX = 256      # refusals of earlier deliveries that an outcome names again
+    IMAGE_REST_US = 1000             # after each piece of an image, while requests are under way
+    TIMED_ROWS = 256                 # batches of so many transfers are timed (WriterTimes)
     UNSETTLED_MAX = 1048576          # sends under way a shard; above it new transfers wait for settlements
     AWAY_AFTER_NS = 2000000000       # a destination that settles nothing for so long is not waited for
 
@@ -243,6 +253,12 @@ cdef struct LateWait:                # a repeated id whose saga is still under w
     uint32_t row
     uint8_t id[16]
 
+cdef struct WriterTimes:             # what the writer's threads did in some time, in ns; cpu: of the thread, so what it waited for is not in it
+    uint64_t batches, rows           # of at least TIMED_ROWS transfers
+    uint64_t apply_cpu, apply_cpu_max, apply_max
+    uint64_t commits, commit_max
+    uint64_t pause, pause_max        # in the writer's thread, for nothing but a snapshot: to begin and to end its image
+
 cdef struct ShardCore:
     pthread_mutex_t mutex
     pthread_cond_t work_ready        # both threads wait here
@@ -267,6 +283,9 @@ cdef struct ShardCore:
     EngineCounters counters
     uint8_t digest[16]
     uint64_t queued
+    WriterTimes times[2]             # since the last snapshot was done, and beside the one that is being written
+    WriterTimes told[2]              # the same of the last one that is done
+    int imaging                      # 1: a snapshot is being written
     uint64_t gap_count               # deliveries that did not follow the cursor (a relay resends)
 
 cdef struct HostCore:

@@ -1453,6 +1453,9 @@ cdef class ShardHost:
         request.waiter, request.remaining = 1, 1
         self._images += 1
         try:
+            with nogil:
+                while ducat_load_i64(&self.core.rows_held) > 0 and one.engine.prepare_image():
+                    ducat_rest_us(IMAGE_REST_US)
             shard_push(&one.core, work, False)
             self._wait(request)
             if request.status:
@@ -1460,7 +1463,10 @@ cdef class ShardHost:
                 raise RuntimeError(f"an image of shard {shard} is being taken already")
             memcpy(&info, request.extra, sizeof(info))
             self._drop(request)
-            self._read_image(one, sink, &info)
+            try:
+                self._read_image(one, sink, &info)
+            finally:
+                self._image_done(one)
         finally:
             self._images -= 1
         one.snapshot_sequence = info.sequence
@@ -1479,6 +1485,8 @@ cdef class ShardHost:
             while True:
                 with nogil:
                     length = one.engine.read_image(at)
+                    if length > 0 and ducat_load_i64(&self.core.rows_held) > 0:
+                        ducat_rest_us(IMAGE_REST_US)      # a snapshot is in no hurry, commits are
                 if length <= 0:
                     break
                 if self._images_stopped:
@@ -1490,6 +1498,26 @@ cdef class ShardHost:
             self._end_image(one)
         sink.finish(info.hash[:16])
         return 0
+
+    cdef void _image_done(self, Shard one):
+        pthread_mutex_lock(&one.core.mutex)
+        memcpy(one.core.told, one.core.times, sizeof(one.core.told))
+        memset(one.core.times, 0, sizeof(one.core.times))
+        one.core.imaging = 0
+        pthread_mutex_unlock(&one.core.mutex)
+
+    def writer_times(self, int shard):
+        """What a shard's writer did between the last two snapshots, and beside the last one: how long batches and commits
+        took, and how long it did nothing but begin and end the image."""
+        cdef Shard one = self._shards[shard]
+        cdef WriterTimes told[2]
+        pthread_mutex_lock(&one.core.mutex)
+        memcpy(told, one.core.told, sizeof(told))
+        pthread_mutex_unlock(&one.core.mutex)
+        return tuple(port.WriterTimes(
+            batches=told[i].batches, rows=told[i].rows, apply_cpu_ns=told[i].apply_cpu,
+            apply_cpu_ns_max=told[i].apply_cpu_max, apply_ns_max=told[i].apply_max, commits=told[i].commits,
+            commit_ns_max=told[i].commit_max, pause_ns=told[i].pause, pause_ns_max=told[i].pause_max) for i in range(2))
 
     cdef int _end_image(self, Shard shard) except -1:
         cdef Request* request = <Request*>calloc(1, sizeof(Request))

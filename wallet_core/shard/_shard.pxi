@@ -171,6 +171,10 @@ cdef class Shard:
         cdef Work* work = NULL
         cdef EngineCounters counters
         cdef uint8_t digest[16]
+        cdef int kind
+        cdef uint32_t rows
+        cdef uint64_t cpu_ns = 0
+        cdef int64_t began_ns = 0
         if core.urgent_head != NULL:
             work = core.urgent_head
             core.urgent_head = work.next
@@ -189,9 +193,15 @@ cdef class Shard:
                 core.tail = NULL
             core.queued -= 1
         core.applying = 1
+        kind, rows = work.kind, work.columns.count
         pthread_mutex_unlock(&core.mutex)
+        if kind == WORK_IMAGE_BEGIN or kind == WORK_IMAGE_END or (kind == WORK_TRANSFERS and rows >= TIMED_ROWS):
+            began_ns, cpu_ns = ducat_monotonic_ns(), ducat_thread_ns()
         if self.apply_one(work) < 0:
             self.fail()
+        if began_ns:
+            cpu_ns = ducat_thread_ns() - cpu_ns
+            began_ns = ducat_monotonic_ns() - began_ns
         if self.engine.wants_memory():
             self.ask_memory()
         work_free(work)
@@ -199,12 +209,30 @@ cdef class Shard:
         self.engine.digest(digest)
         pthread_mutex_lock(&core.mutex)
         core.applying = 0
+        if kind == WORK_IMAGE_BEGIN and core.current.sealed:
+            core.imaging = 1
+        if began_ns:
+            self.note_apply(&core.times[core.imaging], kind, rows, cpu_ns, <uint64_t>began_ns)
         core.counters = counters
         memcpy(core.digest, digest, 16)
+
+    cdef void note_apply(self, WriterTimes* times, int kind, uint32_t rows, uint64_t cpu_ns, uint64_t wall_ns) noexcept nogil:
+        """The mutex is held."""
+        if kind != WORK_TRANSFERS:
+            times.pause += wall_ns
+            times.pause_max = max(times.pause_max, wall_ns)
+            return
+        times.batches += 1
+        times.rows += rows
+        times.apply_cpu += cpu_ns
+        times.apply_cpu_max = max(times.apply_cpu_max, cpu_ns)
+        times.apply_max = max(times.apply_max, wall_ns)
 
     cdef void commit_group(self) noexcept nogil:
         """Make `syncing` durable. The mutex is held."""
         cdef ShardCore* core = &self.core
+        cdef WriterTimes* times
+        cdef int64_t began_ns = ducat_monotonic_ns()
         core.committing = 1
         if core.idle and (core.urgent_head != NULL or core.head != NULL or core.tick):
             pthread_cond_signal(&core.work_ready)
@@ -212,6 +240,9 @@ cdef class Shard:
         if self.commit(core.syncing) < 0:
             self.fail()
         pthread_mutex_lock(&core.mutex)
+        times = &core.times[core.imaging]
+        times.commits += 1
+        times.commit_max = max(times.commit_max, <uint64_t>(ducat_monotonic_ns() - began_ns))
         core.syncing = NULL
         core.committing = 0
 

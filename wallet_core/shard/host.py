@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -561,7 +562,7 @@ class WalletHost:
             oldest = min(oldest, self.retain(shard))
         if oldest and not self._config.keep_history:
             delete_segments_below(self._log_folder(shard), oldest)
-        return _info(snapshot_files(folder)[0].path)
+        return replace(_info(snapshot_files(folder)[0].path), writer=self._native.writer_times(shard))
 
     # ---- inside ----
 

@@ -23,6 +23,7 @@ from wallet_core.service.port import (
     ShardStatus,
     SnapshotInfo,
     TransferRow,
+    WriterTimes,
     slot_of,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "ShardStatus",
     "SnapshotInfo",
     "TransferRow",
+    "WriterTimes",
     "default_shard_map",
     "shard_folder",
     "slot_of",

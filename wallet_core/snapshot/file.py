@@ -27,8 +27,7 @@ from wallet_core.snapshot.format import (
 )
 
 _BLOCK = 4096
-_BUFFER_BYTES = 1024 * 1024  # one write; short enough for a log's sync to pass between two of them
-_PAUSE_S = 0.001  # after each write: a snapshot is in no hurry, commits are
+_BUFFER_BYTES = 256 * 1024  # one write; short enough for a log's sync to pass between two of them
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -154,8 +153,6 @@ class SnapshotWriter:
             done += os.pwrite(self._descriptor, self._view[done:length], self._written + done)
         self._written += length
         self._filled = 0
-        if not last:
-            time.sleep(_PAUSE_S)
 
     def _close(self) -> None:
         os.close(self._descriptor)

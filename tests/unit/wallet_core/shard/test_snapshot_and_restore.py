@@ -34,6 +34,19 @@ def snapshot(host: ShardHost, folder: Path, shard: int = 0) -> int:
     return host.image(shard, SnapshotWriter(shard_folder(folder, shard) / "snapshots", shard, reserve_bytes=1 << 30))
 
 
+class Held(SnapshotWriter):
+    """Waits with the first piece until it may go on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, 0)
+        self.begun, self.release = threading.Event(), threading.Event()
+
+    def add(self, piece: bytes | memoryview) -> None:
+        self.begun.set()
+        assert self.release.wait(30)
+        super().add(piece)
+
+
 def test_restore_from_snapshot_and_the_log_behind_it(tmp_path: Path) -> None:
     driver = opened(tmp_path)
     driver.transfers(rows(500))
@@ -255,6 +268,51 @@ def test_the_state_as_of_a_number_and_as_of_a_time(tmp_path: Path) -> None:
         assert (engine.state_digest(), end.next_sequence) == (digest, sequence + 1)
     engine, _ = rebuild(config(tmp_path), 0, from_scratch=True)
     assert engine.state_digest() == seen[-1][1]
+    driver.close()
+
+
+def test_a_look_far_back_starts_from_the_nearest_snapshot_that_is_kept(tmp_path: Path) -> None:
+    driver = opened(tmp_path)
+    folder = shard_folder(tmp_path, 0) / "snapshots"
+    taken, at = [], []
+    for turn in range(4):
+        driver.transfers(rows(200, 1000 * turn))
+        taken.append(snapshot(driver.host, tmp_path))
+        driver.transfers(rows(50, 1000 * turn + 500))
+        at.append((driver.host.durable_sequence(0), driver.digests()[0]))
+    delete_older(folder, 3)
+    driver.close()
+    for turn, (sequence, digest) in enumerate(at):
+        told: list[Progress] = []
+        engine, _ = rebuild(config(tmp_path), 0, upto_sequence=sequence, progress=told.append)
+        assert engine.state_digest() == digest
+        assert told[-1].done == (50 if turn else sequence)  # the first one's snapshot is gone: from event 1
+        assert engine.status().sequence - told[-1].done == (taken[turn] if turn else 0)
+
+
+def test_the_writer_tells_what_it_did_beside_a_snapshot_and_before(tmp_path: Path) -> None:
+    driver = opened(tmp_path)
+    driver.transfers(rows(300))
+    sink = Held(shard_folder(tmp_path, 0) / "snapshots")
+    thread = threading.Thread(target=driver.host.image, args=(0, sink))
+    thread.start()
+    assert sink.begun.wait(30)
+    for turn in range(1, 3):
+        driver.transfers(rows(300, 1000 * turn))
+    driver.transfers(rows(10, 9000))  # too few to be counted as a batch
+    sink.release.set()
+    thread.join(30)
+    before, beside = driver.host.writer_times(0)
+    assert (before.batches, before.rows) == (1, 300)
+    assert (beside.batches, beside.rows) == (2, 600)
+    assert beside.commits >= 3
+    assert before.pause_ns == 0
+    assert 0 < beside.pause_ns_max < beside.pause_ns  # the image was begun and ended
+    for times in (before, beside):
+        assert 0 < times.apply_cpu_ns_max <= times.apply_cpu_ns
+        assert times.commit_ns_max > 0
+    snapshot(driver.host, tmp_path)
+    assert driver.host.writer_times(0)[0].batches == 0  # counted from the last one on
     driver.close()
 
 
