@@ -58,7 +58,9 @@ NO_CURRENCY = "XXX"
 MARKS = account_id("chain/marks")
 """Debit account of marks and decisions; nothing but their holds is ever on it."""
 MARKED = account_id("chain/marked")
-"""Their credit account. What callers do on the two has no meaning."""
+"""Their credit account. What callers do on the two has no meaning; rows of chains across shards may not name them."""
+
+_MARKS_ACCOUNTS = frozenset({MARKS, MARKED})
 
 F, R = TransferFlags, TransferResult
 _LINKED = int(F.LINKED)
@@ -157,6 +159,8 @@ def _row_wrong(row: TransferRow) -> TransferResult:
         return R.ID_INVALID
     if row.flags & ~_LINKED:
         return R.FLAGS_INVALID if row.flags & ~int(_OF_CALLERS) else R.CROSS_SHARD_UNSUPPORTED
+    if row.debit_id in _MARKS_ACCOUNTS or row.credit_id in _MARKS_ACCOUNTS:  # a mark of the caller's making
+        return R.CROSS_SHARD_UNSUPPORTED
     if not 0 < row.amount_minor <= AMOUNT_MAX:
         return R.AMOUNT_INVALID
     if row.pending_id != ID_NONE:

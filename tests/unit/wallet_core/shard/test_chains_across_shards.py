@@ -385,7 +385,25 @@ async def test_what_callers_do_on_the_accounts_of_marks_means_nothing(world: Wor
     ends = [TransferRow(transfer_id(1_000 + n), MARKS, MARKED, 0, VOID, row.id) for n, row in enumerate(foreign)]
     post = move(6, A, A2, 0, flags=POST)._replace(pending_id=payout.id)
     assert set(await world.host.transfers([*ends, post])) == {R.OK}
-    assert await world.chain(move(7, A, A2, 1), move(8, MARKS, MARKED, 1), move(9, B, C, 1)) == [R.OK] * 3
+    assert await world.chain(move(7, A, A2, 1), move(8, A2, A, 1)) == [R.OK] * 2
+    await world.is_clean()
+
+
+async def test_no_chain_makes_a_mark_of_its_own(world: World) -> None:
+    """A leg that debits the account of marks would be a mark, under an id and for a number of holds that the caller chooses: one that
+    names the decision of another chain, which was committed."""
+    done = Steps(world, linked([move(1, A, B, 1), move(2, C, D, 1)]))
+    await done.take(2)
+    forged = chain_rules.mark_of(done.plan.decision.id, 1, SHARDS)
+    own = on_shard(1, SHARDS, 5)
+    assert list(await world.host.create_accounts([AccountRow(own, "XXX", int(AccountFlags.MAY_OVERDRAW))])) == [1]
+    for debit, credit in ((MARKS, own), (own, MARKS), (MARKED, own), (own, MARKED), (MARKS, MARKED)):
+        rows = [move(5, C, B, 500), TransferRow(forged, debit, credit, 2), move(6, D, A, 5_000)]
+        expected = [R.LINKED_FAILED, R.CROSS_SHARD_UNSUPPORTED, R.LINKED_FAILED]
+        assert await world.chain(*rows) == expected
+    for _ in range(3):
+        await world.chains.look()
+    assert await world.balances() == [999, 1001, 999, 1001, 1000, 1000]
     await world.is_clean()
 
 
