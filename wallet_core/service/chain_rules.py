@@ -207,7 +207,9 @@ def run(chain: Plan, now_ns: Callable[[], int]) -> Generator[list[Ask], list[byt
     """Try, decide, settle. Nothing is voided before an abort is durable, nothing posted before a commit is."""
     answers = yield chain.tries
     tried = all(answer is not None and set(answer) == {R.OK} for answer in answers)
-    committed = yield from (_commit(chain, now_ns) if tried else _learn(chain.marks[0].id, chain.shard_count, now_ns))
+    committed = yield from (
+        _commit(chain, now_ns) if tried else _learn(chain.marks[0].id, chain.shard_count, now_ns, chain)
+    )
     if committed is None:
         return End(bytes([R.IN_FLIGHT]) * chain.count, None, False)
     settled = yield from _settle_all(chain.marks, now_ns(), committed=committed)
@@ -251,8 +253,9 @@ def _commit(chain: Plan, now_ns: Callable[[], int]) -> Step:
     return (yield from _learn(chain.marks[0].id, chain.shard_count, now_ns))
 
 
-def _learn(mark_id: bytes, shard_count: int, now_ns: Callable[[], int]) -> Step:
-    """Aborts unless the decision was a commit: True = committed, False = aborted for good, None = not known."""
+def _learn(mark_id: bytes, shard_count: int, now_ns: Callable[[], int], chain: Plan | None = None) -> Step:
+    """Aborts unless the decision was a commit: True = committed, False = aborted for good, None = not known. Who has the chain's
+    rows also learns of a commit that is over."""
     decision_id = _decision_id(mark_id, shard_count)
     home = home_of(mark_id)
     (answer,) = yield [Ask(home, [_abort(decision_id, _first_slot(home, shard_count))])]
@@ -261,12 +264,17 @@ def _learn(mark_id: bytes, shard_count: int, now_ns: Callable[[], int]) -> Step:
     if answer[0] not in (R.ID_REUSED, R.ID_TOO_OLD):
         return False if answer[0] in _REMEMBERED else None
     # The id is used, by a commit or by anything else, or it is no longer remembered: nobody can commit any more. A commit that
-    # some shard has yet to follow still has its hold: asking for more than it has tells.
+    # some shard has yet to follow still has its hold: asking for more than it has tells. One that was voided may have been a leg of
+    # some other chain.
+    if chain is not None:
+        (answer,) = yield [Ask(home, [chain.decision])]
+        if answer is None or answer[0] == R.OK:
+            return None if answer is None else True
     probe = _ending(decision_id, MARKS, MARKED, _POST, now_ns())._replace(amount_minor=2)
     (answer,) = yield [Ask(home, [probe])]
-    if answer is None or answer[0] not in _REMEMBERED:
+    if answer is None or answer[0] not in _REMEMBERED or answer[0] == R.HOLD_ALREADY_VOIDED:
         return None
-    return answer[0] in (R.HOLD_AMOUNT_EXCEEDED, R.HOLD_ALREADY_VOIDED)
+    return answer[0] == R.HOLD_AMOUNT_EXCEEDED
 
 
 def _settle_all(

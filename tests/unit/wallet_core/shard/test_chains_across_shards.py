@@ -531,6 +531,37 @@ async def test_the_id_of_a_decision_used_by_somebody_else_is_no_commit(world: Wo
     await world.is_clean()
 
 
+async def test_the_id_of_a_decision_used_for_a_leg_of_another_chain_is_no_commit(world: World) -> None:
+    """A leg is a hold with the flag as well; when its chain is given up it looks like a decision that is over."""
+    rows = linked([move(1, A, B, 2_000), move(2, C, D, 300)])  # refused on shard 0
+    steps = Steps(world, rows)
+    leg = move(0, A2, B, 1)._replace(id=steps.plan.decision.id)
+    assert await world.chain(leg, move(3, D, C, 5_000)) == [R.LINKED_FAILED, R.INSUFFICIENT_FUNDS]
+    for _ in range(2):
+        assert R.OK not in await world.host.transfers(rows)
+        await world.chains.look()
+    held = await world.host.accounts(PEOPLE)
+    assert await world.balances() == [FUND] * 6, held
+
+
+async def test_a_chain_sent_again_when_all_is_over_and_a_shard_has_forgotten_says_so(world: World) -> None:
+    rows = linked([move(1, A, B, 10), move(2, C, D, 20)])
+    assert list(await world.host.transfers(rows)) == [R.OK] * 2
+    await world.is_clean()
+    steps = Steps(world, rows)
+    asks = next(steps.steps)
+    answers: list[bytes | None] = [bytes([R.ID_TOO_OLD]) * len(ask.rows) for ask in asks]
+    end = None
+    while end is None:
+        try:
+            asks = steps.steps.send(answers)
+        except StopIteration as stop:
+            end = stop.value
+        else:
+            answers = [(await world.chains.apply_step(ask.shard, ask.rows, ())).codes for ask in asks]
+    assert (end.codes, end.committed, end.settled) == (bytes([R.OK] * 2), True, True)
+
+
 async def test_a_decision_that_is_refused_is_no_commit(world: World) -> None:
     """The account of marks is frozen when all holds are placed: the decision's id is used up, by a refusal."""
     assert await world.chain(move(1, A, B, 1), move(2, C, D, 1)) == [R.OK] * 2
