@@ -8,6 +8,7 @@ from enum import IntEnum, IntFlag
 __all__ = [
     "AMOUNT_MAX",
     "ID_AHEAD_MS",
+    "ID_EARLY_MS",
     "SHARD_COUNT_MAX",
     "SHARD_LOCAL",
     "AccountFlags",
@@ -20,6 +21,8 @@ __all__ = [
 
 #: A transfer id may be this far ahead of the engine's time, not more.
 ID_AHEAD_MS = 5 * 60 * 1000
+#: Ids further ahead than this are remembered apart from the others, and refused as ID_AHEAD where they are too many.
+ID_EARLY_MS = 1000
 #: A shard number fits one byte of an event record.
 SHARD_COUNT_MAX = 256
 #: Greatest amount of one transfer, and how far from 0 a command may bring a balance with what is held: 2^62 - 1.

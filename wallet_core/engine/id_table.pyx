@@ -10,7 +10,13 @@
 # id's time, which for ids in rough order of time is one or two.
 #
 # The floor: ids of that time or earlier are refused, so what is known of them may be forgotten. It follows the clock
-# (id_window_ms) and, when there are more generations than generation_count_max, the oldest one's latest time.
+# (id_window_ms) and, when there are more generations than generation_count_max, the latest time in the one that is dropped:
+# that whose latest time is the lowest.
+#
+# Early ids, more than ID_EARLY_MS ahead of the engine's time (a client's clock is wrong), have generations of their own. Among
+# the others a single one would give its generation a latest time in the future, and with it the floor, which honest ids would
+# then be below; and every lookup would have to visit every generation. They may fill a quarter of the memory with times that
+# are still to come; beyond, new ones are ID_AHEAD. Once their time has come their generations are dropped like any other.
 
 cdef inline uint64_t id_time_ms(uint64_t id0) noexcept nogil:
     return du_bswap64(id0) >> 16
@@ -19,6 +25,10 @@ cdef inline uint64_t id_time_ms(uint64_t id0) noexcept nogil:
 cdef inline bint id_is_v7(uint64_t id0, uint64_t id1) noexcept nogil:
     # byte 6 = 0x7., byte 8 = 0b10......
     return (id0 >> 52) & 0xF == 7 and (id1 >> 6) & 3 == 2
+
+
+cdef inline bint id_is_early(const EngineState* e, uint64_t ms) noexcept nogil:
+    return ms > e.now_ms + ID_EARLY_MS
 
 
 cdef inline uint64_t id_tag(uint64_t hash) noexcept nogil:
@@ -74,7 +84,15 @@ cdef IdEntry* ids_find_older(const EngineState* e, uint64_t id0, uint64_t id1, u
     cdef uint64_t unused
     cdef IdEntry* entry
     cdef const Generation* g
-    while i > 0 and e.generations[i].older_max_ms >= ms:
+    while i > e.early_count and e.generations[i].older_max_ms >= ms:
+        i -= 1
+        g = &e.generations[i]
+        if g.min_ms <= ms <= g.max_ms:
+            entry = generation_find(e, g, id0, id1, hash, &unused)
+            if entry != NULL:
+                return entry
+    i = e.early_count if e.early_max_ms >= ms else 0
+    while i > 0:
         i -= 1
         g = &e.generations[i]
         if g.min_ms <= ms <= g.max_ms:
@@ -96,7 +114,7 @@ cdef inline IdEntry* ids_find(const EngineState* e, uint64_t id0, uint64_t id1, 
     if entry != NULL:
         return entry
     ms = id_time_ms(id0)
-    if du_likely(g.older_max_ms < ms):
+    if du_likely(g.older_max_ms < ms and e.early_max_ms < ms):
         return NULL
     return ids_find_older(e, id0, id1, hash, ms)
 
@@ -225,47 +243,89 @@ cdef int memory_prepare(EngineState* e) noexcept nogil:
     return 0
 
 
-cdef void generations_drop(EngineState* e, uint64_t count) noexcept nogil:
-    # Forgets the oldest generations. One is kept as the memory of the next, so that a full engine asks for none.
-    cdef uint64_t i
-    cdef Generation* g
-    for i in range(count):
-        g = &e.generations[i]
-        e.id_count -= g.count
-        if image_pins_generation(e, g):
-            continue                        # the image frees it
+cdef void generation_drop(EngineState* e, uint64_t at) noexcept nogil:
+    # Forgets a generation. One is kept as the memory of the next, so that a full engine asks for none.
+    cdef Generation* g = &e.generations[at]
+    e.id_count -= g.count
+    if not image_pins_generation(e, g):     # else the image frees it
         if du_load_acquire(&e.dropped.slots) == 0:
             memory_offer(&e.dropped, g.slots, g.entries)
         else:
             generation_free(e, g)
-    e.generation_count -= count
-    memmove(e.generations, e.generations + count, e.generation_count * sizeof(Generation))
-    generations_relink(e)
+    e.generation_count -= 1
+    if at < e.early_count:
+        e.early_count -= 1
+    memmove(g, g + 1, (e.generation_count - at) * sizeof(Generation))
 
 
 cdef void generations_relink(EngineState* e) noexcept nogil:
-    # older_max_ms of all generations.
+    # What lookups and drops know of all generations. lowest_max_ms may be too low later on: the open one of early ids grows.
     cdef uint64_t i
     cdef uint64_t greatest = 0
+    e.early_max_ms = 0
+    e.lowest_max_ms = <uint64_t> -1
     for i in range(e.generation_count):
-        e.generations[i].older_max_ms = greatest
-        greatest = max(greatest, e.generations[i].max_ms)
+        if i < e.early_count:
+            e.early_max_ms = max(e.early_max_ms, e.generations[i].max_ms)
+        else:
+            e.generations[i].older_max_ms = greatest
+            greatest = max(greatest, e.generations[i].max_ms)
+        if i + 1 < e.generation_count:
+            e.lowest_max_ms = min(e.lowest_max_ms, e.generations[i].max_ms)
 
 
 cdef void generations_drop_old(EngineState* e) noexcept nogil:
-    # After the floor rose with time: whole generations below it, but never the open one.
-    cdef uint64_t count = 0
-    while count + 1 < e.generation_count and e.generations[count].max_ms <= e.floor_ms:
-        count += 1
-    if count:
-        generations_drop(e, count)
+    # After the floor rose with time: whole generations below it, but never the open one of ids that are not early.
+    cdef uint64_t i = 0
+    if e.lowest_max_ms > e.floor_ms:
+        return
+    while i + 1 < e.generation_count:
+        if e.generations[i].max_ms <= e.floor_ms:
+            generation_drop(e, i)
+        else:
+            i += 1
+    generations_relink(e)
 
 
-cdef int generation_open(EngineState* e) noexcept nogil:
+cdef void generation_drop_lowest(EngineState* e, uint64_t count) noexcept nogil:
+    # Of the first count generations the one with the lowest latest time, which becomes the floor.
+    cdef uint64_t i, at = 0
+    for i in range(1, count):
+        if e.generations[i].max_ms < e.generations[at].max_ms:
+            at = i
+    e.floor_ms = max(e.floor_ms, e.generations[at].max_ms)
+    generation_drop(e, at)
+
+
+cdef bint early_has_room(const EngineState* e) noexcept nogil:
+    # Whether one more early id can be remembered: a generation is open, or not too many have times that are still to come.
+    cdef uint64_t i, coming = 0
+    if e.early_count and e.generations[e.early_count - 1].count < e.generation_ids:
+        return True
+    for i in range(e.early_count):
+        coming += e.generations[i].max_ms > e.now_ms
+    return coming < max(e.generation_count_max // 4, <uint64_t> 1)
+
+
+cdef Generation* early_generation(EngineState* e, uint64_t id0, uint64_t id1, uint64_t hash, uint64_t ms,
+                                  uint64_t* free_slot) noexcept nogil:
+    # Where an early id goes; NULL: out of memory.
+    cdef Generation* g
+    if e.early_count == 0 or e.generations[e.early_count - 1].count == e.generation_ids:
+        if generation_open(e, True) < 0:
+            return NULL
+    g = &e.generations[e.early_count - 1]
+    generation_find(e, g, id0, id1, hash, free_slot)
+    e.early_max_ms = max(e.early_max_ms, ms)
+    return g
+
+
+cdef int generation_open(EngineState* e, bint early) noexcept nogil:
+    # Early ones are first in the list, the open one last of its kind.
+    cdef Generation opened
     cdef Generation* g
     if e.generation_count == e.generation_count_max:
-        e.floor_ms = max(e.floor_ms, e.generations[0].max_ms)
-        generations_drop(e, 1)
+        generation_drop_lowest(e, e.generation_count - 1 if early else e.generation_count)
     g = &e.generations[e.generation_count]
     memset(g, 0, sizeof(Generation))
     if not ready_take(e, g):
@@ -277,21 +337,33 @@ cdef int generation_open(EngineState* e) noexcept nogil:
     g.min_ms = <uint64_t> -1
     e.generation_serial += 1
     e.generation_count += 1
+    if early:
+        opened = g[0]
+        g = &e.generations[e.early_count]
+        memmove(g + 1, g, (e.generation_count - 1 - e.early_count) * sizeof(Generation))
+        g[0] = opened
+        e.early_count += 1
     generations_relink(e)
     return 0
 
 
 cdef inline int ids_insert(EngineState* e, uint64_t id0, uint64_t id1, uint64_t hash, uint64_t free_slot,
                            uint64_t fingerprint, uint64_t state, uint64_t result) noexcept nogil:
-    # An id that ids_find did not find; free_slot as it was given there. <0: out of memory.
+    # An id that ids_find did not find; free_slot as it was given there. <0: out of memory. An early one for which there is no
+    # room (the log is of an engine that let it in) goes where the others are.
     cdef Generation* g
     cdef IdEntry* entry
     cdef uint64_t ms = id_time_ms(id0)
-    if du_unlikely(e.generation_count == 0 or e.generations[e.generation_count - 1].count == e.generation_ids):
-        if generation_open(e) < 0:
+    if du_unlikely(id_is_early(e, ms) and e.generation_count and early_has_room(e)):
+        g = early_generation(e, id0, id1, hash, ms, &free_slot)
+        if g == NULL:
             return -1
-        free_slot = id_bucket(e, hash)
-    g = &e.generations[e.generation_count - 1]
+    else:
+        if du_unlikely(e.generation_count == 0 or e.generations[e.generation_count - 1].count == e.generation_ids):
+            if generation_open(e, False) < 0:
+                return -1
+            free_slot = id_bucket(e, hash)
+        g = &e.generations[e.generation_count - 1]
     entry = &g.entries[g.count]
     entry.id0 = id0
     entry.id1 = id1

@@ -19,7 +19,8 @@
 #   1 header    0                  0                 u64: version, shard, sequence, now_ns, floor_ms, linear and chained half
 #                                                    of the digest, id_window_ms, generation_count_max, generation_ids,
 #                                                    accounts_max, holds_max, unsettled_max, account_count, hold_slots,
-#                                                    generation_count, first generation's serial
+#                                                    generation_count, first generation's serial, and since version 2:
+#                                                    how many of the generations, the first ones, are of early ids
 #   2 accounts  0                  ordinal           64 bytes: Account (state.pyx)
 #   3 ids       generation serial  position          24 bytes: IdEntry
 #   4 holds     0                  slot              64 bytes: Hold
@@ -44,8 +45,9 @@ cdef enum:
     PIECE_OVERLAY = 8
     PIECE_END = 9
     PIECE_PAYLOAD_MAX = 1048576
-    HEADER_WORDS = 17
-    IMAGE_VERSION = 1
+    HEADER_WORDS = 18
+    HEADER_WORDS_1 = 17             # of version 1
+    IMAGE_VERSION = 2
     PIECE_PAYLOAD = 262144          # of the long lists: the thread that reads rests between two pieces while commits are under way
     OVERLAY_ENTRIES = 1637          # 128 KiB a chunk
     SPARES_A_PIECE = 2
@@ -211,7 +213,7 @@ cdef void image_keep_id(EngineState* e, const IdEntry* id_entry) noexcept nogil:
             entry = overlay_add(e, PIECE_IDS, <uint64_t> (id_entry - g.entries))
             if entry != NULL:
                 memset(entry.before, 0, 64)
-                entry.serial = g.serial
+                entry.serial = image.header[16] + i
                 memcpy(entry.before, &id_entry.meta, 8)
                 overlay_done(e)
             return
@@ -254,7 +256,8 @@ cdef int image_begin(EngineState* e) noexcept nogil:
     image.header[13] = e.account_count
     image.header[14] = e.hold_slots
     image.header[15] = e.generation_count
-    image.header[16] = e.generations[0].serial if e.generation_count else e.generation_serial
+    image.header[16] = e.generation_serial - e.generation_count     # in an image serials have no gaps
+    image.header[17] = e.early_count
     image.account_count = e.account_count
     image.hold_slots = e.hold_slots
     image.generation_count = e.generation_count
@@ -404,7 +407,8 @@ cdef int64_t image_read_piece(EngineState* e, uint8_t* buffer) noexcept nogil:
             g = &image.generations[image.generations_done]
             first = image.first
             count = min(g.count - first, <uint64_t> (PIECE_PAYLOAD // sizeof(IdEntry)))
-            length = piece_write(buffer, PIECE_IDS, g.serial, first, count, g.entries + first, sizeof(IdEntry))
+            length = piece_write(buffer, PIECE_IDS, image.header[16] + image.generations_done, first, count,
+                                 g.entries + first, sizeof(IdEntry))
             image.first += count
             if image.first == g.count:
                 image.first = 0
@@ -487,11 +491,13 @@ cdef int64_t image_read_piece(EngineState* e, uint8_t* buffer) noexcept nogil:
 # Loading. Everything that comes in is checked: an image may be damaged or of another version.
 
 cdef int image_load_header(EngineState* e, const uint64_t* words, uint64_t count) noexcept nogil:
-    if count != HEADER_WORDS or words[0] != IMAGE_VERSION or words[1] != e.shard or e.load_stage != 0:
+    cdef uint64_t early_count = words[17] if words[0] == IMAGE_VERSION else 0
+    if (count != (HEADER_WORDS_1 if words[0] == 1 else HEADER_WORDS) or words[0] == 0 or words[0] > IMAGE_VERSION
+            or words[1] != e.shard or e.load_stage != 0):
         return ENGINE_REFUSED
     if (words[8] < 2 or words[8] > 1 << 20 or words[9] == 0 or words[9] > 1 << 20 or words[10] == 0 or words[10] > 1 << 30
             or words[11] == 0 or words[11] > 1 << 30 or words[13] > words[10] or words[14] > words[11]
-            or words[15] > words[8]):
+            or words[15] > words[8] or early_count > words[15]):
         return ENGINE_REFUSED
     if state_configure(e, words[7], words[8], words[9], words[10], words[11], words[12]) < 0:
         return ENGINE_POISONED
@@ -505,6 +511,7 @@ cdef int image_load_header(EngineState* e, const uint64_t* words, uint64_t count
     e.load_holds = words[14]
     e.load_generations = words[15]
     e.generation_serial = words[16]
+    e.load_early = early_count
     e.load_stage = PIECE_HEADER
     e.load_pieces = 1
     return 0
@@ -515,7 +522,7 @@ cdef int image_load_ids(EngineState* e, uint64_t serial, uint64_t first, uint64_
     if first == 0:
         if serial != e.generation_serial or e.generation_count == e.load_generations:
             return ENGINE_REFUSED
-        if generation_open(e) < 0:
+        if generation_open(e, False) < 0:
             return poison(e)
     if e.generation_count == 0:
         return ENGINE_REFUSED
@@ -594,9 +601,9 @@ cdef int image_load_piece(EngineState* e, const uint8_t* piece, uint64_t length)
     if header.count > PIECE_PAYLOAD_MAX or length != sizeof(PieceHeader) + header.count * unit:
         return ENGINE_REFUSED
     if header.kind == PIECE_HEADER:
-        if length != sizeof(PieceHeader) + HEADER_WORDS * 8:
+        if header.count > HEADER_WORDS or header.count < HEADER_WORDS_1:
             return ENGINE_REFUSED
-        memcpy(e.load_header, units, HEADER_WORDS * 8)
+        memcpy(e.load_header, units, header.count * 8)
         return image_load_header(e, e.load_header, header.count)
     if e.load_stage == 0 or e.load_stage == PIECE_END or header.kind < e.load_stage:
         return ENGINE_REFUSED
@@ -718,6 +725,7 @@ cdef int load_ids(EngineState* e) noexcept nogil:
             g.min_ms = min(g.min_ms, ms)
             g.max_ms = max(g.max_ms, ms)
         e.id_count += g.count
+    e.early_count = e.load_early
     generations_relink(e)
     return 0
 

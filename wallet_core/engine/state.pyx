@@ -62,6 +62,7 @@ cdef extern from "wallet_core/engine/native.h" nogil:
 cdef enum:
     NONE = 0xFFFFFFFF               # no ordinal, no hold, no slot
     ID_AHEAD_MS = 300000
+    ID_EARLY_MS = 1000
     SEND_CHUNK = 1024               # sends in one chunk
     BLOCK = 32                      # account rows whose index slots are fetched together
     PREPARE_BYTES = 8388608         # account records touched ahead
@@ -219,7 +220,7 @@ cdef struct Generation:             # see id_table.pyx
     uint64_t serial
     uint64_t min_ms
     uint64_t max_ms
-    uint64_t older_max_ms           # the greatest max_ms of all older generations
+    uint64_t older_max_ms           # the greatest max_ms of all older generations; not of early ids'
     uint64_t count
 
 
@@ -280,8 +281,11 @@ cdef struct EngineState:
     uint64_t account_count
     Index accounts_index
     # transfer ids
-    Generation* generations         # oldest first, the last one is open
+    Generation* generations         # those of early ids, then the others; oldest first, the last of each is open
     uint64_t generation_count
+    uint64_t early_count
+    uint64_t early_max_ms           # the greatest max_ms of those of early ids
+    uint64_t lowest_max_ms          # the lowest max_ms of all but the last, or less
     uint64_t generation_serial
     uint64_t generation_slots
     GenerationMemory ready[READY_MAX]  # for the next generations: touched, slots empty; made by memory_prepare
@@ -338,11 +342,12 @@ cdef struct EngineState:
     # while an image is loaded: the last piece's kind, and what its header promises
     uint32_t load_stage
     uint64_t load_pieces
-    uint64_t load_header[17]
+    uint64_t load_header[18]
     uint64_t load_linear
     uint64_t load_accounts
     uint64_t load_holds
     uint64_t load_generations
+    uint64_t load_early
     uint64_t load_last[SHARD_COUNT_MAX]
     uint32_t poisoned
 

@@ -370,6 +370,9 @@ cdef inline int transfer_apply(EngineState* e, Transfer* t, bint chained, bint b
         t.outcome = REPEATED
         result[0] = entry.meta & 0xFF
         return 0
+    if du_unlikely(id_is_early(e, ms) and not early_has_room(e)):
+        result[0] = ID_AHEAD
+        return 0
     if du_unlikely(broken):
         if t.flags & CHAIN and not chain_steps:     # or an id could be used up with a flag that its caller may not use
             result[0] = FLAGS_INVALID

@@ -16,6 +16,7 @@ from typing import Final
 from wallet_core.engine.codes import (
     AMOUNT_MAX,
     ID_AHEAD_MS,
+    ID_EARLY_MS,
     SHARD_COUNT_MAX,
     SHARD_LOCAL,
     AccountFlags,
@@ -176,6 +177,7 @@ class State:
     accounts: list[Account] = field(default_factory=list)
     ordinals: dict[bytes, int] = field(default_factory=dict)
     generations: list[Generation] = field(default_factory=list)
+    early: list[Generation] = field(default_factory=list)  # of ids that came long before their time
     holds: dict[bytes, Hold] = field(default_factory=dict)
     sends: dict[int, Sends] = field(default_factory=dict)
     cursors: dict[int, Cursor] = field(default_factory=dict)
@@ -439,8 +441,8 @@ class Twin:
             floor_ms=s.floor_ms,
             account_count=len(s.accounts),
             hold_count=len(s.holds),
-            id_count=sum(len(generation.ids) for generation in s.generations),
-            generation_count=len(s.generations),
+            id_count=sum(len(generation.ids) for generation in s.early + s.generations),
+            generation_count=len(s.early) + len(s.generations),
             unsettled_count=sum(len(sends.pending) for sends in s.sends.values()),
             refusal_count=sum(len(cursor.refused) for cursor in s.cursors.values()),
             repeated_count=self.repeated_count,
@@ -547,8 +549,10 @@ class Twin:
         s.now_ns = max(s.now_ns, timestamp_ns)
         if self.now_ms - self.id_window_ms > s.floor_ms:
             s.floor_ms = self.now_ms - self.id_window_ms
-            while len(s.generations) > 1 and s.generations[0].max_ms <= s.floor_ms:
-                del s.generations[0]
+            s.early = [generation for generation in s.early if generation.max_ms > s.floor_ms]
+            *older, last = s.generations or [Generation()]
+            older = [generation for generation in older if generation.max_ms > s.floor_ms]
+            s.generations = [*older, last] if s.generations else []
 
     # Accounts.
 
@@ -654,7 +658,7 @@ class Twin:
         del self.events[events:]
         # The id table alone keeps what the attempt brought: the ids in their order, generations, and the
         # floor.
-        self.state.generations, self.state.floor_ms = tried.generations, tried.floor_ms
+        self.state.generations, self.state.early, self.state.floor_ms = tried.generations, tried.early, tried.floor_ms
         for hold in self.state.holds.values():
             if known := self._known(hold.id):
                 known.ended = 0
@@ -693,7 +697,7 @@ class Twin:
             return R.ID_AHEAD, False
         known = self._known(row.id)
         if known is None:
-            return R.OK, False
+            return (R.ID_AHEAD if self._is_early(row.id) and not self._early_has_room() else R.OK), False
         if known.fingerprint != fingerprint_of(row) or known.flags != row.flags & F.CHAIN:
             return R.ID_REUSED, False
         self.repeated_count += 1
@@ -951,20 +955,34 @@ class Twin:
     # The id table.
 
     def _known(self, id_: bytes) -> Known | None:
-        for generation in self.state.generations:
+        for generation in self.state.early + self.state.generations:
             if id_ in generation.ids:
                 return generation.ids[id_]
         return None
 
+    def _is_early(self, id_: bytes) -> bool:
+        return id_time_ms(id_) > self.now_ms + ID_EARLY_MS
+
+    def _early_has_room(self) -> bool:
+        early = self.state.early
+        if early and len(early[-1].ids) < self.generation_ids:
+            return True
+        return sum(generation.max_ms > self.now_ms for generation in early) < max(self.generation_count_max // 4, 1)
+
     def _remember(self, id_: bytes, known: Known) -> None:
         s = self.state
-        if not s.generations or len(s.generations[-1].ids) == self.generation_ids:
-            if len(s.generations) == self.generation_count_max:
-                s.floor_ms = max(s.floor_ms, s.generations[0].max_ms)
-                del s.generations[0]
-            s.generations.append(Generation())
-        s.generations[-1].ids[id_] = known
-        s.generations[-1].max_ms = max(s.generations[-1].max_ms, id_time_ms(id_))
+        early = bool(self._is_early(id_) and s.generations and self._early_has_room())
+        kind = s.early if early else s.generations
+        if not kind or len(kind[-1].ids) == self.generation_ids:
+            if len(s.early) + len(s.generations) == self.generation_count_max:
+                lowest = min(s.early + (s.generations[:-1] if early else s.generations), key=lambda one: one.max_ms)
+                s.floor_ms = max(s.floor_ms, lowest.max_ms)
+                s.early = [one for one in s.early if one is not lowest]
+                s.generations = [one for one in s.generations if one is not lowest]
+            (s.early if early else s.generations).append(Generation())
+        generation = (s.early if early else s.generations)[-1]
+        generation.ids[id_] = known
+        generation.max_ms = max(generation.max_ms, id_time_ms(id_))
 
     # Events: what each does to the state, live and on replay alike.
 

@@ -30,7 +30,7 @@ GREAT_AMOUNTS = [1, 900, 1000, AMOUNT_MAX // 2, AMOUNT_MAX - 1000, AMOUNT_MAX - 
 WILD_FLAGS = [6, 10, 12, 20, 24, 33, 48, 49, 64, 65, 82, 128, 192, 1 << 14]
 TIMEOUTS = [0, 1, 1, 3600]
 STEPS_NS = [0] * 8 + [1, MS, 1000 * MS, 1000 * MS, 1500 * MS, 3600_000 * MS, 8 * 86_400_000 * MS, -1000 * MS]
-ID_OFFSETS_MS = [-1000, -999, 300_000, 300_001, -7 * 86_400_000]
+ID_OFFSETS_MS = [-1000, -999, 300_000, 300_001, -7 * 86_400_000, 1000, 1001, 1002, 2000, 60_000]
 LIMITS = [0, 0, 0, 0, 0, 50, 200, (1 << 63) - 1, -1]
 SHAPES = (
     ["plain"] * 8
@@ -38,7 +38,7 @@ SHAPES = (
     + ["post", "part", "void"] * 3
     + ["step"] * 4
     + ["send"] * 5
-    + ["balancing debit", "balancing credit", "again", "again", "other", "odd id", "wild flags", "wild amount", "wild"]
+    + ["balancing debit", "balancing credit", "again", "again", "other", "odd id", "odd id", "wild flags", "wild amount", "wild"]
 )
 CURRENCIES = [b"USD\0"] * 6 + [b"JPY\0", b"usd\0", b"USDX"]
 ACCOUNT_FLAGS = [0, 0, 0, 4, 4, 4, 12, 1, 2, 8, 16, 64]
