@@ -190,6 +190,9 @@ cdef class Engine:
     # the source has settled up to this number: its refusals up to there need not be kept (memory only, no event)
     cdef void forget_refusals(self, uint16_t source_shard, uint64_t upto_number) noexcept nogil
 
+    # new sends to that shard are TOO_MANY_PENDING (not part of the state, and never logged); known ids are answered as ever
+    cdef void refuse_sends(self, uint16_t destination_shard, bint refused) noexcept nogil
+
     # a consistent image without stopping the writer; a sequence of self-describing pieces (image.pyx)
     cdef bint prepare_image(self) noexcept nogil              # reader's thread, as long as it says so: memory for the writer
     cdef int begin_image(self) noexcept nogil                 # writer's thread, microseconds; ENGINE_REFUSED = one is open

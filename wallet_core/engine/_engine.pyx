@@ -312,6 +312,9 @@ cdef class Engine:
             cursor = &state(self).cursors[source_shard]
             cursor.first = refusals_from(cursor, upto_number + 1)
 
+    cdef void refuse_sends(self, uint16_t destination_shard, bint refused) noexcept nogil:
+        state(self).sends_refused[destination_shard] = refused
+
     cdef int begin_image(self) noexcept nogil:
         return image_begin(state(self))
 
@@ -548,6 +551,12 @@ cdef class Engine:
     def hold_at(self, sequence):
         cdef HoldState out
         return hold_view(&out) if self.hold_placed_at(sequence, &out) else None
+
+    def set_id_window(self, uint64_t id_window_ms):
+        """Of an image another window comes along. Any may follow on any: the floor never sinks, and below it nothing is let in."""
+        if id_window_ms < 1:
+            raise ValueError(f"id_window_ms: {id_window_ms} is not positive")
+        state(self).id_window_ms = id_window_ms
 
     def prepare_memory(self):
         with nogil:

@@ -7,6 +7,7 @@ from enum import IntEnum, IntFlag
 
 __all__ = [
     "AMOUNT_MAX",
+    "HOLDS_EXPIRED_MAX",
     "ID_AHEAD_MS",
     "ID_EARLY_MS",
     "SHARD_COUNT_MAX",
@@ -25,6 +26,8 @@ ID_AHEAD_MS = 5 * 60 * 1000
 ID_EARLY_MS = 1000
 #: A shard number fits one byte of an event record.
 SHARD_COUNT_MAX = 256
+#: Holds that end by their deadline with one command; the rest with the next, so that a frame stays small.
+HOLDS_EXPIRED_MAX = 8190
 #: Greatest amount of one transfer, and how far from 0 a command may bring a balance with what is held: 2^62 - 1.
 #: The rest of int64 is kept for money that comes back from another shard (docs/event-records.md, Limits).
 AMOUNT_MAX = (1 << 62) - 1

@@ -109,9 +109,12 @@ cdef inline uint64_t deadline_of(const EngineState* e, uint64_t timeout_s, uint3
 
 
 cdef int holds_expire(EngineState* e, EventBuffer* events) noexcept nogil:
-    # All holds whose deadline has come, by deadline, then by sequence number.
+    # Holds whose deadline has come, by deadline, then by sequence number. Millions may come due at once, and a frame should
+    # not hold them all: what is left ends with the next command, and cannot be posted or voided meanwhile.
     cdef Hold hold
-    while e.heap_count and e.heap[0].deadline_ms <= e.now_ms:
+    cdef uint32_t left = HOLDS_EXPIRED_MAX
+    while left and e.heap_count and e.heap[0].deadline_ms <= e.now_ms:
+        left -= 1
         if events_reserve(events, 1) < 0:
             return -1
         hold = e.holds[e.heap[0].hold]

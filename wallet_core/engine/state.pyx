@@ -63,6 +63,7 @@ cdef enum:
     NONE = 0xFFFFFFFF               # no ordinal, no hold, no slot
     ID_AHEAD_MS = 300000
     ID_EARLY_MS = 1000
+    HOLDS_EXPIRED_MAX = 8190        # with one command; the rest with the next
     SEND_CHUNK = 1024               # sends in one chunk
     BLOCK = 32                      # account rows whose index slots are fetched together
     PREPARE_BYTES = 8388608         # account records touched ahead
@@ -327,6 +328,7 @@ cdef struct EngineState:
     uint64_t holds_max
     uint64_t unsettled_max
     # the rest
+    uint8_t sends_refused[SHARD_COUNT_MAX]  # not part of the state: new sends to that shard are TOO_MANY_PENDING
     du_budget budget
     du_arena undo_memory
     UndoEntry* undo

@@ -117,9 +117,17 @@ cdef inline uint8_t money_check(const Account* d, const Account* c, int64_t amou
 
 
 cdef uint8_t balancing_amount(const Account* d, const Account* c, uint32_t flags, int64_t* amount) noexcept nogil:
-    # As much as the limits allow, up to the amount asked for (0 = no maximum).
+    # As much as the limits allow, up to the amount asked for (0 = no maximum). Where there is neither, an account that may
+    # overdraw gives what it has, and one without a limit is not filled up from it.
     if amount[0] == 0:
         amount[0] = DU_AMOUNT_MAX
+        if flags & BALANCING_DEBIT:
+            if d.flags & MAY_OVERDRAW:
+                amount[0] = du_within_funds(d.balance, d.held_out, 0, amount[0])
+                if amount[0] < 1:
+                    return INSUFFICIENT_FUNDS
+        elif c.balance_limit == 0 and d.flags & MAY_OVERDRAW:
+            return BALANCE_OVERFLOW
     if flags & BALANCING_DEBIT and not d.flags & MAY_OVERDRAW:
         amount[0] = du_within_funds(d.balance, d.held_out, d.overdraft_limit, amount[0])
         if amount[0] < 1:
@@ -157,7 +165,8 @@ cdef inline uint8_t row_check(const EngineState* e, const Transfer* t, bint chai
     if t.credit_shard != SHARD_LOCAL:
         if t.flags or chained or t.credit_shard >= SHARD_COUNT_MAX or t.credit_shard == e.shard:
             return CROSS_SHARD_UNSUPPORTED
-        if e.sends[t.credit_shard].last - e.sends[t.credit_shard].settled >= e.unsettled_max:
+        if (e.sends[t.credit_shard].last - e.sends[t.credit_shard].settled >= e.unsettled_max
+                or e.sends_refused[t.credit_shard]):
             return TOO_MANY_PENDING
     if kinds == HOLD and e.hold_count >= e.holds_max:
         return TOO_MANY_PENDING
@@ -186,6 +195,8 @@ cdef uint8_t finishing_check(const EngineState* e, Transfer* t) noexcept nogil:
     hold = &e.holds[t.hold]
     if (hold.flags ^ t.flags) & CHAIN:
         return HOLD_NOT_FOUND
+    if du_unlikely(hold.deadline_ms != 0 and hold.deadline_ms <= e.now_ms):
+        return HOLD_EXPIRED             # it is among those that end with the next command
     t.debit = hold.debit
     t.credit = hold.credit
     t.moved = t.amount if t.amount else hold.amount

@@ -15,6 +15,7 @@ from typing import Final
 
 from wallet_core.engine.codes import (
     AMOUNT_MAX,
+    HOLDS_EXPIRED_MAX,
     ID_AHEAD_MS,
     ID_EARLY_MS,
     SHARD_COUNT_MAX,
@@ -521,8 +522,8 @@ class Twin:
         self._refuse_if_poisoned()
         self.events = []
         self._advance(timestamp_ns)
-        while due := [hold for hold in self.state.holds.values() if 0 < hold.deadline_ms <= self.now_ms]:
-            hold = min(due, key=lambda hold: (hold.deadline_ms, hold.sequence))
+        due = [hold for hold in self.state.holds.values() if self._is_due(hold)]
+        for hold in sorted(due, key=lambda hold: (hold.deadline_ms, hold.sequence))[:HOLDS_EXPIRED_MAX]:
             self._emit_apply(
                 Event(
                     0,
@@ -535,6 +536,9 @@ class Twin:
                     code=hold.code,
                 )
             )
+
+    def _is_due(self, hold: Hold) -> bool:
+        return 0 < hold.deadline_ms <= self.now_ms
 
     def _finish(self) -> bytes:
         # The chained half of the digest is brought up to date event by event, see _count_event.
@@ -758,7 +762,14 @@ class Twin:
             return result, None
         amount = row.amount
         if row.flags & (F.BALANCING_DEBIT | F.BALANCING_CREDIT):
-            amount = amount or AMOUNT_MAX
+            if amount == 0:
+                if row.flags & F.BALANCING_DEBIT and debit.flags & A.MAY_OVERDRAW:
+                    amount = debit.balance - debit.held_out
+                    if amount < 1:
+                        return R.INSUFFICIENT_FUNDS, None
+                elif not (row.flags & F.BALANCING_DEBIT or credit.balance_limit) and debit.flags & A.MAY_OVERDRAW:
+                    return R.BALANCE_OVERFLOW, None
+                amount = min(amount or AMOUNT_MAX, AMOUNT_MAX)
             if row.flags & F.BALANCING_DEBIT and not debit.flags & A.MAY_OVERDRAW:
                 amount = min(amount, debit.available())
                 if amount < 1:
@@ -798,6 +809,8 @@ class Twin:
         if isinstance(known, Known):
             return known.ended or R.HOLD_NOT_FOUND, None
         hold = known
+        if self._is_due(hold):
+            return R.HOLD_EXPIRED, None
         debit, credit = self.state.accounts[hold.debit], self.state.accounts[hold.credit]
         if row.debit_id not in (ZERO_ID, debit.id) or row.credit_id not in (ZERO_ID, credit.id):
             return R.HOLD_MISMATCH, None

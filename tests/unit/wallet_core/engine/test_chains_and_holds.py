@@ -17,7 +17,7 @@ from tests.unit.wallet_core.engine.harness import (
     transfer_columns,
     transfer_id,
 )
-from wallet_core.engine.codes import EventKind, TransferFlags, TransferResult
+from wallet_core.engine.codes import HOLDS_EXPIRED_MAX, EventKind, TransferFlags, TransferResult
 from wallet_core.engine.events import unpack_events
 from wallet_core.engine.twin import Row, fingerprint_of
 
@@ -349,3 +349,27 @@ def test_a_chain_taken_back_gives_its_holds_back_as_they_were(pair: Pair) -> Non
     pair.check_agreement()
     pair.check_replay()
     pair.check_image()
+
+
+def test_holds_that_end_at_once_are_spread_over_frames_and_are_over_for_everybody() -> None:
+    """A frame with millions of events would stop the shard; a hold that is still to be released is as good as ended."""
+    pair = Pair()
+    pair.open([AccountRow(BANK, flags=4), AccountRow(ANN)])
+    count = 2 * HOLDS_EXPIRED_MAX + 5
+    holds = [Row(transfer_id(10 + i), BANK, ANN, 1, F.HOLD, timeout_s=1) for i in range(count)]
+    for at in range(0, count, 4000):
+        assert set(pair.transfers(holds[at : at + 4000])) == {R.OK}
+    over = NOW + 2 * SECOND
+    post = Row(transfer_id(1), Z, Z, 0, F.POST, holds[-1].id)
+    void = Row(transfer_id(2), Z, Z, 0, F.VOID, holds[-2].id)
+    assert pair.transfers([post, void], over) == [R.HOLD_EXPIRED, R.HOLD_EXPIRED]
+    assert kinds(pair) == [EventKind.HOLD_EXPIRED] * HOLDS_EXPIRED_MAX + [EventKind.TRANSFER_REFUSED] * 2
+    assert pair.engine.status().hold_count == HOLDS_EXPIRED_MAX + 5
+    assert pair.engine.next_deadline() <= over, "more is to be done at once"
+    assert len(pair.expire(over)) == 48 * HOLDS_EXPIRED_MAX
+    assert len(pair.expire(over)) == 48 * 5
+    assert pair.expire(over) == b""
+    assert pair.transfers([post, void], over) == [R.HOLD_EXPIRED, R.HOLD_EXPIRED]
+    assert balances(pair) == [(0, 0, 0), (0, 0, 0)]
+    pair.check_agreement()
+    pair.check_replay()

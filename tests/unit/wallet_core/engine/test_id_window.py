@@ -201,3 +201,19 @@ def test_an_image_of_version_1_is_read() -> None:
     assert loaded.status()._replace(memory_bytes=0, repeated_count=0) == pair.engine.status()._replace(
         memory_bytes=0, repeated_count=0
     )
+
+
+def test_the_window_may_change_with_a_restart_and_the_floor_never_sinks() -> None:
+    pair = opened(id_window_ms=1000, generation_ids=4, id_count_max=400)
+    assert pair.transfer(row(1, 0)) == R.OK
+    assert pair.transfer(row(2, 5000), NOW + 5000 * MS) == R.OK
+    engine = pair.engine
+    floor = engine.status().floor_ms
+    engine.set_id_window(10_000)
+    engine.expire(NOW + 6000 * MS)
+    assert engine.status().floor_ms == floor, "what was forgotten is not let in again"
+    engine.expire(NOW + 20_000 * MS)
+    assert engine.status().floor_ms == NOW // MS + 10_000
+    engine.set_id_window(1000)
+    engine.expire(NOW + 20_001 * MS)
+    assert engine.status().floor_ms == NOW // MS + 19_001

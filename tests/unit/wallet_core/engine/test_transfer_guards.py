@@ -216,6 +216,22 @@ def test_balancing_moves_what_the_limits_allow(pair: Pair) -> None:
     assert pair.transfer(plain(amount=105, flags=F.BALANCING_DEBIT)) == R.ID_REUSED
 
 
+def test_without_a_maximum_an_account_that_may_overdraw_gives_what_it_has(pair: Pair) -> None:
+    """Not all that 64 bits hold."""
+    bank = Row(transfer_id(2), BANK, ANN, 0, F.BALANCING_DEBIT)
+    assert pair.engine.account(BANK).balance == -100  # type: ignore[union-attr]
+    assert pair.transfer(bank) == R.INSUFFICIENT_FUNDS
+    assert pair.open([AccountRow(account_id(50), flags=4), AccountRow(account_id(51), flags=4)]) == [1, 1]
+    rich, poor = account_id(50), account_id(51)
+    assert pair.transfer(Row(transfer_id(3), ANN, rich, 30)) == R.OK
+    assert pair.transfer(Row(transfer_id(4), rich, BOB, 10, F.HOLD)) == R.OK
+    assert pair.transfer(Row(transfer_id(5), rich, poor, 0, F.BALANCING_DEBIT)) == R.OK
+    assert pair.engine.account(poor).balance == 20  # type: ignore[union-attr]
+    assert pair.transfer(Row(transfer_id(6), rich, poor, 0, F.BALANCING_CREDIT)) == R.BALANCE_OVERFLOW
+    assert pair.transfer(Row(transfer_id(7), rich, poor, 5, F.BALANCING_DEBIT)) == R.OK, "with a maximum, as ever"
+    pair.check_replay()
+
+
 COLUMNS = ["debit_ids", "credit_ids", "amounts", "flags", "pending_ids", "timeouts_s", "codes", "credit_shards"]
 
 
