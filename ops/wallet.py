@@ -158,6 +158,7 @@ async def _shards(session: _Session) -> int:
     from ducat.wallet.v1 import shard_pb2
 
     rows = []
+    problems: list[str] = []
     for shard in answer.shards:
         state = shard_pb2.ShardState.Name(shard.state).removeprefix("SHARD_STATE_").lower()
         record = {
@@ -175,9 +176,15 @@ async def _shards(session: _Session) -> int:
             "epoch": shard.epoch,
             "digest": shard.digest.hex(),
         }
+        problems += [f"shard {shard.shard}: {link.problem}" for link in shard.links if link.problem]
+        if session.args.json:
+            record["problems"] = [link.problem for link in shard.links if link.problem]
         rows.append(record)
     _table(session, rows)
-    return 0
+    if not session.args.json:
+        for problem in problems:
+            print(f"{problem}: it was restored from an old copy (docs/wallet.md, A shard went back in time)")
+    return 1 if problems else 0
 
 
 async def _balance(session: _Session) -> int:

@@ -301,6 +301,7 @@ class Process:
         # What was loaded by now stays: without it a full collection looks at some hundred thousand objects less (30 ms and more).
         gc.collect()
         gc.freeze()
+        self.address = address
         print(f"ready {self.name} {address}", flush=True)  # noqa: T201 - the supervisor waits for it
         _logger.info("ready", address=address)
 

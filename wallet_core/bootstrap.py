@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from runtime import logs, metrics
 from runtime.bus import is_transient
 from runtime.postgres import connect
 from runtime.process import Process
-from runtime.settings import Settings, SettingsInvalid
+from runtime.settings import Settings, SettingsInvalid, split_address
 from wallet_core.adapters.alone import NoDirectory, NoReadModel
 from wallet_core.adapters.archive import FileArchive
 from wallet_core.adapters.bus import GROUP, PaymentEvents
@@ -29,6 +29,7 @@ from wallet_core.service.chain_rules import ChainMark
 from wallet_core.service.chains import Chains
 from wallet_core.service.flows import Flows
 from wallet_core.service.history import History
+from wallet_core.service.port import ShardLink
 from wallet_core.service.projector import Projector, Store
 from wallet_core.service.wallet import Wallet
 from wallet_core.shard import Progress, ShardHostConfig, WalletHost
@@ -40,6 +41,8 @@ __all__ = ["host_config", "main"]
 
 _log = logs.get_logger("wallet")
 _CHECKS_SKIPPED_MAX = 10
+_CLOCK_LOOK_S = 5.0
+_CLOCK_BEHIND_S = 60.0
 
 
 async def main(overrides: Mapping[str, Any] | None = None) -> None:
@@ -51,6 +54,8 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
             config.data_dir.chmod(0o700)
         host = await WalletHost.open(config, progress=_log_progress)
         host.on_snapshot_failure = _log_snapshot_failure
+        host.on_rewound = _tell_rewound()
+        process.spawn(_watch_clock(host), name="clock")
         process.on_close("shards", host.close)
         process.spawn(_stop_on_failure(host), name="shards")
         clock = SystemClock()
@@ -83,7 +88,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
             host,
             wallet,
             history,
-            settings.wallet_address,
+            lambda: _address(settings, process.address),
             lambda: peer_shards(addresses, process.channel),
             lambda: check_balances(shards),
         )
@@ -271,6 +276,64 @@ async def _keep_checking(host: WalletHost, shards: AllShards, interval_s: float)
                 uneven_shards=[list(one) for one in report.uneven_shards],
                 positions=dict(report.positions),
             )
+
+
+def _address(settings: Settings, bound: str) -> str:
+    """Where this process is reached: as it is configured, with the port that the system chose if it was asked to."""
+    if split_address(settings.wallet_listen)[1] or not bound:
+        return settings.wallet_address
+    host = settings.wallet_address.rpartition(":")[0] or bound.rpartition(":")[0]
+    return f"{host}:{bound.rpartition(':')[2]}"
+
+
+def _tell_rewound() -> Callable[[int, ShardLink], None]:
+    gauge = metrics.gauge(
+        "ducat_wallet_rewound",
+        "1: the shard's log is older than what it had acknowledged to that peer, restored from an old copy.",
+        ["shard", "peer"],
+    )
+
+    def tell(shard: int, link: ShardLink) -> None:
+        gauge.labels(str(shard), str(link.peer)).set(1)
+        _log.error(
+            "a shard is older than what it had acknowledged to another: it was restored from an old copy. "
+            "What crosses between the two stands still; restore it from a newer copy",
+            shard=shard,
+            peer=link.peer,
+            problem=link.problem,
+        )
+
+    return tell
+
+
+async def _watch_clock(host: WalletHost) -> None:
+    """Says when the machine's clock is not followed, and when a log is from the future."""
+    held = metrics.gauge(
+        "ducat_wallet_clock_held_seconds",
+        "By how much the machine's clock was set and the shards' time was not; 0 = they agree.",
+    )
+    for one in host.native.shards():
+        ahead_s = (one.now_ns - host.native.clock.now_ns) / 1e9
+        if ahead_s > _CLOCK_BEHIND_S:
+            _log.error(
+                "the machine's clock is behind the shard's log: until it has caught up no hold ends by its deadline",
+                shard=one.shard,
+                behind_s=round(ahead_s),
+            )
+    told = False
+    while True:
+        step_s = host.native.clock.held_step_s
+        held.set(step_s)
+        if step_s and not told:
+            _log.error(
+                "the machine's clock was set by more than an hour: shards go on with the time from before. "
+                "If the clock is right now, restart the wallet",
+                step_s=round(step_s),
+            )
+        elif told and not step_s:
+            _log.warning("the machine's clock is back")
+        told = bool(step_s)
+        await asyncio.sleep(_CLOCK_LOOK_S)
 
 
 def _log_blocked(mark: ChainMark, seconds: float) -> None:

@@ -87,6 +87,7 @@ _STATES = {
     "serving": shard_pb2.SHARD_STATE_SERVING,
     "read-only": shard_pb2.SHARD_STATE_READ_ONLY,
     "poisoned": shard_pb2.SHARD_STATE_POISONED,
+    "rewound": shard_pb2.SHARD_STATE_REWOUND,
 }
 
 
@@ -351,11 +352,11 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
         host: Host,
         wallet: Wallet,
         history: History,
-        address: str,
+        address: Callable[[], str],
         peers: Callable[[], Awaitable[Sequence[shard_pb2.Shard]]] | None = None,
         check: Callable[[], Awaitable[BalanceReport]] | None = None,
     ) -> None:
-        """`peers`: the shards of the other processes. `check` adds up the balances of all shards."""
+        """`address`: of this process. `peers`: the shards of the other processes. `check` adds up the balances of all shards."""
         self._peers, self._check = peers, check
         self._host = host
         self._wallet = wallet
@@ -371,10 +372,21 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
 
     def _shard(self, status: ShardStatus) -> shard_pb2.Shard:
         count = self._host.shard_count
+        links = self._host.links(status.shard)
         return shard_pb2.Shard(
+            links=[
+                shard_pb2.ShardLink(
+                    shard=link.peer,
+                    sent_number=link.sent,
+                    settled_number=link.settled,
+                    received_number=link.received,
+                    problem=link.problem,
+                )
+                for link in links
+            ],
             shard=status.shard,
             state=_STATES[status.state],
-            address=self._address,
+            address=self._address(),
             epoch=status.epoch,
             sequence_number=status.sequence,
             durable_sequence_number=status.durable_sequence,

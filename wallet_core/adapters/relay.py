@@ -13,8 +13,10 @@ answered anew. That is what the look every `LOOK_S` is for: it finds what was ta
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import grpc
@@ -29,6 +31,8 @@ from wallet_core.service.balance_check import saga_accounts
 from wallet_core.service.chains import Chains
 from wallet_core.service.port import EventPage
 from wallet_core.shard import WalletHost
+from wallet_core.shard.port import shard_folder
+from wallet_core.shard.recovery import write_whole
 
 __all__ = ["Dial", "Relay", "RelayServicer", "parse_peers", "peer_shards", "read_events"]
 
@@ -42,6 +46,7 @@ LIST_TIMEOUT_S = 1.0
 LOOK_S = 1.0
 """How often it is asked whether anything that was sent does not settle; it is sent again after 1 to 2 of these."""
 RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_COMPARE_WARN = 4
 
 _KIND_NAMES: dict[int, Literal["credits", "outcomes", "forget"]] = {
     relay_pb2.DELIVERY_KIND_CREDITS: "credits",
@@ -54,7 +59,12 @@ Dial = Callable[[str], Awaitable[grpc.aio.Channel]]
 
 
 class Relay:
-    """The sending side. `peers`: shard → address of the process that owns it."""
+    """The sending side. `peers`: shard → address of the process that owns it.
+
+    Money goes to a peer's shard only once that has said how far it has come with the shards here: one that was restored from an old
+    copy gives numbers again that the peer knows already. To tell that even where new transfers were taken before the peer answered,
+    and where the process dies meanwhile, the numbers that it started with are kept in the shard's folder until the two have agreed.
+    """
 
     def __init__(self, host: WalletHost, peers: Mapping[int, str], dial: Dial) -> None:
         self._host = host
@@ -62,10 +72,15 @@ class Relay:
         self._dial = dial
         self._queues = {address: _Queue() for address in set(self._peers.values())}
         host.on_outbound = self.take
+        self._unknown = set(self._peers)
+        self._sent = {shard: _Numbers(host, shard, self._unknown) for shard in host.shard_ids}
 
     def take(self, deliveries: Sequence[Any]) -> None:
         """What the shards have for others, as `ShardHost.outbound` gives it."""
         for destination, kind, source, number, position, count, payload, after in deliveries:
+            if kind == "credits" and destination in self._unknown:
+                self._queues[self._peers[destination]].asked.set()
+                continue  # it is given out again
             address = self._peers.get(destination)
             if address is None:
                 _log.error("a shard without owner", shard=destination)
@@ -90,6 +105,34 @@ class Relay:
             group.create_task(self._look())
             for address, queue in self._queues.items():
                 group.create_task(self._deliver_to(address, queue))
+                group.create_task(self._compare_with(address))
+
+    async def _compare_with(self, address: str) -> None:
+        """Once there is money for a peer: until it has said how all its shards stand with those here."""
+        await self._queues[address].asked.wait()
+        missing = {shard for shard, owner in self._peers.items() if owner == address}
+        for failures in itertools.count():
+            for theirs in await peer_shards([address], self._dial):
+                if theirs.shard in missing:
+                    self._compare(theirs)
+                    missing.remove(theirs.shard)
+            if not missing:
+                return
+            if failures == _COMPARE_WARN:
+                _log.warning("a peer does not answer; no money is sent to its shards", address=address)
+            await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
+
+    def _compare(self, theirs: shard_pb2.Shard) -> None:
+        native = self._host.native
+        for link in theirs.links:
+            if (numbers := self._sent.get(link.shard)) is not None:
+                sent = numbers[theirs.shard]
+                native.compare_link(link.shard, theirs.shard, link.received_number, link.settled_number, sent)
+                if link.received_number <= sent:
+                    numbers.forget(theirs.shard)
+        self._unknown.discard(theirs.shard)
+        for shard in self._host.shard_ids:
+            native.resend(shard, theirs.shard)
 
     async def _deliver_to(self, address: str, queue: _Queue) -> None:
         stub = RelayServiceStub(await self._dial(address))
@@ -130,6 +173,29 @@ class Relay:
                     self._host.native.resend(shard, destination)
 
 
+class _Numbers:
+    """Of one shard: the last transfer that it had sent to each peer before it took new ones. In a file until the peer agrees."""
+
+    def __init__(self, host: WalletHost, shard: int, peers: Iterable[int]) -> None:
+        self._path = shard_folder(host.config.data_dir, shard) / "sent.json"
+        kept: dict[str, int] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        sent = {link.peer: link.sent for link in host.links(shard)}
+        self._numbers = {peer: min(sent[peer], kept.get(str(peer), sent[peer])) for peer in peers}
+        self._open = dict(self._numbers)
+        self._write()
+
+    def __getitem__(self, peer: int) -> int:
+        return self._numbers[peer]
+
+    def forget(self, peer: int) -> None:
+        """The peer knows no more than this shard."""
+        if self._open.pop(peer, None) is not None:
+            self._write()
+
+    def _write(self) -> None:
+        write_whole(self._path, json.dumps(self._open) + "\n")
+
+
 class _Queue:
     """Deliveries that wait for one peer."""
 
@@ -137,6 +203,7 @@ class _Queue:
         self._waiting: deque[relay_pb2.Delivery] = deque()
         self._bytes = 0
         self._some = asyncio.Event()
+        self.asked = asyncio.Event()  # there is money for it
         self.is_spilled = False
         self.is_under_way = False  # a call is, or is to be tried again
 

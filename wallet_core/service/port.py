@@ -21,6 +21,7 @@ __all__ = [
     "NamedAccount",
     "ReadModel",
     "RowsAnswer",
+    "ShardLink",
     "ShardStatus",
     "SnapshotInfo",
     "TransferItem",
@@ -91,7 +92,7 @@ class AccountState:
 
 @dataclass(frozen=True, slots=True)
 class ShardStatus:
-    """Where one shard stands. `state`: restoring, serving, read-only or poisoned."""
+    """Where one shard stands. `state`: restoring, serving, read-only, rewound or poisoned."""
 
     shard: int
     state: str
@@ -102,6 +103,17 @@ class ShardStatus:
     digest: bytes
     account_count: int
     log_bytes: int
+
+
+class ShardLink(NamedTuple):
+    """How a shard stands with another: the numbers of the last transfer that it has sent there, of the last one that it knows
+    to be done, and of the last one received from there. `problem`: why the two cannot both be right; empty = they can."""
+
+    peer: int
+    sent: int
+    settled: int
+    received: int
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +231,9 @@ class Host(Protocol):
 
     def shards(self) -> list[ShardStatus]:
         """Where each shard stands."""
+
+    def links(self, shard: int) -> list[ShardLink]:
+        """How a shard stands with every other shard of the system."""
 
     def durable_sequence(self, shard: int) -> int:
         """The number of the last event that is durable."""

@@ -54,6 +54,15 @@ cdef extern from *:
         return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
     }
     static inline void ducat_rest_us(long us) { struct timespec t = {0, us * 1000}; nanosleep(&t, NULL); }
+    /* like the monotonic clock, and it goes on while the machine sleeps */
+    static inline int64_t ducat_boot_ns(void) {
+    #if defined(CLOCK_BOOTTIME)
+        struct timespec t; clock_gettime(CLOCK_BOOTTIME, &t);
+        return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    #else
+        return ducat_monotonic_ns();
+    #endif
+    }
     /* waits at most wait_ns */
     static inline void ducat_cond_wait_ns(pthread_cond_t *cond, pthread_mutex_t *mutex, int64_t wait_ns) {
         struct timespec t; clock_gettime(CLOCK_REALTIME, &t);
@@ -93,6 +102,7 @@ cdef extern from *:
     void ducat_name_thread(const char*, int) noexcept nogil
     int64_t ducat_monotonic_ns() noexcept nogil
     void ducat_rest_us(long) noexcept nogil
+    int64_t ducat_boot_ns() noexcept nogil
     void ducat_cond_wait_ns(pthread_cond_t*, pthread_mutex_t*, int64_t) noexcept nogil
     uint32_t ducat_slot(const uint8_t*) noexcept nogil
     bint ducat_same_id(const uint8_t*, const uint8_t*) noexcept nogil
@@ -186,6 +196,7 @@ cdef struct Request:
     uint32_t count
     uint32_t remaining               # parts and saga rows that are not done
     uint32_t replayed
+    uint32_t refused_full            # rows that a shard did not apply because its disk is nearly full
     uint32_t settled                 # 1: wait for sagas
     int waiter                       # 1: a thread waits for it (finished), 0: completion list
     int finished
@@ -259,6 +270,15 @@ cdef struct WriterTimes:             # what the writer's threads did in some tim
     uint64_t commits, commit_max
     uint64_t pause, pause_max        # in the writer's thread, for nothing but a snapshot: to begin and to end its image
 
+# Nothing of a log that was restored whole can look like this: it is older than what it had acknowledged to this peer.
+cdef struct Rewound:
+    int sends_seen                   # the peer has taken sends up to `sends_expected`, this log ends with `sends_found`
+    int credits_seen                 # the peer has settled credits up to `credits_expected`, this log has them to `credits_found`
+    uint64_t sends_expected
+    uint64_t sends_found
+    uint64_t credits_expected
+    uint64_t credits_found
+
 cdef struct ShardCore:
     pthread_mutex_t mutex
     pthread_cond_t work_ready        # both threads wait here
@@ -287,6 +307,7 @@ cdef struct ShardCore:
     WriterTimes told[2]              # the same of the last one that is done
     int imaging                      # 1: a snapshot is being written
     uint64_t gap_count               # deliveries that did not follow the cursor (a relay resends)
+    Rewound rewound[SHARDS_MAX]      # by peer; under the host's mutex, `seen` atomically
 
 cdef struct HostCore:
     pthread_mutex_t mutex
@@ -297,6 +318,7 @@ cdef struct HostCore:
     int event_fd
     int failed                       # a shard is poisoned
     int closing
+    int rewound_count                # findings in all shards' `rewound`
     int watching                     # somebody waits for durable sequence numbers: wake the loop at each sync
     int64_t rows_held                # rows and bytes of requests under way
     int64_t bytes_held

@@ -54,6 +54,7 @@ cdef enum:
     IN_FLIGHT_WAITING = 254          # only while a batch is under way
     SET_ASIDE = 253                  # a row of a chain across shards: only while a batch is being routed
     CHAIN_OPEN = 28
+    TOO_MANY_PENDING = 32
     ACCOUNT_WRONG_SHARD = 9
     FLAG_LINKED = 1
     FLAG_CHAIN = 64
@@ -207,6 +208,7 @@ cdef class ShardHost:
         if self._started:
             return
         self._started = True
+        self._compare_links()
         self._memory_thread = threading.Thread(target=self._memory_loop, name="memory", daemon=True)
         self._memory_thread.start()
         for shard in self._order:
@@ -218,6 +220,18 @@ cdef class ShardHost:
                 for destination in range(self.shard_count):
                     if destination != shard.shard:
                         self.resend(shard.shard, destination)
+
+    cdef int _compare_links(self) except -1:
+        """Which of the shards here are older than others of them? Before anything moves."""
+        cdef Shard shard, peer
+        cdef uint64_t settled, last, peer_settled
+        for shard in self._order:
+            for peer in self._order:
+                if shard.shard != peer.shard:
+                    peer.engine.send_span(shard.shard, &peer_settled, &last)
+                    shard.engine.send_span(peer.shard, &settled, &last)
+                    shard.compare(peer.shard, peer.engine.credit_cursor(shard.shard), peer_settled, last)
+        return 0
 
     def close(self):
         """Drain what was submitted, sync, join the threads, close the logs. Sagas that are still under way go on after the
@@ -1206,7 +1220,7 @@ cdef class ShardHost:
         cdef object result
         cdef bytes codes
         try:
-            if request.status == STATUS_DISK_NEARLY_FULL:
+            if request.status == STATUS_DISK_NEARLY_FULL or (request.refused_full and request.refused_full == request.count):
                 result = self._nearly_full()
             elif request.status != STATUS_OK:
                 result = port.HostClosed("the request was given up")
@@ -1392,7 +1406,8 @@ cdef class ShardHost:
             queued = shard.core.queued
             pthread_mutex_unlock(&shard.core.mutex)
             state = "poisoned" if shard.core.stopped or shard.log._poisoned else \
-                "serving" if shard.log.writable() else "read-only"
+                "read-only" if not shard.log.writable() else \
+                "rewound" if self._is_rewound(shard) else "serving"
             found.append(port.ShardFigures(
                 shard=shard.shard, state=state, epoch=shard.log.epoch, sequence=counters.sequence,
                 durable_sequence=shard.log._durable_sequence, snapshot_sequence=shard.snapshot_sequence,
@@ -1401,6 +1416,46 @@ cdef class ShardHost:
                 memory_bytes=counters.memory_bytes, sync_count=shard.log.sync_count, frame_count=shard.log.frame_count,
                 queued_count=queued, now_ns=counters.now_ns))
         return found
+
+    cdef bint _is_rewound(self, Shard shard):
+        cdef uint32_t peer
+        for peer in range(self.shard_count):
+            if shard.core.rewound[peer].sends_seen or shard.core.rewound[peer].credits_seen:
+                return True
+        return False
+
+    def links(self, int shard):
+        """How a shard stands with every other shard of the system."""
+        cdef Shard one = self._shards[shard]
+        cdef Rewound* rewound
+        cdef uint64_t settled, last
+        cdef uint16_t peer
+        cdef list found = []
+        for peer in range(self.shard_count):
+            if peer == one.shard:
+                continue
+            rewound = &one.core.rewound[peer]
+            one.engine.send_span(peer, &settled, &last)
+            problem = []
+            if ducat_load_int(&rewound.sends_seen):
+                problem.append(f"shard {peer} has taken {rewound.sends_expected} transfers from here, this shard's log ends with "
+                               f"number {rewound.sends_found}")
+            if ducat_load_int(&rewound.credits_seen):
+                problem.append(f"shard {peer} has settled {rewound.credits_expected} transfers to here, this shard's log ends "
+                               f"with number {rewound.credits_found}")
+            found.append(port.ShardLink(peer, last, settled, one.engine.credit_cursor(peer), "; ".join(problem)))
+        return found
+
+    def compare_link(self, int shard, int peer, uint64_t received, uint64_t settled, uint64_t sent):
+        """What the peer, a shard of another process, had received from a shard here, and settled towards it, a moment ago; and
+        the number of the last transfer that had been sent there before anything new was: received beyond it means that this
+        shard's log is older than the peer's."""
+        (<Shard>self._shards[shard]).compare(<uint16_t>peer, received, settled, sent)
+
+    @property
+    def rewound_count(self):
+        """Grows with every link that turns out to have a problem."""
+        return ducat_load_int(&self.core.rewound_count)
 
     def durable_sequence(self, int shard):
         """The last durable sequence number of one shard."""

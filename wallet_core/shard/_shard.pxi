@@ -17,10 +17,20 @@ cdef struct ReadEntry:
     AccountState state
 
 
+cdef enum:
+    CLOCK_STEP_S_MAX = 3600                  # of the machine's clock that is followed
+
 cdef class ShardClock:
-    """Where shards get their time from: the machine's clock, or a time that a test sets. Never backwards."""
+    """Where shards get their time from: the machine's clock, or a time that a test sets.
+
+    What a shard has written with a time stays so for ever: holds end, ids become too old. So a step of the machine's clock by
+    more than an hour, which the clock that counts from the machine's start did not make, is not followed, in either direction: time goes on from before
+    it, until the clock is back or the process is started again. Shards themselves never let time run backwards."""
 
     cdef int64_t fixed_ns
+    cdef int64_t shift_ns                    # tests: as if the machine's clock had been set
+    cdef int64_t base_ns                     # machine's clock - clock since its start, as it is followed; 0 = not looked yet
+    cdef int64_t held_ns                     # the step that is not followed, 0 = none
 
     def __init__(self, int64_t fixed_ns=0):
         self.fixed_ns = fixed_ns
@@ -29,14 +39,35 @@ cdef class ShardClock:
         """Stand still at this unix time; call the host's `tick` for holds to expire by it. 0: the machine's clock."""
         ducat_store_i64(&self.fixed_ns, now_ns)
 
+    def shift(self, int64_t by_ns):
+        """As if somebody set the machine's clock: from now on it is ahead by that much."""
+        ducat_store_i64(&self.shift_ns, by_ns)
+
     @property
     def now_ns(self):
         """The time that shards would see now."""
         return self.now()
 
+    @property
+    def held_step_s(self):
+        """By how many seconds the machine's clock is ahead of the shards' (negative: behind), if that is not followed; else 0."""
+        self.now()
+        return ducat_load_i64(&self.held_ns) / 1e9
+
     cdef int64_t now(self) noexcept nogil:
-        cdef int64_t fixed = ducat_load_i64(&self.fixed_ns)
-        return fixed if fixed else ducat_now_ns()
+        cdef int64_t boot, base, step_max = <int64_t>CLOCK_STEP_S_MAX * 1000000000
+        cdef int64_t followed = ducat_load_i64(&self.fixed_ns)
+        if followed:
+            return followed
+        boot = ducat_boot_ns()
+        base = ducat_now_ns() + ducat_load_i64(&self.shift_ns) - boot
+        followed = ducat_load_i64(&self.base_ns)
+        if followed == 0 or -step_max <= base - followed <= step_max:
+            ducat_store_i64(&self.base_ns, base)
+            ducat_store_i64(&self.held_ns, 0)
+            return boot + base
+        ducat_store_i64(&self.held_ns, base - followed)
+        return boot + followed
 
 
 cdef class Shard:
@@ -334,7 +365,7 @@ cdef class Shard:
         cdef uint64_t repeated = self.core.counters.repeated_count
         cdef EngineCounters counters
         if not self.log.writable():
-            return self.refuse_full(request)
+            return self.refuse_full_rows(work)
         if self.engine.apply_transfers(&work.columns, <uint64_t>self.now(), request.results, &group.events) < 0:
             return -1
         if self.close_frame(group, offset, count_before) < 0:
@@ -350,14 +381,28 @@ cdef class Shard:
             return 0
         return group_done(group, request, 1)
 
+    cdef int refuse_full_rows(self, Work* work) noexcept nogil:
+        """Other shards may apply their rows of the batch, so that each row of this one says that it was not applied. Where no
+        shard applied any, the batch as a whole is refused (_finish)."""
+        cdef uint32_t at
+        for at in range(work.columns.count):
+            work.request.results[work.columns.rows[at] if work.columns.rows != NULL else at] = TOO_MANY_PENDING
+        ducat_add_u32(&work.request.refused_full, work.columns.count)
+        self.look_for_room()
+        request_done(self.host, work.request, 1)
+        return 0
+
     cdef int refuse_full(self, Request* request) noexcept nogil:
+        self.look_for_room()
+        request.status = STATUS_DISK_NEARLY_FULL
+        request_done(self.host, request, 1)
+        return 0
+
+    cdef void look_for_room(self) noexcept nogil:
         cdef int64_t now = ducat_monotonic_ns()
         if now - self.space_checked_ns > 200000000:
             self.space_checked_ns = now
             self.log.retry_space()
-        request.status = STATUS_DISK_NEARLY_FULL
-        request_done(self.host, request, 1)
-        return 0
 
     cdef int apply_accounts(self, Work* work, Group* group) noexcept nogil:
         cdef AccountColumns columns
@@ -541,7 +586,7 @@ cdef class Shard:
         cdef Work* delivery
         self.engine.send_span(destination, &settled, &last)
         number = self.sent[destination] + 1
-        if number > last:
+        if number > last or ducat_load_int(&self.core.rewound[destination].sends_seen):
             return 0
         if ring.size == 0:
             ring.first = number
@@ -638,6 +683,9 @@ cdef class Shard:
         columns.count = work.count
         columns.amounts, columns.ids = work.data, work.data + 8 * n
         columns.credit_ids, columns.currencies, columns.codes = work.data + 24 * n, work.data + 40 * n, work.data + 44 * n
+        upto = self.engine.credit_cursor(work.peer)
+        if after > upto:
+            self.note_credits_lost(work.peer, after, upto)
         code = self.engine.apply_credits(work.peer, work.number, &columns, <uint64_t>self.now(), self.credit_results,
                                          &group.events)
         if code == ENGINE_REFUSED:
@@ -679,6 +727,11 @@ cdef class Shard:
         cdef uint8_t result
         cdef uint64_t settled, last
         self.engine.send_span(work.peer, &settled, &last)
+        if work.number > last:
+            self.note_sends_lost(work.peer, work.number, last)
+        if ducat_load_int(&self.core.rewound[work.peer].sends_seen):
+            self.core.gap_count += 1       # what it says is of sends that this shard knows nothing of
+            return 0
         if work.after > settled:
             # an outcome before this one got lost, and with it perhaps a refusal: the sends are delivered again
             self.core.gap_count += 1
@@ -761,6 +814,8 @@ cdef class Shard:
         cdef uint64_t number = settled + 1
         cdef uint32_t count
         cdef Work* delivery
+        if ducat_load_int(&self.core.rewound[destination].sends_seen):
+            return 0
         while number <= last:
             count = self.engine.read_sends(destination, number, DELIVERY_ROWS_MAX, self.sends)
             if count == 0:
@@ -772,6 +827,42 @@ cdef class Shard:
             group_deliver(group, destination, delivery)
             number += count
         return 0
+
+    # A shard that was restored from a copy older than what it had acknowledged (docs/wallet.md). If its sends are lost, their
+    # numbers are given again to others, and the peer would take those for known ones and answer that all is well. So from then
+    # on nothing is sent to that peer, new sends are refused, and what it says is ignored. That the numbers end below the peer's
+    # cursor stays true for as long as nothing is sent, so a restart finds it again. Lost credits do no harm: what follows is a gap.
+
+    cdef void note_sends_lost(self, uint16_t peer, uint64_t expected, uint64_t found) noexcept nogil:
+        cdef Rewound* rewound = &self.core.rewound[peer]
+        pthread_mutex_lock(&self.host.mutex)
+        if not rewound.sends_seen:
+            rewound.sends_expected, rewound.sends_found = expected, found
+            ducat_store_int(&rewound.sends_seen, 1)
+            self.host.rewound_count += 1
+        pthread_mutex_unlock(&self.host.mutex)
+        self.engine.refuse_sends(peer, True)
+        host_wake(self.host)
+
+    cdef void note_credits_lost(self, uint16_t peer, uint64_t expected, uint64_t found) noexcept nogil:
+        cdef Rewound* rewound = &self.core.rewound[peer]
+        if ducat_load_int(&rewound.credits_seen):
+            return
+        pthread_mutex_lock(&self.host.mutex)
+        rewound.credits_expected, rewound.credits_found = expected, found
+        ducat_store_int(&rewound.credits_seen, 1)
+        self.host.rewound_count += 1
+        pthread_mutex_unlock(&self.host.mutex)
+        host_wake(self.host)
+
+    cdef void compare(self, uint16_t peer, uint64_t peer_received, uint64_t peer_settled, uint64_t sent) noexcept nogil:
+        """What the peer had received from here and settled towards here, a moment ago; and what had been sent there before
+        anything else was."""
+        cdef uint64_t cursor = self.engine.credit_cursor(peer)
+        if peer_received > sent:
+            self.note_sends_lost(peer, peer_received, sent)
+        if peer_settled > cursor:
+            self.note_credits_lost(peer, peer_settled, cursor)
 
     # ---- group commit ----
 

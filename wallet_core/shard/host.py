@@ -45,6 +45,7 @@ from wallet_core.shard.port import (
     ReadResult,
     RowsResult,
     ShardHostConfig,
+    ShardLink,
     ShardStatus,
     SnapshotInfo,
     TransferRow,
@@ -107,6 +108,9 @@ class WalletHost:
         self.on_failure: Callable[[Exception], None] | None = None
         self.on_snapshot_failure: Callable[[int, Exception], None] | None = None  # of one that was taken by itself
         self.on_outbound: Callable[[list[Any]], None] | None = None  # takes what `native.outbound` gives, for the relay
+        self.on_rewound: Callable[[int, ShardLink], None] | None = None  # a shard was restored from an old copy
+        self._rewound_seen = 0
+        self._rewound_told: dict[tuple[int, int], str] = {}
         self.on_chain: RunChain | None = None  # coordinates chains across shards; None: they are refused
         self._chain_tasks: set[asyncio.Task[None]] = set()
         self.retain: Callable[[int], int] | None = None  # shard → last event that readers of its log are done with
@@ -435,6 +439,10 @@ class WalletHost:
     def shards(self) -> list[ShardStatus]:
         """Where each shard stands."""
         return list(self._native.shards())
+
+    def links(self, shard: int) -> list[ShardLink]:
+        """How a shard stands with every other shard of the system."""
+        return self._native.links(shard)
 
     def durable_sequence(self, shard: int) -> int:
         """The number of the last durable event of a shard."""
@@ -776,10 +784,21 @@ class WalletHost:
                     waiting.set_result(now)
         if self._turn:
             self._next_turn()
+        if self._native.rewound_count != self._rewound_seen and self.on_rewound is not None:
+            self._tell_rewound(self.on_rewound)
         if self.on_outbound is not None and (deliveries := self._native.outbound()):
             self.on_outbound(deliveries)
         if self._native.failed and self._failure is None:
             self._fail(self._native.failure() or HostClosed("a shard stopped"))
+
+    def _tell_rewound(self, on_rewound: Callable[[int, ShardLink], None]) -> None:
+        """Each finding once."""
+        self._rewound_seen = self._native.rewound_count
+        for shard in self.shard_ids:
+            for link in self._native.links(shard):
+                if link.problem and self._rewound_told.get((shard, link.peer)) != link.problem:
+                    self._rewound_told[shard, link.peer] = link.problem
+                    on_rewound(shard, link)
 
     def _run_chains(self) -> None:
         """Chains across shards that the last batch had: the batch is answered when they are."""

@@ -156,7 +156,9 @@ def _start_from(
                 continue
             if header.shard != shard:
                 raise SnapshotDamaged(str(one.path), 8, f"it is of shard {header.shard}")
-            return _Start(engine, load_snapshot(one.path, engine, progress), tuple(skipped), tuple(damaged))
+            header = load_snapshot(one.path, engine, progress)
+            engine.set_id_window(config.id_window_ms)  # the image brought the one that it was made with
+            return _Start(engine, header, tuple(skipped), tuple(damaged))
         except SnapshotDamaged as error:
             skipped.append(str(error))
             damaged.append(one.path)
@@ -398,12 +400,17 @@ def write_manifest(data_dir: Path, shard_count: int) -> None:
     make_folder(data_dir)
     path = data_dir / "wallet.json"
     if not path.exists():
-        temporary = data_dir / f"wallet.json.{os.getpid()}"
-        temporary.write_text(json.dumps({"format": 1, "shard_count": shard_count}) + "\n")
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-        sync_folder(data_dir)
+        write_whole(path, json.dumps({"format": 1, "shard_count": shard_count}) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A small file, durable, and never seen in part."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    sync_folder(path.parent)
 
 
 def check_manifest(data_dir: Path, shard_count: int) -> None:

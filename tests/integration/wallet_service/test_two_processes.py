@@ -4,6 +4,8 @@ dies."""
 from __future__ import annotations
 
 import asyncio
+import shutil
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -278,3 +280,55 @@ def test_a_shard_map_with_holes_is_refused_at_the_start(shards: str, peers: str,
     settings = Settings.load({"wallet_shards": shards, "wallet_peers": peers}, environ={})
     with pytest.raises(SettingsInvalid, match=problem):
         _peers(settings, host_config(settings))
+
+
+async def test_a_shard_restored_from_an_old_copy_says_so_and_moves_no_money(start_wallet: StartWallet) -> None:
+    """It takes more new transfers before the other process answers than were lost, and dies in between."""
+    pair = Pair(start_wallet)
+    one, two = await pair.start(0), await pair.start(1)
+    await open_accounts(one, NAMES[0], may_overdraw=True)
+    await open_accounts(two, NAMES[1])
+    await one.stop()
+    folder = Path(one.env["DUCAT_DATA_DIR"]) / "wallet" / "shard-0000"
+    old = folder.with_name("old")
+    shutil.copytree(folder, old)
+    one = await pair.start(0)
+    settled = wallet_pb2.SETTLE_MODE_SETTLED
+    await send_all(one, batches(20, settled, 1))
+    await one.stop()
+    await two.stop()
+    shutil.rmtree(folder)
+    old.rename(folder)
+    one = await pair.start(0)
+    durable = wallet_pb2.SETTLE_MODE_DURABLE
+    assert await send_all(one, batches(50, durable, 2)) == {wallet_pb2.TRANSFER_RESULT_IN_FLIGHT}
+    await one.kill()
+    two = await pair.start(1)
+    one = await pair.start(0)
+    async with asyncio.timeout(60):
+        while True:
+            shards = (await one.shards.ListShards(shard_pb2.ListShardsRequest())).shards
+            if shards[0].state == shard_pb2.SHARD_STATE_REWOUND:
+                break
+            await asyncio.sleep(0.05)
+    (link,) = shards[0].links
+    assert link.problem == "shard 1 has taken 20 transfers from here, this shard's log ends with number 0"
+    assert await send_all(one, batches(5, settled, 3)) == {wallet_pb2.TRANSFER_RESULT_TOO_MANY_PENDING}
+    assert (await balance(one, NAMES[0]), await balance(two, NAMES[1])) == (-50, 20)
+
+
+async def send_all(wallet: WalletProcess, batches: list[wallet_pb2.TransferBatch]) -> set[int]:
+    """What was not OK."""
+    call = wallet.wallet.SubmitTransfers()
+    found: set[int] = set()
+    for batch in batches:
+        await call.write(wallet_pb2.SubmitTransfersRequest(batch=batch))
+        found |= set((await asyncio.wait_for(call.read(), 60)).result.failed_results)
+    call.cancel()
+    return found
+
+
+async def test_a_wallet_that_listens_on_any_port_says_which(start_wallet: StartWallet) -> None:
+    wallet = await start_wallet()
+    (shard,) = (await wallet.shards.ListShards(shard_pb2.ListShardsRequest())).shards
+    assert shard.address == wallet.address

@@ -171,7 +171,7 @@ async def test_history_begins_with_the_oldest_state_that_can_be_had(
     services = [
         (servicer, add_WalletServiceServicer_to_server, "ducat.wallet.v1.WalletService"),
         (
-            ShardServicer(host, wallet, history, "here"),
+            ShardServicer(host, wallet, history, lambda: "here"),
             add_ShardServiceServicer_to_server,
             "ducat.wallet.v1.ShardService",
         ),

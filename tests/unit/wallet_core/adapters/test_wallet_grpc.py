@@ -64,7 +64,7 @@ async def serve(host: MemoryHost, clock: FixedClock) -> AsyncIterator[Served]:
     wallet = Wallet(host, directory, NoReadModel(), read_wait_s=0.05)
     history = History(host, host, clock)
     servicer = WalletServicer(host, wallet, history)
-    shard_servicer = ShardServicer(host, wallet, history, "127.0.0.1:1")
+    shard_servicer = ShardServicer(host, wallet, history, lambda: "127.0.0.1:1")
     server = GrpcServer(
         Settings(),
         [

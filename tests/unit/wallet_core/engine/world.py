@@ -38,7 +38,18 @@ SHAPES = (
     + ["post", "part", "void"] * 3
     + ["step"] * 4
     + ["send"] * 5
-    + ["balancing debit", "balancing credit", "again", "again", "other", "odd id", "odd id", "wild flags", "wild amount", "wild"]
+    + [
+        "balancing debit",
+        "balancing credit",
+        "again",
+        "again",
+        "other",
+        "odd id",
+        "odd id",
+        "wild flags",
+        "wild amount",
+        "wild",
+    ]
 )
 CURRENCIES = [b"USD\0"] * 6 + [b"JPY\0", b"usd\0", b"USDX"]
 ACCOUNT_FLAGS = [0, 0, 0, 4, 4, 4, 12, 1, 2, 8, 16, 64]

@@ -20,6 +20,7 @@ from wallet_core.service.port import (
     AccountState,
     EventPage,
     NamedAccount,
+    ShardLink,
     ShardStatus,
     SnapshotInfo,
     TransferItem,
@@ -217,6 +218,11 @@ class MemoryHost:
             for shard, engine in self.engines.items()
             if (status := engine.status())
         ]
+
+    def links(self, shard: int) -> list[ShardLink]:
+        engine = self.engines[shard]
+        peers = [peer for peer in range(self.shard_count) if peer != shard]
+        return [ShardLink(peer, *reversed(engine.sent(peer)), engine.cursor(peer), "") for peer in peers]
 
     def durable_sequence(self, shard: int) -> int:
         return int(self.engines[shard].status().sequence)

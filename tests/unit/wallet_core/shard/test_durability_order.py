@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
-from host_fixtures import NOW_NS, SEGMENT, Driver, account, config, message, transfer_id
+from host_fixtures import NOW_NS, SEGMENT, Driver, account, config, message, on_shard, transfer_id
 
 from wallet_core.engine.codes import TransferFlags, TransferResult
 from wallet_core.event_log import DiskNearlyFull, LogLocked, LogPoisoned, read_frames
@@ -110,6 +110,35 @@ def test_a_nearly_full_disk_refuses_writes_serves_reads_and_recovers(tmp_path: P
     log.wait_prepared()
     assert set(driver.transfers(rows(40, refused))) == {1}
     assert driver.host.shards()[0].state == "serving"
+    driver.close()
+
+
+def test_one_full_disk_of_several_refuses_its_own_rows_only_and_says_which(tmp_path: Path) -> None:
+    driver = Driver(config(tmp_path, 2, segment_bytes=65536))
+    full, fine = [on_shard(0, 2, n) for n in range(2)], [on_shard(1, 2, n) for n in range(2)]
+    driver.fund([*full, *fine], 100_000, SOURCE)
+    log = driver.host.log(0)
+    log.inject("fallocate", 1, errno.ENOSPC)
+    for n in range(60):
+        filling = [TransferRow(transfer_id(1000 * (n + 1) + i), *full, 1) for i in range(40)]
+        result = driver.wait(driver.submit(filling))
+        log.wait_prepared()
+        if isinstance(result, DiskNearlyFull):
+            break
+    assert [one.state for one in driver.host.shards()] == ["read-only", "serving"]
+    before = driver.balances([*full, *fine])
+    mixed = [TransferRow(transfer_id(n), *(full if n % 3 == 0 else fine), 1) for n in range(6)]
+    later = TransferResult.TOO_MANY_PENDING
+    assert driver.transfers(mixed) == [later, 1, 1, later, 1, 1]
+    after = [*before[:2], before[2] - 4, before[3] + 4]  # type: ignore[operator]
+    assert driver.balances([*full, *fine]) == after, "what the result says, no more and no less"
+    assert driver.transfers(mixed) == [later, 1, 1, later, 1, 1]
+    assert isinstance(driver.send(message(mixed[::3])), DiskNearlyFull), "of which nothing was applied"
+    log.inject("fallocate", 0)
+    log.recheck_space()
+    log.wait_prepared()
+    assert driver.transfers(mixed) == [1] * 6
+    assert driver.balances([*full, *fine]) == [after[0] - 2, after[1] + 2, *after[2:]]  # type: ignore[operator]
     driver.close()
 
 

@@ -280,6 +280,21 @@ class TwoProcesses:
         self.carry(self.one, self.two, "credits")
         return self.carry(self.two, self.one, "outcomes", lose=lose)
 
+    def go_back(self, shard: int, count: int) -> None:
+        """Transfers of 10 that settle; then one side is as it was before them."""
+        for one in (self.one, self.two):
+            one.close()
+        shutil.copytree(self.folder / str(shard), self.folder / "old")
+        self.one, self.two = self.opened(0), self.opened(1)
+        lost = [TransferRow(transfer_id(n), self.rich, self.poor, 10) for n in range(count)]
+        self.send(lost, lose=False)
+        self.check(lost, [TransferResult.OK] * count)
+        for one in (self.one, self.two):
+            one.close()
+        shutil.rmtree(self.folder / str(shard))
+        (self.folder / "old").rename(self.folder / str(shard))
+        self.one, self.two = self.opened(0), self.opened(1)
+
     def settle(self) -> None:
         for _ in range(500):
             if self.unsettled == 0:
@@ -479,16 +494,7 @@ def test_holds_expire_on_every_shard(driver: Driver) -> None:
 def test_a_debit_shard_that_went_back_in_time_does_not_take_old_credits_for_new_ones(processes: TwoProcesses) -> None:
     """Restored from an older copy it counts its sends from there again; the credit shard knows those numbers already and
     would answer that all is well, with nobody credited."""
-    processes.one.close()
-    shutil.copytree(processes.folder / "0", processes.folder / "old")
-    processes.one = processes.opened(0)
-    lost = [TransferRow(transfer_id(n), processes.rich, processes.poor, 10) for n in range(3)]
-    processes.send(lost, lose=False)
-    processes.check(lost, [TransferResult.OK] * 3)
-    processes.one.close()
-    shutil.rmtree(processes.folder / "0")
-    (processes.folder / "old").rename(processes.folder / "0")
-    processes.one = processes.opened(0)
+    processes.go_back(0, 3)
     row = TransferRow(transfer_id(100), processes.rich, processes.poor, 50)
     processes.send([row], lose=False)
     for _ in range(500):
@@ -498,6 +504,98 @@ def test_a_debit_shard_that_went_back_in_time_does_not_take_old_credits_for_new_
     assert (processes.one.host.gap_count(0), processes.unsettled) == (1, 1)
     assert processes.one.transfers([row], settled=False) == [TransferResult.IN_FLIGHT]
     assert processes.two.balances([processes.poor]) == [30]
+    (link,) = processes.one.host.links(0)
+    assert (link.peer, link.sent, link.settled, link.received) == (1, 1, 0, 0)
+    assert link.problem == "shard 1 has taken 3 transfers from here, this shard's log ends with number 1"
+    assert [one.state for one in processes.one.host.shards()] == ["rewound"]
+    assert processes.one.host.rewound_count == 1
+    new = [TransferRow(transfer_id(200 + n), processes.rich, processes.poor, 50) for n in range(10)]
+    assert processes.one.transfers(new) == [TransferResult.TOO_MANY_PENDING] * 10
+    here = TransferRow(transfer_id(300), processes.rich, on_shard(0, 2, 1), 1)
+    assert processes.one.transfers([here]) == [TransferResult.CREDIT_ACCOUNT_NOT_FOUND], "within the shard all goes on"
+    processes.one.host.resend(0, 1)
+    processes.one.take(20)
+    assert [one for one in processes.one.host.outbound() if one[1] == "credits"] == []
+
+
+def test_a_rewound_debit_shard_is_found_before_it_sends_more_than_it_had(processes: TwoProcesses) -> None:
+    """With more new sends than were lost, the first answer would be of a number that it has reached again."""
+    processes.go_back(0, 3)
+    sent = processes.one.host.links(0)[0].sent
+    rows = [TransferRow(transfer_id(100 + n), processes.rich, processes.poor, 50) for n in range(10)]
+    assert processes.one.transfers(rows, settled=False) == [TransferResult.IN_FLIGHT] * 10
+    processes.carry(
+        processes.one, processes.two, "credits", lose=True
+    )  # the relay holds it back until it has heard of the peer
+    (theirs,) = processes.two.host.links(1)
+    assert (theirs.received, theirs.settled, theirs.problem) == (3, 0, "")
+    processes.one.host.compare_link(0, 1, theirs.received, theirs.settled, sent)
+    assert "has taken 3 transfers" in processes.one.host.links(0)[0].problem
+    more = [TransferRow(transfer_id(200), processes.rich, processes.poor, 50)]
+    assert processes.one.transfers(more) == [TransferResult.TOO_MANY_PENDING]
+    processes.one.host.resend(0, 1)
+    processes.one.take(20)
+    assert [one for one in processes.one.host.outbound() if one[1] == "credits"] == []
+    assert processes.unsettled == 10
+    assert processes.two.balances([processes.poor]) == [30]
+
+
+def test_a_link_that_is_well_goes_on(processes: TwoProcesses) -> None:
+    rows = [TransferRow(transfer_id(n), processes.rich, processes.poor, 10) for n in range(3)]
+    processes.send(rows, lose=False)
+    processes.settle()
+    ours, theirs = processes.one.host.links(0)[0], processes.two.host.links(1)[0]
+    processes.one.host.compare_link(0, 1, theirs.received, theirs.settled, ours.sent)
+    processes.two.host.compare_link(1, 0, ours.received, ours.settled, theirs.sent)
+    more = [TransferRow(transfer_id(10), processes.rich, processes.poor, 1)]
+    processes.send(more, lose=False)
+    processes.check([*rows, *more], [TransferResult.OK] * 4)
+    assert [one.state for one in (*processes.one.host.shards(), *processes.two.host.shards())] == ["serving"] * 2
+
+
+def test_a_credit_shard_that_went_back_in_time_says_so_and_takes_nothing(processes: TwoProcesses) -> None:
+    processes.go_back(1, 3)
+    row = TransferRow(transfer_id(100), processes.rich, processes.poor, 50)
+    assert processes.one.transfers([row], settled=False) == [TransferResult.IN_FLIGHT]
+    processes.carry(processes.one, processes.two, "credits")
+    for _ in range(500):
+        if processes.two.host.gap_count(1):
+            break
+        processes.two.take(5)
+    (link,) = processes.two.host.links(1)
+    assert link.problem == "shard 0 has settled 3 transfers to here, this shard's log ends with number 0"
+    assert [one.state for one in processes.two.host.shards()] == ["rewound"]
+    assert processes.two.balances([processes.poor]) == [0]
+    assert processes.unsettled == 1
+
+
+def test_a_rewound_shard_among_those_of_one_process_is_found_before_anything_moves(tmp_path: Path) -> None:
+    driver = Driver(config(tmp_path, 2))
+    rich, poor = on_shard(0, 2), on_shard(1, 2)
+    may_overdraw = int(AccountFlags.MAY_OVERDRAW)
+    assert driver.open_accounts([AccountRow(rich, "USD", may_overdraw), AccountRow(poor, "USD", may_overdraw)]) == [
+        1,
+        1,
+    ]
+    driver.close()
+    shutil.copytree(tmp_path / "shard-0000", tmp_path / "old")
+    driver = Driver(config(tmp_path, 2))
+    assert driver.transfers([TransferRow(transfer_id(n), rich, poor, 10) for n in range(3)]) == [1] * 3
+    assert driver.transfers([TransferRow(transfer_id(n), poor, rich, 1) for n in range(10, 12)]) == [1] * 2
+    driver.close()
+    shutil.rmtree(tmp_path / "shard-0000")
+    (tmp_path / "old").rename(tmp_path / "shard-0000")
+    for _ in range(2):  # a restart changes nothing
+        driver = Driver(config(tmp_path, 2))
+        assert [one.state for one in driver.host.shards()] == ["rewound", "serving"]
+        assert driver.host.links(0)[0].problem == (
+            "shard 1 has taken 3 transfers from here, this shard's log ends with number 0; "
+            "shard 1 has settled 2 transfers to here, this shard's log ends with number 0"
+        )
+        rows = [TransferRow(transfer_id(100 + n), rich, poor, 50) for n in range(10)]
+        assert driver.transfers(rows) == [TransferResult.TOO_MANY_PENDING] * 10
+        assert driver.balances([rich, poor]) == [0, 28]
+        driver.close()
 
 
 def test_nobody_waits_for_ever_for_a_process_that_is_away(processes: TwoProcesses) -> None:
