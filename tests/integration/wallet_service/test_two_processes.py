@@ -330,5 +330,5 @@ async def send_all(wallet: WalletProcess, batches: list[wallet_pb2.TransferBatch
 
 async def test_a_wallet_that_listens_on_any_port_says_which(start_wallet: StartWallet) -> None:
     wallet = await start_wallet()
-    (shard,) = (await wallet.shards.ListShards(shard_pb2.ListShardsRequest())).shards
-    assert shard.address == wallet.address
+    shards = (await wallet.shards.ListShards(shard_pb2.ListShardsRequest())).shards
+    assert {shard.address for shard in shards} == {wallet.address}
