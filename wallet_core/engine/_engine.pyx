@@ -111,14 +111,13 @@ cdef class Engine:
         if not 0 <= room_ids <= 1 << 30:
             raise ValueError(f"room_ids: {room_ids} is not in 0..{1 << 30}")
         self._state = state_new(shard, id_window_ms, id_count_max, generation_ids, accounts_max, holds_max, unsettled_max,
-                                memory_bytes_max)
+                                memory_bytes_max, room_ids)
         self._buffer.data = NULL
         self._buffer.length = 0
         self._buffer.capacity = 0
         self._buffer.count = 0
         if self._state == NULL:
             raise MemoryError("wallet engine: no memory, or no address space, for an empty engine")
-        state(self).ready_count = min(READY_MAX, max(1, -(-room_ids // generation_ids)))
 
     def __dealloc__(self):
         state_free(state(self))

@@ -170,6 +170,14 @@ cdef void memory_free(EngineState* e, GenerationMemory* memory) noexcept nogil:
         generation_free(e, &g)
 
 
+cdef void memory_forget(EngineState* e) noexcept nogil:
+    # No other thread makes memory now.
+    cdef uint64_t i
+    for i in range(READY_MAX):
+        memory_free(e, &e.ready[i])
+    memory_free(e, &e.dropped)
+
+
 cdef bint ready_is_below(const EngineState* e, uint64_t count) noexcept nogil:
     # Whether fewer than `count` generations stand ready.
     cdef uint64_t i, left = 0
@@ -230,9 +238,9 @@ cdef int memory_prepare(EngineState* e) noexcept nogil:
         e.accounts_touched = max(used, min(used + 4 * PREPARE_BYTES, e.load_accounts * sizeof(Account)))
         du_arena_touch(&e.accounts_memory, used, e.accounts_touched)
         return 0
-    if ready_make(e) < 0:
-        return -1
     if index_wants_memory(&e.accounts_index) and index_prepare(e, &e.accounts_index) < 0:
+        return -1
+    if ready_make(e) < 0:
         return -1
     used = e.account_count * sizeof(Account)
     if used >= 4 * PREPARE_BYTES and e.budget.bytes_max == 0:

@@ -499,6 +499,7 @@ cdef int image_load_header(EngineState* e, const uint64_t* words, uint64_t count
             or words[11] == 0 or words[11] > 1 << 30 or words[13] > words[10] or words[14] > words[11]
             or words[15] > words[8] or early_count > words[15]):
         return ENGINE_REFUSED
+    memory_forget(e)                        # generations may have another size here
     if state_configure(e, words[7], words[8], words[9], words[10], words[11], words[12]) < 0:
         return ENGINE_POISONED
     e.sequence = words[2]

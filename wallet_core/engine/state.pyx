@@ -292,6 +292,7 @@ cdef struct EngineState:
     GenerationMemory ready[READY_MAX]  # for the next generations: touched, slots empty; made by memory_prepare
     GenerationMemory dropped        # of a dropped generation: slots not empty
     uint64_t ready_count            # how many of them are wanted
+    uint64_t room_ids               # for how many ids
     uint64_t is_prepared            # another thread makes memory ready: the writer may count on it a little
     uint64_t accounts_touched       # bytes of the account records that memory_prepare has touched
     uint64_t id_count
@@ -361,14 +362,14 @@ cdef inline int poison(EngineState* e) noexcept nogil:
 
 cdef EngineState* state_new(uint64_t shard, uint64_t id_window_ms, uint64_t id_count_max, uint64_t generation_ids,
                             uint64_t accounts_max, uint64_t holds_max, uint64_t unsettled_max,
-                            uint64_t memory_bytes_max) noexcept nogil:
+                            uint64_t memory_bytes_max, uint64_t room_ids) noexcept nogil:
     cdef EngineState* e = <EngineState*> calloc(1, sizeof(EngineState))
     if e == NULL:
         return NULL
     e.budget.bytes_max = memory_bytes_max
     e.shard = shard
     e.hold_free = NONE
-    e.ready_count = 1
+    e.room_ids = room_ids
     if state_configure(e, id_window_ms, id_count_max // generation_ids, generation_ids,
                        accounts_max, holds_max, unsettled_max) < 0:
         state_free(e)
@@ -386,6 +387,10 @@ cdef int state_configure(EngineState* e, uint64_t id_window_ms, uint64_t generat
     e.holds_max = holds_max
     e.unsettled_max = unsettled_max
     e.generation_slots = (generation_ids + generation_ids // 2) // BUCKET * BUCKET + 2 * BUCKET
+    # no more than will ever be remembered; where memory is bounded it is not spent on what may never come
+    e.ready_count = 1
+    if e.budget.bytes_max == 0:
+        e.ready_count = min(max((e.room_ids + generation_ids - 1) // generation_ids, 1), generation_count_max, READY_MAX)
     du_arena_close(&e.accounts_memory)
     du_arena_close(&e.holds_memory)
     du_arena_close(&e.heap_memory)
@@ -418,9 +423,7 @@ cdef void state_free(EngineState* e) noexcept nogil:
     spares_free(e)
     for i in range(e.generation_count):
         generation_free(e, &e.generations[i])
-    for i in range(READY_MAX):
-        memory_free(e, &e.ready[i])
-    memory_free(e, &e.dropped)
+    memory_forget(e)
     free(e.generations)
     index_close(e, &e.accounts_index)
     index_close(e, &e.holds_by_id)

@@ -320,6 +320,7 @@ cdef int gather_read(AccountsRead read, uint32_t rows, uint32_t entry_count) exc
     cdef uint32_t i, row
     cdef AccountState* sum
     cdef AccountState* part
+    cdef ReadEntry* dense
     if first == NULL:
         raise MemoryError()
     memset(first, 0xFF, 4 * <size_t>rows)
@@ -339,4 +340,14 @@ cdef int gather_read(AccountsRead read, uint32_t rows, uint32_t entry_count) exc
         if first[row] != ENTRY_NONE:
             first[read.count] = first[row]
             read.count += 1
+    if read.count < entry_count:
+        # what waits for names is not counted as under way any more: it should not keep what nobody will look at
+        dense = <ReadEntry*>malloc(read.count * sizeof(ReadEntry) + 1)
+        if dense == NULL:
+            raise MemoryError()
+        for i in range(read.count):
+            dense[i] = read.entries[first[i]]
+            first[i] = i
+        free(read.entries)
+        read.entries = dense
     return 0

@@ -159,14 +159,14 @@ cdef class ShardHost:
             made.engine, made.log, made.clock, made.shard = engine, log, self._clock, shard
             made.host = &self.core
             made.core.shard, made.core.present = shard, 1
-            engine.counters(&made.core.counters)
-            engine.digest(made.core.digest)
-            made.now_ns = <int64_t>made.core.counters.now_ns
-            made.snapshot_sequence = 0
             with nogil:
                 engine.prepare()       # before anybody waits for an answer
                 while engine.wants_room() and engine.prepare() >= 0:
                     pass
+            engine.counters(&made.core.counters)
+            engine.digest(made.core.digest)
+            made.now_ns = <int64_t>made.core.counters.now_ns
+            made.snapshot_sequence = 0
             self._shards[shard] = made
             self._order.append(made)
         engines = {made.shard: made.engine for made in self._order}
@@ -283,9 +283,8 @@ cdef class ShardHost:
                 pthread_mutex_unlock(&self.core.mutex)
                 continue
             for shard in order:
-                if shard.engine.wants_room():
+                if shard.engine.wants_room() and (found is None or shard.core.idle == 2):
                     found = shard
-                    break
             with nogil:
                 pthread_mutex_lock(&self.core.mutex)
                 if not self.core.closing and not self._any_wants_memory():
@@ -545,9 +544,9 @@ cdef class ShardHost:
         0: nothing was taken, since a row is linked or malformed, or there are more than 256, or it does not wait for sagas."""
         cdef uint32_t count, capacity
         cdef CallRow* larger
+        if self._call_row_count + CALL_ROWS_MAX > ROWS_MAX:
+            return 0
         if self._call_row_count + CALL_ROWS_MAX > self._call_row_capacity:
-            if self._call_row_count + CALL_ROWS_MAX > ROWS_MAX:
-                return 0
             capacity = 2 * self._call_row_capacity + CALL_ROWS_MAX
             larger = <CallRow*>realloc(self._call_rows, capacity * sizeof(CallRow))
             if larger == NULL:

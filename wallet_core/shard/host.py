@@ -93,6 +93,7 @@ class WalletHost:
         self._gathered_rows = 0
         self._steps: dict[int, _Steps] = {}  # of chains across shards, by shard
         self._calls: deque[float] = deque(maxlen=_CALLS_SEEN)  # when the last single calls came
+        self._calls_again = False  # a timer is set
         self._calls_beside = 0.0  # the share of them that found others not answered yet, the last ones count most
         self._turn: deque[asyncio.Future[None]] = deque()
         self._striping: set[asyncio.Future[Any]] = set()  # striped accounts that are being opened
@@ -665,7 +666,7 @@ class WalletHost:
     def _came(self, now: float) -> bool:
         """A single call has come; whether others are not answered yet."""
         self._calls.append(now)
-        beside = bool(self._called_rows or self._gathered_rows or self._callers or self._futures)
+        beside = bool(self._called_rows or self._gathered_rows or self._callers)
         self._calls_beside += (beside - self._calls_beside) / _CALLS_SEEN
         return beside
 
@@ -686,17 +687,27 @@ class WalletHost:
         if not self._called_rows:
             return
         if self._striping:
-            self._loop.call_later(0.001, self._submit_calls)
+            self._submit_calls_later()
             return
         self._ticket += 1
         try:
             self._callers[self._ticket] = self._native.submit_calls(self._ticket)
         except HostBusy:
-            self._loop.call_later(0.001, self._submit_calls)
+            self._submit_calls_later()
             return
         except Exception as error:
             _refuse(self._native.drop_calls(), _mapped(error))
         self._called_rows = 0
+
+    def _submit_calls_later(self) -> None:
+        """One timer, however many find that it cannot be done now."""
+        if not self._calls_again:
+            self._calls_again = True
+            self._loop.call_later(0.001, self._submit_calls_again)
+
+    def _submit_calls_again(self) -> None:
+        self._calls_again = False
+        self._submit_calls()
 
     def _flush(self) -> None:
         """Everything gathered in this iteration of the loop becomes one native batch."""

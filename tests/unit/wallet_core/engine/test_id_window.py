@@ -12,6 +12,7 @@ from tests.unit.wallet_core.engine.harness import (
     read_pieces,
     transfer_id,
 )
+from wallet_core.engine._engine import Engine
 from wallet_core.engine.codes import TransferFlags, TransferResult
 from wallet_core.engine.twin import Row
 
@@ -109,6 +110,18 @@ def test_room_that_was_asked_for_is_there_before_it_is_needed() -> None:
         native.prepare_memory()
     assert native.status().memory_bytes == full + 4 * generation_bytes
     pair.check_replay()
+
+
+def test_room_is_for_no_more_ids_than_are_remembered_and_not_at_the_cost_of_a_memory_limit() -> None:
+    for parameters, generations in (
+        ({"room_ids": 1 << 30}, 4),
+        ({"room_ids": 1 << 30, "memory_bytes_max": 1 << 26}, 1),
+    ):
+        native = Engine(0, generation_ids=64, id_count_max=4 * 64, **parameters)
+        before = native.status().memory_bytes
+        while native.room_wanted():
+            native.prepare_memory()
+        assert native.status().memory_bytes == before + generations * (24 * 64 + 4 * (64 + 64 // 2 + 32))
 
 
 def test_ids_that_fall_into_full_buckets_are_found_again() -> None:
