@@ -244,14 +244,11 @@ class WalletHost:
         if not rows:
             return None
         now = self._loop.time()
-        beside = self._came(now)
-        first = not self._called_rows
-        self._called_rows += rows
-        if first and not beside and self._calls_beside < _BESIDE_MIN:
-            self._submit_calls()  # nobody is there to wait for
-        elif first:
+        self._came(now)
+        if not self._called_rows:
             self._called_look = (0, now)
             self._schedule_flush(self._flush_calls)
+        self._called_rows += rows
         return future
 
     def coordinate(self, on_chain: RunChain) -> None:
@@ -663,12 +660,11 @@ class WalletHost:
         else:
             self._loop.call_soon(flush)
 
-    def _came(self, now: float) -> bool:
-        """A single call has come; whether others are not answered yet."""
+    def _came(self, now: float) -> None:
+        """A single call has come."""
         self._calls.append(now)
         beside = bool(self._called_rows or self._gathered_rows or self._callers)
         self._calls_beside += (beside - self._calls_beside) / _CALLS_SEEN
-        return beside
 
     def _flush_calls(self) -> None:
         """Gathered calls become one native batch, once a turn of the loop (in a crowd: a millisecond) has brought no further
