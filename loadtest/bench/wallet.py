@@ -208,7 +208,10 @@ def _stat_seconds(pid: int) -> float:
 
 
 def measure_stream(scenario: Scenario, folder: Path, counts: Counts) -> dict[str, Any]:
-    """Durable transfers in columns over one stream, beside the same stream with the engine left out."""
+    """Durable transfers in columns over one stream, beside the same stream with the engine left out. The server has found the
+    memory for the ids of all transfers when it begins (`room_ids`, DUCAT_WALLET_ROOM_IDS), as one that has run for a while has:
+    that uses the memory of ids that it has forgotten again.
+    """
     limits = disk_limits(folder)
     limits["fresh_memory_bytes_per_second"] = fresh_memory_bytes_per_second()
     room_ids = 2 * counts.transfers // scenario.shards  # a transfer that crosses is known on two of them
@@ -238,6 +241,7 @@ def measure_stream(scenario: Scenario, folder: Path, counts: Counts) -> dict[str
         "cpu_seconds": {"client": report["cpu_seconds"], "server": report["server_cpu_seconds"]},
         "bytes_per_transfer": log.payload_bytes / counts.transfers,
         "accounts_per_second": report["accounts_per_second"],
+        "room_ids": room_ids,
         "limits": limits,
         "ratios": {
             "engine_left_out": per_second / limits["stream_transfers_per_second"],
