@@ -335,7 +335,7 @@ def balances_in(answer: bytes, ids: Column) -> Column | None:
     zeros: id, currency, balance. None where it has not exactly these accounts, without names and in USD, in this order. They
     are looked for by how their ids (`account_ids`) begin.
     """
-    raw = np.frombuffer(answer + bytes(VARINT_BYTES_MAX), dtype=np.uint8)
+    raw = np.frombuffer(answer + bytes(1 + VARINT_BYTES_MAX), dtype=np.uint8)  # the tail of the last account, at most
     starts = np.flatnonzero((raw[2:-3] == 0x0A) & (raw[3:-2] == 16) & (raw[4:-1] == 0xAC) & (raw[5:] == 0xC0))
     if len(starts) != len(ids) or starts[0] != 0:
         return None

@@ -607,6 +607,8 @@ def read_logs(folder: Path, count: int) -> LogFound:
     is_known = True
     for frame in _frames(folder):
         payload_bytes += HEADER_BYTES + len(frame.body)
+        if not frame.body:
+            continue
         kinds = np.frombuffer(frame.body, dtype=np.uint8)[KIND_OFFSET::RECORD_BYTES]
         words = np.frombuffer(frame.body, dtype="<u8").reshape(len(kinds), -1)
         moved = words[(kinds == KIND_MOVED) | (kinds == KIND_SENT), 1]

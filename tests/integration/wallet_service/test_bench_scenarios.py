@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ducat.wallet.v1 import wallet_pb2
-from loadtest.bench import client, wallet
+from loadtest.bench import client, host, wallet
 
 KEYS = {
     "scenario",
@@ -133,6 +133,51 @@ def test_balances_read_without_messages_are_those_of_the_messages() -> None:
     accounts[5].currency_code = "EUR"
     assert read(accounts) is None
     assert client.balances_in(b"", ids) is None
+    bare = [wallet_pb2.Account(account_id=one.tobytes(), currency_code="USD") for one in ids]
+    assert read(bare) == [0] * len(ids)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 8_189, 8_190, 12_345, 2 * 8_190 - 1, 2 * 8_190, 2 * 8_190 + 6])
+async def test_one_wrong_balance_among_all_is_seen(wrong: int | None) -> None:
+    """In the first, a middle and the last call, at their edges and between; and none where none is wrong."""
+    count = 2 * client.BATCH_ROWS + 7
+    generator = client.Generator(client.Plan("", "", accounts=count, transfers=20_000))
+    generator.batch(20_000)
+    expected = generator.expected()
+    stored = expected.copy()
+    if wrong is not None:
+        stored[wrong] += 1
+    asked: list[int] = []
+
+    async def get_accounts(request: bytes, timeout: float) -> bytes:
+        ids = wallet_pb2.GetAccountsRequest.FromString(request).account_ids
+        numbers = [int.from_bytes(one[8:]) - client.ID_OFFSET for one in ids]
+        asked.extend(numbers)
+        accounts = [
+            wallet_pb2.Account(account_id=one, currency_code="USD", balance_minor=int(stored[number]))
+            for one, number in zip(ids, numbers, strict=True)
+        ]
+        return wallet_pb2.GetAccountsResponse(accounts=accounts).SerializeToString()
+
+    channel: Any = SimpleNamespace(unary_unary=lambda *_: get_accounts)
+    assert await client.check_balances(channel, generator, expected) is (wrong is None)
+    assert sorted(asked) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_passed"),
+    [
+        ({}, True),
+        ({"failed_rows": 1}, False),
+        ({"failed_rows": False}, False),
+        ({"balances": False}, False),
+        ({"log": 0}, False),
+        ({"digest_after_restart": 1}, False),
+    ],
+)
+def test_a_failed_check_fails_the_run(changed: dict[str, Any], is_passed: bool) -> None:
+    checks = {"failed_rows": 0, "balances": True, "log": True, "digest_after_restart": True}
+    assert host.passed(checks | changed) is is_passed
 
 
 def test_a_transfer_that_is_doubled_or_missing_in_the_log_is_seen(
@@ -144,10 +189,10 @@ def test_a_transfer_that_is_doubled_or_missing_in_the_log_is_seen(
     def found(*numbers: int) -> bool:
         body = b"".join([record(7, kind=1), *(record(n, kind=9 if n % 2 else 3) for n in numbers)])
         monkeypatch.setattr(
-            wallet, "_frames", lambda _: [SimpleNamespace(body=body), SimpleNamespace(body=record(9, kind=1))]
+            wallet, "_frames", lambda _: [SimpleNamespace(body=each) for each in (body, b"", record(9, kind=1))]
         )
         log = wallet.read_logs(tmp_path, 3)
-        assert log.payload_bytes == 2 * 96 + len(body) + 48
+        assert log.payload_bytes == 3 * 96 + len(body) + 48
         return log.has_all_transfers
 
     assert found(2, 0, 1)
