@@ -184,7 +184,7 @@ def _keeping_memory() -> dict[str, str]:
     """The environment of a process that builds half a megabyte again and again: glibc gives each back to the kernel, and has it
     zeroed anew, which is a quarter of such a client's CPU time (docs/client.md).
     """
-    return {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000", **os.environ}
+    return {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "33554432", **os.environ}
 
 
 def _ready_address(child: subprocess.Popen[str]) -> str:
