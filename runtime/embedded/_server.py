@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = [
     "EmbeddedServer",
@@ -94,7 +94,7 @@ class EmbeddedServer:
 
         def keep() -> None:
             try:
-                with self.log_file.open("ab") as log:
+                with _open_log(self.log_file) as log:
                     process = subprocess.Popen(  # noqa: S603
                         child_command(command, self.clean_stop, owner),
                         stdout=log,
@@ -108,7 +108,10 @@ class EmbeddedServer:
             started.set_result(process)
             process.wait()
 
-        threading.Thread(target=keep, name=f"embedded {self.name}", daemon=True).start()
+        try:
+            threading.Thread(target=keep, name=f"embedded {self.name}", daemon=True).start()
+        except RuntimeError as error:
+            raise ServerFailed(f"{self.name} does not start: {error}") from error
         self._process = started.result()
 
     def _end(self, firmly: signal.Signals) -> None:
@@ -153,8 +156,16 @@ class Owner:
 
 
 def child_command(command: list[str], at_our_death: signal.Signals, owner: Owner | None = None) -> list[str]:
-    """`command`, by way of _child.py. A process that gave up its rights may not be able to run its own interpreter: without it then."""
+    """`command`, by way of _child.py. A process that gave up its rights may not be able to run its own interpreter: without it then.
+
+    Never without it for an `owner`: what is to run as somebody else would run as root.
+    """
     if not (os.access(sys.executable, os.X_OK) and os.access(CHILD, os.R_OK)):
+        if owner is not None:
+            raise ServerFailed(
+                f"{command[0]} must not run as root, and {sys.executable} or {CHILD} cannot be used to become uid {owner.uid}; "
+                "make both readable and executable, or start as an ordinary user"
+            )
         return command
     asked = {
         "parent": os.getpid(),
@@ -213,11 +224,11 @@ def kept_secret(file: Path) -> str:
     return file.read_text()
 
 
-def private_folder(folder: Path, owner: tuple[int, int] | None = None) -> Path:
-    """Make `folder`, mode 700; `owner` (uid, gid) gets this folder alone, never one above it."""
+def private_folder(folder: Path, owner: tuple[int, int] | None = None, mode: int = 0o700) -> Path:
+    """Make `folder`, mode 700 (711: others may pass through); `owner` (uid, gid) gets this folder alone, never one above it."""
     folder.mkdir(parents=True, exist_ok=True)
-    if stat.S_IMODE(folder.stat().st_mode) != 0o700:
-        folder.chmod(0o700)
+    if stat.S_IMODE(folder.stat().st_mode) != mode:
+        folder.chmod(mode)
     if owner is not None and folder.stat().st_uid != owner[0]:
         os.chown(folder, *owner)
     return folder
@@ -256,6 +267,13 @@ def _is_ours(pid: int, home: Path) -> bool:
         return Path(os.readlink(f"/proc/{pid}/cwd")) == home.resolve()
     except OSError:
         return False
+
+
+def _open_log(file: Path) -> BinaryIO:
+    """To append to, mode 600: a statement that fails stands there with its data."""
+    log = open(file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600))
+    os.fchmod(log.fileno(), 0o600)  # it may be older than the rule
+    return log
 
 
 def tail(file: Path, line_count: int = 15) -> str:

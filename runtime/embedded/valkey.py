@@ -75,8 +75,9 @@ class EmbeddedValkey(EmbeddedServer):
         assert self._process is not None
         assert self._process.stdin is not None
         # The configuration goes through stdin, so that the password never shows in `ps` or in a second file.
-        self._process.stdin.write(self._configuration().encode())
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; its log says why
+            self._process.stdin.write(self._configuration().encode())
+            self._process.stdin.close()
         (self.folder / "pid").write_text(str(self._process.pid))
         self._wait_until(self._answers, START_TIMEOUT_S)
         return self.url

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import asyncpg
 import pytest
 import redis
 
-from runtime.embedded import EmbeddedPostgres, EmbeddedValkey
+from runtime.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed
 
 
 async def query(dsn: str, statement: str) -> object:
@@ -55,6 +56,8 @@ async def test_postgres_keeps_what_was_committed_through_sigkill(tmp_path: Path)
 
 
 async def test_postgres_takes_no_stranger(tmp_path: Path) -> None:
+    (tmp_path / "pg").mkdir(mode=0o755)  # as older versions left them
+    (tmp_path / "pg" / "log").touch(mode=0o644)
     server = EmbeddedPostgres(tmp_path / "pg", is_durable=False)
     server.start()
     try:
@@ -63,7 +66,9 @@ async def test_postgres_takes_no_stranger(tmp_path: Path) -> None:
             await query(without_password, "SELECT 1")
         for folder in (server.data, tmp_path / "pg" / "socket"):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert stat.S_IMODE((tmp_path / "pg" / "password").stat().st_mode) == 0o600
+        assert stat.S_IMODE((tmp_path / "pg").stat().st_mode) == (0o711 if os.geteuid() == 0 else 0o700)
+        for file in ("password", "log"):
+            assert stat.S_IMODE((tmp_path / "pg" / file).stat().st_mode) == 0o600
         if os.geteuid() == 0:
             assert server.data.stat().st_uid != 0
             assert tmp_path.stat().st_uid == 0  # noqa: ASYNC240
@@ -167,13 +172,34 @@ def test_valkey_password_is_in_no_argument(tmp_path: Path) -> None:
 
 
 def test_taken_port_is_said(tmp_path: Path) -> None:
-    from runtime.embedded import ServerFailed
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ServerFailed, match="is taken"):
             EmbeddedValkey(tmp_path / "vk", port=taken.getsockname()[1]).start()
+
+
+def test_a_valkey_that_ends_at_once_is_told_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Risk: the configuration is written to a child that is gone, and a broken pipe is all that anybody learns."""
+    binary = tmp_path / "valkey"
+    binary.write_text("#!/bin/sh\necho no such library\nexit 3\n")
+    binary.chmod(0o755)
+    monkeypatch.setattr("runtime.embedded.valkey.get_binary_path", lambda: binary)
+    monkeypatch.setattr(EmbeddedValkey, "_configuration", lambda _self: "#" * 1_000_000)  # more than a pipe holds
+    with pytest.raises(ServerFailed, match=r"(?s)ended with 3.*no such library"):
+        EmbeddedValkey(tmp_path / "vk").start()
+
+
+def test_a_server_without_a_thread_is_a_server_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Risk: what watches the servers knows ServerFailed and OSError, and ends at anything else."""
+
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as during:
+        during.setattr(threading.Thread, "start", start)
+        with pytest.raises(ServerFailed, match="can't start new thread"):
+            EmbeddedValkey(tmp_path / "vk").start()
 
 
 PARENT = """
@@ -211,7 +237,9 @@ def test_servers_stop_cleanly_when_their_parent_is_killed(tmp_path: Path) -> Non
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
+        time.sleep(0.6)  # a Valkey that was told to end takes some tenths of a second
         assert all(map(is_running, pids)), "the servers must outlive the threads that started them"
+        assert servers[1].running_url(), "and answer"
     finally:
         parent.kill()
         parent.wait()
