@@ -7,7 +7,7 @@ from executor.adapters.bus import GROUP, TOPIC, CommandConsumer, log_attempt
 from executor.adapters.grpc_server import SCOPES, SERVICE_NAME, ExecutorServicer
 from executor.adapters.payment_client import GrpcPayoutInstructions
 from executor.adapters.postgres import PostgresAttemptStore
-from executor.psp.base import PspAdapter, PspConfig
+from executor.psp.base import PspAdapter, PspBase, PspConfig
 from executor.psp.registry import ADAPTERS
 from executor.service.execute import Executor, Policy
 from executor.service.health_board import HealthBoard
@@ -22,7 +22,7 @@ from runtime.postgres import KeptConnections
 from runtime.process import Process
 from runtime.settings import PspSettings, Settings, SettingsInvalid
 
-__all__ = ["adapters_of", "serve"]
+__all__ = ["adapters_of", "serve", "with_previous_secret"]
 
 SENDING_GRACE_S = 10
 """Longer than a call to a PSP may take, a SENDING attempt is taken for abandoned."""
@@ -34,6 +34,8 @@ async def serve(settings: Settings) -> None:
     """Runs the executor until it is told to stop."""
     async with Process.start("executor", settings) as process:
         adapters = adapters_of(settings)
+        for psp in with_previous_secret(settings):
+            _logger.warning("webhooks signed with the secret of before are accepted too, until that is taken away", psp=psp)
         for adapter in adapters.values():
             process.on_close(f"psp {adapter.provider.name}", adapter.close)
         clock = SystemClock()
@@ -91,15 +93,25 @@ async def serve(settings: Settings) -> None:
 
 def adapters_of(settings: Settings) -> dict[str, PspAdapter]:
     """One adapter a configured PSP. Raises SettingsInvalid for an adapter that does not exist."""
-    adapters = {}
+    adapters: dict[str, PspAdapter] = {}
     for psp in settings.psps:
         make = ADAPTERS.get(psp.adapter)
         if make is None:
             raise SettingsInvalid(
                 f"psps: {psp.name}: no adapter {psp.adapter!r}; there are: {', '.join(sorted(ADAPTERS))}"
             )
-        adapters[psp.name] = make(_config(psp, settings))
+        config = _config(psp, settings)
+        adapter = adapters[psp.name] = make(config)
+        if type(adapter).verify is not PspBase.verify and not config.webhook_secrets:
+            raise SettingsInvalid(
+                f"psps: {psp.name}: webhook_secret is empty, so every webhook would be refused; set webhook_secret or webhook_secret_file"
+            )
     return adapters
+
+
+def with_previous_secret(settings: Settings) -> list[str]:
+    """The PSPs whose webhook secret is being replaced."""
+    return [psp.name for psp in settings.psps if psp.webhook_secret_previous.get_secret_value()]
 
 
 def _config(psp: PspSettings, settings: Settings) -> PspConfig:

@@ -70,9 +70,9 @@ class PspConfig:
     @property
     def webhook_secrets(self) -> tuple[str, ...]:
         """What may have signed a webhook: the secret and, while it is being replaced, the one before. None without a secret."""
-        if not (self.webhook_secret and self.webhook_secret_previous):
-            return (self.webhook_secret,)
-        return self.webhook_secret, self.webhook_secret_previous
+        if not self.webhook_secret:
+            return ()
+        return tuple(filter(None, (self.webhook_secret, self.webhook_secret_previous)))
 
 
 @dataclass(frozen=True, slots=True)

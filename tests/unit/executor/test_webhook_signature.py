@@ -41,6 +41,14 @@ def test_what_the_sandbox_signs_is_accepted() -> None:
     verify(sign(SECRET, BODY, NOW))
 
 
+@pytest.mark.parametrize(
+    ("secret", "previous", "secrets"),
+    [("", "", ()), ("", "old", ()), ("new", "", ("new",)), ("new", "old", ("new", "old"))],
+)
+def test_without_a_secret_there_is_none_to_match(secret: str, previous: str, secrets: tuple[str, ...]) -> None:
+    assert config(secret, previous).webhook_secrets == secrets
+
+
 @pytest.mark.parametrize("other", ["0" * 64, "", "ü", "x"])
 def test_any_of_several_v1_may_match(other: str) -> None:
     verify(f"t={NOW},v1={other},v1={v1()}")
