@@ -35,7 +35,7 @@ async def serve(settings: Settings) -> None:
     async with Process.start("executor", settings) as process:
         adapters = adapters_of(settings)
         for psp in with_previous_secret(settings):
-            _logger.warning("webhooks signed with the secret of before are accepted too, until that is taken away", psp=psp)
+            _logger.warning("webhooks signed with the previous secret are accepted, until it is taken away", psp=psp)
         for adapter in adapters.values():
             process.on_close(f"psp {adapter.provider.name}", adapter.close)
         clock = SystemClock()

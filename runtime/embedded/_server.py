@@ -271,9 +271,9 @@ def _is_ours(pid: int, home: Path) -> bool:
 
 def _open_log(file: Path) -> BinaryIO:
     """To append to, mode 600: a statement that fails stands there with its data."""
-    log = open(file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600))
-    os.fchmod(log.fileno(), 0o600)  # it may be older than the rule
-    return log
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.fchmod(descriptor, 0o600)  # it may be older than the rule
+    return os.fdopen(descriptor, "ab")
 
 
 def tail(file: Path, line_count: int = 15) -> str:

@@ -149,7 +149,7 @@ async def test_one_wrong_balance_among_all_is_seen(wrong: int | None) -> None:
         stored[wrong] += 1
     asked: list[int] = []
 
-    async def get_accounts(request: bytes, timeout: float) -> bytes:
+    async def get_accounts(request: bytes, **_: float) -> bytes:
         ids = wallet_pb2.GetAccountsRequest.FromString(request).account_ids
         numbers = [int.from_bytes(one[8:]) - client.ID_OFFSET for one in ids]
         asked.extend(numbers)
