@@ -23,6 +23,7 @@ __all__ = [
     "NotificationKind",
     "Rejected",
     "answer_from_http_error",
+    "bounded",
     "event_of",
 ]
 
@@ -128,6 +129,25 @@ class NotFound:
 
 
 Answer = Accepted | Rejected | NoAnswer | NotSent | NotFound
+
+PSP_OBJECT_ID_LENGTH_MAX = 255
+HOSTED_PAGE_URL_LENGTH_MAX = 2_048
+"""Both are kept for ever and told in every list of payments."""
+
+
+def bounded(answer: Answer) -> Answer:
+    """The answer, or NoAnswer where it accepts with an id or an address beyond the limits: it is malformed, so nobody knows what the
+    PSP did, and it is asked again.
+    """
+    if isinstance(answer, Accepted):
+        for name, text, length_max in (
+            ("id of the object", answer.psp_object_id, PSP_OBJECT_ID_LENGTH_MAX),
+            ("hosted_page_url", answer.hosted_page_url, HOSTED_PAGE_URL_LENGTH_MAX),
+        ):
+            if len(text) > length_max:
+                return NoAnswer(f"malformed: the PSP's {name} has {len(text)} characters, more than {length_max}")
+    return answer
+
 
 _EVENTS: dict[type, AttemptEvent] = {
     Accepted: AttemptEvent.ACCEPTED,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from executor.domain.attempt import ATTEMPT_TABLE, Attempt, AttemptEvent, AttemptKind, AttemptState
 from executor.domain.command import CancelOrder, Command, ExecuteOrder, ExecutePayout, ExecuteRefund, PayoutInstruction
-from executor.domain.outcome import Accepted, Answer, NoAnswer, NotFound, NotSent, Rejected, event_of
+from executor.domain.outcome import Accepted, Answer, NoAnswer, NotFound, NotSent, Rejected, bounded, event_of
 from executor.domain.routing import Capability, candidates, takes
 from executor.domain.schedule import next_time_ns
 from executor.service.health_board import HealthBoard
@@ -261,6 +261,7 @@ class Executor:
 
     async def _conclude(self, attempt: Attempt, command: Command, answer: Answer) -> Attempt:
         """Stores what the answer says with its event. Where another executor was faster, its result is looked at first."""
+        answer = bounded(answer)
         for _ in range(_CONCLUDE_TRY_COUNT_MAX):
             after, events = self._after(attempt, answer)
             if await self._store.finish(after, attempt.state, events, attempt.traceparent):

@@ -57,20 +57,28 @@ Sized = TypeVar("Sized", bound=_Sized)
 
 
 class _Page(Generic[Item, Sized]):
-    """The messages of a page, as many as PAGE_BYTES_MAX lets in."""
+    """The messages of a page, as many as PAGE_BYTES_MAX lets in. One that alone is larger is made `shorter`."""
 
-    def __init__(self, message_of: Callable[[Item], Sized]) -> None:
+    def __init__(self, message_of: Callable[[Item], Sized], shorter: Callable[[Sized], None]) -> None:
         self.messages: list[Sized] = []
         self._message_of = message_of
+        self._shorter = shorter
         self._bytes = 0
 
     def fits(self, item: Item) -> bool:
         message = self._message_of(item)
-        self._bytes += message.ByteSize() + _FRAME_BYTES
-        if self.messages and self._bytes > PAGE_BYTES_MAX:
+        size = message.ByteSize() + _FRAME_BYTES
+        if size > PAGE_BYTES_MAX:
+            self._shorter(message)
+            size = message.ByteSize() + _FRAME_BYTES
+        if self.messages and self._bytes + size > PAGE_BYTES_MAX:
             return False
+        self._bytes += size
         self.messages.append(message)
         return True
+
+    def left_count(self) -> int:
+        return max(PAGE_BYTES_MAX - self._bytes, 0) * len(self.messages) // max(self._bytes, 1)
 
 
 class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
@@ -104,8 +112,8 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
     ) -> payment_pb2.ListPaymentsResponse:
         """Lists payments, newest first."""
         wanted = PaymentFilter(request.buyer_id, request.seller_account, request.open_only)
-        page = _Page(self._payment)
-        _, token = await self._payments.list(wanted, request.page_size, request.page_token, page.fits)
+        page = _Page(self._payment, _without_histories)
+        _, token = await self._payments.list(wanted, request.page_size, request.page_token, page)
         return payment_pb2.ListPaymentsResponse(payments=page.messages, next_page_token=token)
 
     async def CancelPayment(
@@ -156,8 +164,8 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
     async def ListPayouts(self, request: payout_pb2.ListPayoutsRequest, context: Any) -> payout_pb2.ListPayoutsResponse:
         """Lists payouts, newest first, bank details masked."""
         wanted = PayoutFilter(request.seller_account, PayoutState(request.state) if request.state else None)
-        page = _Page(_payout)
-        _, token = await self._payouts.list(wanted, request.page_size, request.page_token, page.fits)
+        page = _Page(_payout, _without_history)
+        _, token = await self._payouts.list(wanted, request.page_size, request.page_token, page)
         return payout_pb2.ListPayoutsResponse(payouts=page.messages, next_page_token=token)
 
     async def CancelPayout(
@@ -249,6 +257,15 @@ def _order(order: PaymentOrder) -> payment_pb2.PaymentOrder:
         line = message.history.add(state=change.state, cause=change.cause)
         line.time.FromMilliseconds(change.time_ms)
     return message
+
+
+def _without_histories(message: payment_pb2.Payment) -> None:
+    for order in message.payment_orders:
+        order.ClearField("history")
+
+
+def _without_history(message: payout_pb2.Payout) -> None:
+    message.ClearField("history")
 
 
 def _payout(payout: Payout) -> payout_pb2.Payout:

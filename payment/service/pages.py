@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from payment.service.ports import Position
 
-__all__ = ["CHUNK_COUNT", "Fits", "everything_fits", "read_page"]
+__all__ = ["CHUNK_COUNT", "EVERYTHING", "FIRST_CHUNK_COUNT", "Everything", "Room", "read_page"]
 
+FIRST_CHUNK_COUNT = 8
+"""Items that are read before any has shown how large they are: the largest payments are hundreds of kilobytes each."""
 CHUNK_COUNT = 64
-"""Items that are read at once: the largest payments are hundreds of kilobytes each."""
+"""Items that are read at once, at most."""
 
 Item = TypeVar("Item")
-Fits = Callable[[Item], bool]
-"""Takes the next item of a page, or says no: then the page ends before it. The first one always fits."""
+Taken = TypeVar("Taken", contravariant=True)
 
 
-def everything_fits(_item: object) -> bool:
+class Room(Protocol[Taken]):
+    """What a page has room for."""
+
+    def fits(self, item: Taken) -> bool:
+        """Takes the next item of a page, or says no: then the page ends before it. The first one always fits."""
+
+    def left_count(self) -> int:
+        """How many more are likely to fit, of the size of those that it has."""
+
+
+class Everything:
     """For a page that only its count bounds."""
-    return True
+
+    def fits(self, _item: object) -> bool:
+        return True
+
+    def left_count(self) -> int:
+        return CHUNK_COUNT
+
+
+EVERYTHING = Everything()
 
 
 async def read_page(
@@ -27,15 +46,16 @@ async def read_page(
     position: Callable[[Item], Position],
     after: Position | None,
     limit: int,
-    fits: Fits[Item],
+    room: Room[Item],
 ) -> tuple[list[Item], bool]:
     """Up to `limit` items after a position, fewer where one does not fit, and whether there are more."""
     page: list[Item] = []
     while True:
-        wanted = min(limit + 1 - len(page), CHUNK_COUNT)
+        likely = room.left_count() + 1 if page else FIRST_CHUNK_COUNT  # one more says whether there is one
+        wanted = min(limit + 1 - len(page), likely, CHUNK_COUNT)
         found = await read(after, wanted)
         for item in found:
-            if len(page) == limit or not fits(item):
+            if len(page) == limit or not room.fits(item):
                 return page, True
             page.append(item)
         if len(found) < wanted:

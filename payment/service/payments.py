@@ -19,7 +19,7 @@ from payment.domain.requests import (
     used_order_violations,
 )
 from payment.service.page_token import page_token_of, position_of
-from payment.service.pages import Fits, everything_fits, read_page
+from payment.service.pages import EVERYTHING, Room, read_page
 from payment.service.ports import (
     Changes,
     ChangeSet,
@@ -107,7 +107,7 @@ class Payments:
         return payment
 
     async def list(
-        self, filter: PaymentFilter, page_size: int, page_token: str, fits: Fits[Payment] = everything_fits
+        self, filter: PaymentFilter, page_size: int, page_token: str, room: Room[Payment] = EVERYTHING
     ) -> tuple[list[Payment], str]:
         """One page, newest first, and the token of the next one. It ends early where the next one does not fit."""
         limit = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
@@ -119,7 +119,7 @@ class Payments:
             return of.create_time, of.checkout_id
 
         read, after = partial(self._store.list_payments, filter), position_of(page_token, scope)
-        page, has_more = await read_page(read, position, after, limit, fits)
+        page, has_more = await read_page(read, position, after, limit, room)
         return page, page_token_of(position(page[-1]), scope) if has_more else ""
 
     async def cancel(self, checkout_id: str, reason: str) -> Payment:

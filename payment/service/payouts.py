@@ -11,7 +11,7 @@ from payment.domain.facts import Fact, FactKind
 from payment.domain.payout import Payout, PayoutState
 from payment.domain.requests import PayoutRequest, Providers, check_payout, choose_provider, new_payout, payout_hash
 from payment.service.page_token import page_token_of, position_of
-from payment.service.pages import Fits, everything_fits, read_page
+from payment.service.pages import EVERYTHING, Room, read_page
 from payment.service.payments import PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX, until_fresh
 from payment.service.ports import ChangeSet, PayoutFilter, Position, Store, Stored, now_of
 
@@ -63,7 +63,7 @@ class Payouts:
         return payout
 
     async def list(
-        self, filter: PayoutFilter, page_size: int, page_token: str, fits: Fits[Payout] = everything_fits
+        self, filter: PayoutFilter, page_size: int, page_token: str, room: Room[Payout] = EVERYTHING
     ) -> tuple[list[Payout], str]:
         """One page, newest first, and the token of the next one. It ends early where the next one does not fit."""
         limit = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
@@ -75,7 +75,7 @@ class Payouts:
             return of.create_time, of.reference
 
         read, after = partial(self._store.list_payouts, filter), position_of(page_token, scope)
-        page, has_more = await read_page(read, position, after, limit, fits)
+        page, has_more = await read_page(read, position, after, limit, room)
         return page, page_token_of(position(page[-1]), scope) if has_more else ""
 
     async def cancel(self, reference: str, reason: str) -> Payout:

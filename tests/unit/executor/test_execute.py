@@ -218,6 +218,21 @@ class TestOrders:
         }  # fmt: skip
         assert world.due_in_s() == 900
 
+    @pytest.mark.parametrize("answer", [Accepted("i" * 256, "http://pay"), Accepted("pi_1", "http://" + "p" * 2_042)])
+    async def test_an_answer_beyond_its_limits_is_malformed_and_nobody_knows_the_outcome(
+        self, answer: Accepted
+    ) -> None:
+        """Risk: a payment that no list can show, or an order that is failed while the PSP has it."""
+        world = World(FakePsp().says("register", answer).says("query", DONE))
+        attempt = await world.executor.execute(ORDER)
+        assert (attempt.state, attempt.psp_object_id, attempt.hosted_page_url) == (AttemptState.UNKNOWN, "", "")
+        assert "malformed" in attempt.reason
+        assert world.store.events == []
+
+    async def test_what_is_just_within_its_limits_is_taken(self) -> None:
+        world = World(FakePsp().says("register", Accepted("i" * 255, "http://" + "p" * 2_041)))
+        assert (await world.executor.execute(ORDER)).state is AttemptState.ACCEPTED
+
     async def test_redelivered_after_the_end_calls_nobody(self) -> None:
         psp = FakePsp().says("register", DONE)
         world = World(psp)
