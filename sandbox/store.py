@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.private_folder import close_folder
+
 __all__ = ["Store", "Stored", "Task"]
 
 _SCHEMA = """
@@ -80,7 +82,7 @@ class Store:
     """Opens or creates the file. Use one store a file."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        close_folder(path.parent)
         self._db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")

@@ -13,6 +13,7 @@ from kernel.errors import DucatError
 from runtime import logs, metrics
 from runtime.bus import is_transient
 from runtime.postgres import connect
+from runtime.private_folder import close_folder
 from runtime.process import Process
 from runtime.settings import Settings, SettingsInvalid, split_address
 from wallet_core.adapters.alone import NoDirectory, NoReadModel
@@ -51,7 +52,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
     async with Process.start("wallet", settings) as process:
         config = host_config(settings)
         if config.data_dir.exists():  # it may be older than the rule
-            config.data_dir.chmod(0o700)
+            close_folder(config.data_dir)
         host = await WalletHost.open(config, progress=_log_progress)
         host.on_snapshot_failure = _log_snapshot_failure
         host.on_rewound = _tell_rewound()
