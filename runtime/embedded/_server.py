@@ -3,6 +3,8 @@ killed run."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,8 @@ SOCKET_PATH_BYTES_MAX = 100
 LEFTOVER_STOP_S = 20.0
 STOP_TIMEOUT_S = 30.0
 READY_LOOK_S = 0.02
+LOCK_WAIT_S = 20.0
+"""After a SIGKILL the last processes of a PostgreSQL may still be ending."""
 FREE_PORTS = range(18_000, 32_000)
 CHILD = Path(__file__).with_name("_child.py")
 
@@ -63,6 +67,7 @@ class EmbeddedServer:
         self.log_file = self.folder / "log"
         self._wanted_port = port
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock: int | None = None
         self._port = 0
         self._password = ""
 
@@ -84,6 +89,26 @@ class EmbeddedServer:
         process.kill()
         process.wait()
 
+    @contextlib.contextmanager
+    def _only_server(self) -> Iterator[None]:
+        """Holds the lock of the folder, for the start. The server inherits it, with its children, and so it is held until the last of
+        them has ended, wherever a server that was left behind cannot be found. Raises ServerFailed.
+        """
+        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            deadline = time.monotonic() + LOCK_WAIT_S
+            while not _is_locked_by_us(self._lock):
+                if time.monotonic() > deadline:
+                    raise ServerFailed(
+                        f"a {self.name} of an earlier run still uses {self.folder}; stop it and start again, "
+                        "or choose another data folder"
+                    )
+                time.sleep(READY_LOOK_S)
+            yield
+        finally:
+            os.close(self._lock)
+            self._lock = None
+
     def _spawn(self, command: list[str], owner: Owner | None = None, **options: Any) -> None:
         """Starts the child; its output goes to the log.
 
@@ -100,6 +125,7 @@ class EmbeddedServer:
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
+                        pass_fds=() if self._lock is None else (self._lock,),
                         **options,
                     )
             except BaseException as error:
@@ -267,6 +293,16 @@ def _is_ours(pid: int, home: Path) -> bool:
         return Path(os.readlink(f"/proc/{pid}/cwd")) == home.resolve()
     except OSError:
         return False
+
+
+def _is_locked_by_us(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
 
 
 def _open_log(file: Path) -> BinaryIO:

@@ -5,7 +5,7 @@
       socket/            mode 700: reaching the socket is the permission, so it needs no password
       password           mode 600: of the TCP port on the loopback (SCRAM)
       log                mode 600: it holds the statements that failed, with their data
-      port  initializing (only while the first start is under way)
+      port  lock  initializing (only while the first start is under way)
 
 PostgreSQL refuses to run as root. Under root it runs as the user `nobody`, which gets `data/` and `socket/` and nothing above them. Where
 that user cannot walk down to those folders or to the wheel (a home of mode 700), the server gets the one capability to read and search
@@ -114,6 +114,11 @@ class EmbeddedPostgres(EmbeddedServer):
         private_folder(self.data, owner)
         self._password = kept_secret(self.folder / "password")
         self._stop_leftover()
+        with self._only_server():
+            self._start_on_folder(owner)
+        return self.dsn
+
+    def _start_on_folder(self, owner: tuple[int, int] | None) -> None:
         may_move = not self._port and not self._wanted_port
         self._port = self._port or kept_port(self.folder / "port", self._wanted_port)
         self._socket_folder = socket_folder(self.folder, f".s.PGSQL.{self._port}", owner)
@@ -128,7 +133,6 @@ class EmbeddedPostgres(EmbeddedServer):
         self._launch(child, may_move)
         if is_new:
             self._create_database()
-        return self.dsn
 
     def _launch(self, child: Owner | None, may_move: bool) -> None:
         """Start the server and wait until it accepts. After a SIGKILL its last backends may still be ending: then try again.

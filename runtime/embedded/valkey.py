@@ -68,6 +68,11 @@ class EmbeddedValkey(EmbeddedServer):
         self._password = kept_secret(self.folder / "password")
         with contextlib.suppress(OSError, ValueError):
             stop_leftover(int((self.folder / "pid").read_text()), self.data, self.clean_stop)
+        with self._only_server():
+            self._launch()
+        return self.url
+
+    def _launch(self) -> None:
         self._port = self._port or kept_port(self.folder / "port", self._wanted_port)
         self._socket = socket_folder(self.folder, SOCKET_NAME) / SOCKET_NAME
         self._socket.unlink(missing_ok=True)
@@ -80,7 +85,6 @@ class EmbeddedValkey(EmbeddedServer):
             self._process.stdin.close()
         (self.folder / "pid").write_text(str(self._process.pid))
         self._wait_until(self._answers, START_TIMEOUT_S)
-        return self.url
 
     def running_url(self) -> str:
         """The URL of the server that another process (`ducat up`) runs on this folder; empty where none answers."""

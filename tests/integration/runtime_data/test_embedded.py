@@ -202,6 +202,25 @@ def test_a_server_without_a_thread_is_a_server_that_failed(tmp_path: Path, monke
             EmbeddedValkey(tmp_path / "vk").start()
 
 
+@pytest.mark.parametrize("kind", [EmbeddedValkey, EmbeddedPostgres])
+def test_two_servers_never_share_a_folder(
+    kind: type[EmbeddedPostgres | EmbeddedValkey], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Risk: where a server that was left behind cannot be found, a second one writes into its files."""
+    monkeypatch.setattr("runtime.embedded._server._is_ours", lambda *_: False)  # as without /proc
+    monkeypatch.setattr("runtime.embedded._server.LOCK_WAIT_S", 0.1)
+    first, second = kind(tmp_path), kind(tmp_path)
+    first.start()
+    try:
+        with pytest.raises(ServerFailed, match=f"still uses {tmp_path}; stop it"):
+            second.start()
+        assert second.pid is None
+    finally:
+        first.stop()
+    second.start()
+    second.stop()
+
+
 PARENT = """
 import signal, sys, threading
 from pathlib import Path
