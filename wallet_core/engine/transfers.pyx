@@ -374,6 +374,9 @@ cdef inline int transfer_apply(EngineState* e, Transfer* t, bint chained, bint b
         return 0
     entry = ids_find(e, t.id0, t.id1, t.id_hash, &t.free_slot)
     if du_unlikely(entry != NULL):
+        if t.flags & CHAIN and not chain_steps:     # before its content is compared with what is remembered
+            result[0] = FLAGS_INVALID
+            return 0
         if entry.meta >> 16 != t.fingerprint or (entry.meta >> 8 ^ t.flags) & CHAIN:
             result[0] = ID_REUSED
             return 0

@@ -702,6 +702,8 @@ class Twin:
         known = self._known(row.id)
         if known is None:
             return (R.ID_AHEAD if self._is_early(row.id) and not self._early_has_room() else R.OK), False
+        if row.flags & F.CHAIN and not self.chain_steps:  # before its content is compared with what is remembered
+            return R.FLAGS_INVALID, False
         if known.fingerprint != fingerprint_of(row) or known.flags != row.flags & F.CHAIN:
             return R.ID_REUSED, False
         self.repeated_count += 1

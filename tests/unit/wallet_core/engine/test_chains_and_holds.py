@@ -284,6 +284,18 @@ def test_holds_of_chains_do_not_exist_for_callers(pair: Pair) -> None:
     pair.check_image()
 
 
+def test_a_caller_who_repeats_a_step_exactly_does_not_learn_its_result(pair: Pair) -> None:
+    step = Row(transfer_id(2), ANN, BOB, 10, F.HOLD | F.CHAIN, timeout_s=7)
+    refused = Row(transfer_id(3), ANN, BOB, 10_000, F.HOLD | F.CHAIN)
+    assert pair.transfers([step, refused], chain_steps=True) == [R.OK, R.INSUFFICIENT_FUNDS]
+    for row in (step, refused, replace(step, amount=11)):
+        assert pair.transfer(row) == R.FLAGS_INVALID
+        broken = [Row(transfer_id(5), ANN, ANN, 1, F.LINKED), row]
+        assert pair.transfers(broken) == [R.ACCOUNTS_SAME, R.FLAGS_INVALID]
+    assert pair.transfers([step, refused], chain_steps=True) == [R.OK, R.INSUFFICIENT_FUNDS]
+    pair.check_replay()
+
+
 def test_chains_do_not_end_holds_of_callers(pair: Pair) -> None:
     assert pair.transfer(Row(transfer_id(2), ANN, BOB, 10, F.HOLD)) == R.OK
     for number, kind in enumerate((F.POST, F.VOID), 10):
