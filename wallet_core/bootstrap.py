@@ -75,6 +75,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
             on_blocked=_log_blocked,
             on_look_failed=_log_look_failed,
             on_taken=_log_accounts_taken,
+            on_strange=_log_strange_marks,
         )
         if config.shard_count > 1:
             host.coordinate(chains.run)
@@ -358,6 +359,14 @@ def _log_accounts_taken(ids: list[bytes]) -> None:
     _log.error(
         "chains across shards are refused: accounts that they need were opened by somebody else, with other flags",
         accounts=[id_.hex() for id_ in ids],
+    )
+
+
+def _log_strange_marks(amount: int) -> None:
+    _log.error(
+        "chain/marks holds what belongs to no chain that can be ended: holds of callers, or chains begun by a version without the "
+        "flag CHAIN; what these hold stays held",
+        amount=amount,
     )
 
 

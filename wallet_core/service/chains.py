@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from kernel.clock import Clock
 from kernel.errors import DucatError
-from wallet_core.engine.codes import AccountResult, TransferFlags, TransferResult
+from wallet_core.engine.codes import AMOUNT_MAX, AccountResult, TransferFlags, TransferResult
 from wallet_core.service import chain_rules
 from wallet_core.service.chain_rules import MARKS, NO_CURRENCY, Ask, ChainMark, End
 from wallet_core.service.port import AccountRow, AccountState, RowsAnswer, TransferRow
@@ -29,6 +29,8 @@ GRACE_S = 8.0
 BLOCKED_S_MAX = 60.0
 """A chain that cannot be ended yet (an account is frozen, a process is down) is tried again ever more rarely, up to this."""
 MARKS_A_LOOK = 1_000
+STRANGE_LOOKS = 30
+"""So many looks one after the other must find more held than marks stand for, since chains come and go between the reads."""
 MARKS_AT_ONCE = 32
 KNOWN_CURRENCY_COUNT_MAX = 50_000
 
@@ -94,7 +96,8 @@ class _Refused(NamedTuple):
 
 class Chains:
     """The coordinator of this process. `on_blocked(mark, seconds)`: a chain has waited so long for its end. `on_taken(ids)`:
-    accounts that chains need are open with other flags; each is told once."""
+    accounts that chains need are open with other flags; each is told once. `on_strange(amount)`: so much of what `chain/marks`
+    holds is of no chain that can be ended: holds of callers, or chains begun by a version without the flag CHAIN. Told once."""
 
     def __init__(
         self,
@@ -108,10 +111,13 @@ class Chains:
         on_blocked: Callable[[ChainMark, float], None] = lambda mark, seconds: None,
         on_look_failed: Callable[[Exception], None] = lambda error: None,
         on_taken: Callable[[list[bytes]], None] = lambda ids: None,
+        on_strange: Callable[[int], None] = lambda amount: None,
     ) -> None:
         self._host, self._peers, self._clock = host, peers, clock
         self._answer_s, self._look_s, self._grace_s = answer_s, look_s, grace_s
         self._on_blocked, self._on_look_failed, self._on_taken = on_blocked, on_look_failed, on_taken
+        self._on_strange = on_strange
+        self._strange_looks, self._strange = 0, AMOUNT_MAX
         self._taken: set[bytes] = set()
         self._open: set[str] = set()
         self._known: dict[bytes, str] = {}
@@ -222,8 +228,11 @@ class Chains:
         if marks_account is None or marks_account.held_out == 0:
             self._seen.clear()
             self._next.clear()
+            self._look_for_strange(0)
             return 0
         found = [mark for shard in self._host.shard_ids for mark in await self._host.chain_marks(shard)]
+        if all(mark.complete for mark in found):
+            self._look_for_strange(marks_account.held_out - sum(len(mark.holds) + 1 for mark in found))
         now = asyncio.get_running_loop().time()
         self._seen = {mark.id: self._seen.get(mark.id, now) for mark in found}
         self._next = {id_: when for id_, when in self._next.items() if id_ in self._seen}
@@ -238,6 +247,16 @@ class Chains:
         if decisions:
             left -= await self._forget_those_without_marks(decisions)
         return left
+
+    def _look_for_strange(self, amount: int) -> None:
+        if amount <= 0:
+            if self._strange_looks < STRANGE_LOOKS:
+                self._strange_looks, self._strange = 0, AMOUNT_MAX
+            return
+        self._strange_looks += 1
+        self._strange = min(amount, self._strange)
+        if self._strange_looks == STRANGE_LOOKS:
+            self._on_strange(self._strange)
 
     async def _settle(self, marks: Sequence[ChainMark], now: float) -> int:
         """How many could be ended. Some at once; of a home that does not answer no further ones are tried in this look."""
