@@ -62,6 +62,8 @@ def batch_message(rows: Sequence[TransferRow], settle: int = 0) -> bytes:
 def batch_rows(batch: wallet_pb2.TransferBatch) -> list[TransferRow]:
     """The rows of a TransferBatch that `batch_message` made. Raises InvalidArgument."""
     count = len(batch.ids) // 16
+    if len(batch.flags) not in (0, 2 * count) or len(batch.codes) not in (0, 2 * count):
+        raise InvalidArgument("batch: its columns have different lengths", reason="BATCH_INVALID")
     columns = (
         _pieces(batch.ids, 16, count),
         _pieces(batch.debit_account_ids, 16, count),

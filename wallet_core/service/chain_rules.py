@@ -28,6 +28,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from kernel.ids import account_id, derived_transfer_id, time_ms_of
+from kernel.money import CURRENCY_EXPONENTS
 from wallet_core.engine.codes import AMOUNT_MAX, AccountFlags, TransferFlags, TransferResult
 from wallet_core.service.port import ID_NONE, SLOT_COUNT, AccountRow, TransferRow
 
@@ -36,6 +37,7 @@ __all__ = [
     "MARKED",
     "MARKS",
     "NO_CURRENCY",
+    "RESERVED",
     "Ask",
     "ChainMark",
     "End",
@@ -58,7 +60,7 @@ NO_CURRENCY = "XXX"
 MARKS = account_id("chain/marks")
 """Debit account of marks and decisions; nothing but their holds is ever on it."""
 MARKED = account_id("chain/marked")
-"""Their credit account. What callers do on the two has no meaning; rows of chains across shards may not name them."""
+"""Their credit account."""
 
 _MARKS_ACCOUNTS = frozenset({MARKS, MARKED})
 
@@ -137,6 +139,11 @@ def transit_account(currency: str) -> bytes:
     return account_id(f"chain/transit/{currency}")
 
 
+RESERVED = frozenset({MARKS, MARKED, *map(transit_account, CURRENCY_EXPONENTS)})
+"""Accounts that callers may neither open, update nor name in a transfer where chains across shards are coordinated. A
+coordinator that opens the transit account of any other currency reserves it as well."""
+
+
 def refused_at_once(rows: Sequence[TransferRow]) -> bytes | None:
     """The results of a chain that can never be applied across shards: rows that are no plain transfers say
     CROSS_SHARD_UNSUPPORTED or what else is wrong with them, the others LINKED_FAILED. None: try it."""
@@ -211,7 +218,10 @@ def run(chain: Plan, now_ns: Callable[[], int]) -> Generator[list[Ask], list[byt
         _commit(chain, now_ns) if tried else _learn(chain.marks[0].id, chain.shard_count, now_ns, chain)
     )
     if committed is None:
-        return End(bytes([R.IN_FLIGHT]) * chain.count, None, False)
+        # Its first id is ahead of the home's clock, so even an abort is: this attempt never decides, and what a shard with a faster
+        # clock holds is given up by whoever finds it.
+        ahead = _is_ahead(chain, answers)
+        return End(_refusals(chain, answers) if ahead else bytes([R.IN_FLIGHT]) * chain.count, None, False)
     settled = yield from _settle_all(chain.marks, now_ns(), committed=committed)
     if not committed:
         return End(_refusals(chain, answers), False, settled)
@@ -292,14 +302,28 @@ def _settle_all(
     return all(answer is not None and (set(answer) == {R.OK} or answer[0] in _DONE_BEFORE) for answer in answers)
 
 
+def _is_ahead(chain: Plan, answers: Sequence[bytes | None]) -> bool:
+    """Does a shard say ID_AHEAD of its mark or of the chain's first row? The decision's id is of the same time."""
+    return any(
+        code == R.ID_AHEAD and (not at or at[0] == 0)
+        for answer, owners in zip(answers, chain.owners, strict=True)
+        for code, at in zip(answer or b"", [*([one] for one in owners), []], strict=False)
+    )
+
+
 def _refusals(chain: Plan, answers: Sequence[bytes | None]) -> bytes:
-    """Rows that failed by themselves say why, by the first guard of either side; the others LINKED_FAILED."""
+    """Rows that failed by themselves say why, by the first guard of either side; the others LINKED_FAILED. ID_TOO_OLD of all where
+    a shard says so of any: it may have forgotten what it once applied, so nobody can say that the chain failed."""
+    if any(R.ID_TOO_OLD in answer for answer in answers if answer):
+        return bytes([R.ID_TOO_OLD]) * chain.count
     codes = [int(R.LINKED_FAILED)] * chain.count
     found: dict[int, int] = {}
     for answer, owners in zip(answers, chain.owners, strict=True):
         for code, place in zip(answer or b"", owners, strict=False):
             if code not in (R.OK, R.LINKED_FAILED):
                 found[place] = min(code, found.get(place, code))
+        if answer and answer[-1] == R.ID_AHEAD:  # the mark has the time of the first row
+            found.setdefault(0, R.ID_AHEAD)
     for place, code in found.items():
         codes[place] = code
     return bytes(codes)

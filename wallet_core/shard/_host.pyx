@@ -682,7 +682,7 @@ cdef class ShardHost:
         cdef uint32_t filled[SHARDS_MAX]
         cdef Work* works[SHARDS_MAX]
         cdef Work* work
-        cdef bint split, coordinated = self.coordinated and not request.columns.chain_steps
+        cdef bint split, barred, coordinated = self.coordinated and not request.columns.chain_steps
         cdef uint8_t code
         request.row_index = <uint32_t*>malloc(4 * n)
         request.credit_shards = <uint8_t*>malloc(2 * n)
@@ -695,7 +695,8 @@ cdef class ShardHost:
         memset(starts, 0, sizeof(starts))
         with nogil:
             for row in range(count):
-                self._home_of(request, row, &home[row], &credit[row])
+                if self._home_of(request, row, &home[row], &credit[row]) & IS_RESERVED and coordinated:
+                    request.results[row], home[row] = CROSS_SHARD_UNSUPPORTED, LOCATE_NONE
             if request.columns.flags != NULL:
                 row = 0
                 while row < count:
@@ -703,13 +704,16 @@ cdef class ShardHost:
                         row += 1
                         continue
                     chain_end = row
+                    barred = home[row] == LOCATE_NONE
                     split = coordinated and credit[row] != SHARD_LOCAL
                     while chain_end < count and request.columns.flags[2 * <size_t>chain_end] & FLAG_LINKED:
                         chain_end += 1
+                        barred |= chain_end < count and home[chain_end] == LOCATE_NONE
                         if chain_end < count and (home[chain_end] != home[row] or (coordinated and credit[chain_end] != SHARD_LOCAL)):
                             split = True
                     code = CROSS_SHARD_UNSUPPORTED
-                    if coordinated:
+                    split |= barred
+                    if coordinated and not barred:
                         code = CHAIN_OPEN if chain_end == count else \
                             WRONG_SHARD if self.core.shards[home[row]] == NULL else SET_ASIDE
                     aside += split and code == SET_ASIDE
@@ -769,9 +773,18 @@ cdef class ShardHost:
 
     # ---- chains across shards ----
 
-    def coordinate(self):
-        """From now on chains across shards are set aside for `chains`."""
+    def coordinate(self, reserved):
+        """From now on chains across shards are set aside for `chains`, and rows of callers that name a reserved account are
+        CROSS_SHARD_UNSUPPORTED, with the whole chain that they are in."""
+        self.reserve(reserved)
         self.coordinated = True
+
+    def reserve(self, ids):
+        """Further accounts that only coordinators of chains may name."""
+        for one in ids:
+            if type(one) is not bytes or len(<bytes>one) != 16:
+                raise port.BatchInvalid("ids", "16 bytes each are expected")
+            self._striped.add(<const uint8_t*>PyBytes_AS_STRING(<bytes>one), IS_RESERVED)
 
     cdef int _set_aside(self, Request* request, const uint16_t* home, const uint16_t* credit) except -1:
         """Rows that were marked SET_ASIDE, chain by chain, for a coordinator. Each counts as a part of the request."""
@@ -864,35 +877,34 @@ cdef class ShardHost:
             free(blob.data)
             blob.data = NULL
 
-    cdef void _home_of(self, Request* request, uint32_t row, uint16_t* home, uint16_t* credit) noexcept nogil:
+    cdef uint8_t _home_of(self, Request* request, uint32_t row, uint16_t* home, uint16_t* credit) noexcept nogil:
         """The debit account's shard; a striped one has a part everywhere, then the credit account's; of two striped ones the
-        transfer id decides (of a post or void: the hold's id, so that it finds the hold)."""
+        transfer id decides (of a post or void: the hold's id, so that it finds the hold). Returns what the accounts are."""
         cdef const uint8_t* debit_id = request.columns.debit_ids + 16 * <size_t>row
         cdef const uint8_t* credit_id = request.columns.credit_ids + 16 * <size_t>row
         cdef const uint8_t* id = request.columns.ids + 16 * <size_t>row
-        cdef bint debit_striped, credit_striped
+        cdef uint8_t debit_kind = self._striped.kind(debit_id), credit_kind = self._striped.kind(credit_id)
         credit[0] = SHARD_LOCAL
         if request.located != NULL and request.located[row] != LOCATE_NONE:
             # nobody knows the hold: any shard may say so, always the same one
             home[0] = request.located[row] if request.located[row] != LOCATE_WANTED \
                 else self.core.shard_of_slot[ducat_slot(request.columns.pending_ids + 16 * <size_t>row)]
-            return
-        debit_striped = self._striped.has(debit_id)
-        credit_striped = self._striped.has(credit_id)
-        if not debit_striped:
+            return debit_kind | credit_kind
+        if not debit_kind & IS_STRIPED:
             home[0] = self.core.shard_of_slot[ducat_slot(debit_id)]
-            if not credit_striped:
+            if not credit_kind & IS_STRIPED:
                 credit[0] = self.core.shard_of_slot[ducat_slot(credit_id)]
                 if credit[0] == home[0]:
                     credit[0] = SHARD_LOCAL
-            return
-        if not credit_striped:
+            return debit_kind | credit_kind
+        if not credit_kind & IS_STRIPED:
             home[0] = self.core.shard_of_slot[ducat_slot(credit_id)]
-            return
+            return debit_kind | credit_kind
         if request.columns.flags != NULL and request.columns.flags[2 * <size_t>row] & FLAG_POST_OR_VOID \
                 and request.columns.pending_ids != NULL:
             id = request.columns.pending_ids + 16 * <size_t>row
         home[0] = self.core.shard_of_slot[ducat_slot(id)]
+        return debit_kind | credit_kind
 
     # ---- accounts and reads ----
 
@@ -937,11 +949,11 @@ cdef class ShardHost:
 
     def submit_account_message(self, uint64_t ticket, bytes message not None):
         """A serialized CreateAccountsRequest; the completion's result is a serialized CreateAccountsResponse. False: nothing was
-        taken, since a row has a name or no id of 16 bytes, is striped or malformed, or there are not 1 to 8,190."""
+        taken, since a row has a name or no id of 16 bytes, is striped, reserved or malformed, or there are not 1 to 8,190."""
         cdef const uint8_t* at = <const uint8_t*>PyBytes_AS_STRING(message)
         cdef uint64_t length = <uint64_t>len(message)
         cdef uint32_t count = parse_count(at, length)
-        cdef size_t n = count
+        cdef size_t n = count, i
         cdef uint8_t* data
         cdef Request* request
         if count == 0:
@@ -952,6 +964,11 @@ cdef class ShardHost:
         if not parse_account_specs(at, length, count, data):
             free(data)
             return False
+        if self.coordinated:
+            for i in range(n):
+                if self._striped.kind(data + 16 * n + 16 * i) & IS_RESERVED:
+                    free(data)
+                    return False
         try:
             request = self._new(ticket, SHAPE_ACCOUNT_MESSAGE, count, 64 * <uint64_t>count, None, n * len(self._order))
         except BaseException:

@@ -27,9 +27,9 @@ from kernel.errors import (
     OutOfRange,
     Unavailable,
 )
-from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
+from wallet_core.engine.codes import AccountFlags, AccountResult, TransferFlags, TransferResult
 from wallet_core.event_log import DiskNearlyFull, LogGap, LogTail, delete_segments_below, segments
-from wallet_core.service.chain_rules import MARKS, ChainMark
+from wallet_core.service.chain_rules import MARKS, RESERVED, ChainMark
 from wallet_core.shard._host import AccountsRead, ShardClock, ShardHost
 from wallet_core.shard.port import (
     MESSAGE_BYTES_MAX,
@@ -113,6 +113,7 @@ class WalletHost:
         self._rewound_seen = 0
         self._rewound_told: dict[tuple[int, int], str] = {}
         self.on_chain: RunChain | None = None  # coordinates chains across shards; None: they are refused
+        self._reserved: set[bytes] = set()  # accounts that only coordinators open, update and name
         self._chain_tasks: set[asyncio.Task[None]] = set()
         self.retain: Callable[[int], int] | None = None  # shard → last event that readers of its log are done with
 
@@ -252,14 +253,18 @@ class WalletHost:
         return future
 
     def coordinate(self, on_chain: RunChain) -> None:
-        """Chains across shards go to `on_chain(rows, routes)`, which gives one TransferResult byte a row and positions."""
+        """Chains across shards go to `on_chain(rows, routes)`, which gives one TransferResult byte a row and positions. From now on
+        the accounts of `chain_rules.RESERVED` are the coordinators' own."""
         self.on_chain = on_chain
-        self._native.coordinate()
+        self._reserved = set(RESERVED)
+        self._native.coordinate(list(RESERVED))
 
     async def apply_step(self, shard: int, rows: Sequence[TransferRow]) -> RowsResult:
         """As `transfer_rows`, for a step of a chain across shards: rows of one shard, never set aside again, which may have the
         flag CHAIN. Never waits for room: the request that it belongs to holds some, and would hold it for ever. Steps of one
         iteration of the loop for the same shard share a batch; with those of another shard they would share its full disk."""
+        if not rows or (rows[-1][4:5] and rows[-1][4] & _LINKED):  # it would reach into the next step of its batch
+            raise _mapped(BatchInvalid("rows", "a step ends with a row that is not linked"))
         while self._striping:
             await asyncio.wait(self._striping)
         if sum(len(part) for part, _ in self._steps.get(shard, ())) + len(rows) > ROWS_MAX:
@@ -279,6 +284,13 @@ class WalletHost:
         try:
             done = self._future(closing=True)
             self._native.submit_rows(self._ticket, [row for rows, _ in steps for row in rows], chain_steps=True)
+        except BatchInvalid as error:
+            mapped = self._forget(error)
+            if len(steps) == 1:
+                _refuse((one for _, one in steps), mapped)
+            else:
+                for step in steps:  # only the chain whose step is wrong hears of it
+                    self._submit_steps([step])
         except Exception as error:
             _refuse((one for _, one in steps), self._forget(error))
         else:
@@ -318,7 +330,10 @@ class WalletHost:
     async def create_accounts(self, rows: Sequence[AccountRow], *, update: bool = False, always: bool = False) -> bytes:
         """One AccountResult byte a row; a striped account is opened on every shard of this process. Until that is done nobody
         knows where its transfers go, so whatever comes meanwhile waits: its id would be remembered on the wrong shard.
-        always: without waiting for room, as `apply_step`."""
+        always: from a coordinator of chains, without waiting for room, as `apply_step`; what it opens is reserved for it. Of
+        others, rows that name a reserved account are ID_INVALID."""
+        if self._reserved and not always and any(row[0] in self._reserved for row in rows):
+            return await self._create_others(rows, update=update)
         if not always and self._must_wait(len(rows), 64 * len(rows)):
             await self._wait_turn(len(rows), 64 * len(rows))
         while self._striping:
@@ -335,7 +350,19 @@ class WalletHost:
             self._striping.add(future)
             future.add_done_callback(self._striping.discard)
         result: AccountsResult = await asyncio.shield(future)
+        if always and self._reserved:
+            self._reserve([row[0] for row, code in zip(rows, result.codes, strict=True) if code == AccountResult.OK])
         return result.codes
+
+    async def _create_others(self, rows: Sequence[AccountRow], *, update: bool) -> bytes:
+        others = [row for row in rows if row[0] not in self._reserved]
+        codes = iter(await self.create_accounts(others, update=update) if others else b"")
+        return bytes(AccountResult.ID_INVALID if row[0] in self._reserved else next(codes) for row in rows)
+
+    def _reserve(self, ids: Sequence[bytes]) -> None:
+        new = [one for one in ids if one not in self._reserved]
+        self._reserved.update(new)
+        self._native.reserve(new)
 
     async def account_message(self, message: bytes) -> bytes | None:
         """A serialized CreateAccountsRequest in, a serialized CreateAccountsResponse out: `create_accounts` without an object a

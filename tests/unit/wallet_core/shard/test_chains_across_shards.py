@@ -11,7 +11,7 @@ from host_fixtures import NOW_MS, NOW_NS, account, config, message, on_shard, tr
 
 from ducat.wallet.v1 import wallet_pb2
 from kernel.clock import FixedClock
-from kernel.errors import Unavailable
+from kernel.errors import InvalidArgument, Unavailable
 from kernel.ids import account_id
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.service import chain_rules
@@ -131,7 +131,7 @@ async def test_all_legs_are_applied_and_nothing_is_left(world: World) -> None:
 )
 async def test_one_bad_row_fails_the_chain(world: World, bad: TransferRow, code: int) -> None:
     rows = (move(1, A, B, 10), bad, move(3, B, C, 10))
-    expected = [R.LINKED_FAILED, code, R.LINKED_FAILED]
+    expected = [R.LINKED_FAILED, code, R.LINKED_FAILED] if code != R.ID_TOO_OLD else [code] * 3
     assert await world.chain(*rows) == expected
     assert await world.chain(*rows) == expected
     assert await world.balances() == [FUND] * 6
@@ -365,7 +365,17 @@ async def test_without_a_coordinator_chains_across_shards_are_refused(world: Wor
     assert list(codes) == [R.CROSS_SHARD_UNSUPPORTED] * 2
 
 
-async def test_what_callers_do_on_the_accounts_of_marks_means_nothing(world: World) -> None:
+async def from_before(world: World, rows: Sequence[TransferRow]) -> bytes:
+    """Rows that a caller had applied while nothing was kept from him."""
+    await world.host.close()
+    host = await WalletHost.open(config(world.folder, SHARDS, snapshot_events=0), clock=world.native_clock)
+    codes = await host.transfers(rows)
+    await host.close()
+    await world.start()
+    return codes
+
+
+async def test_what_callers_did_on_the_accounts_of_marks_means_nothing(world: World) -> None:
     """Holds there are no marks, whatever their ids and amounts, and whatever was held just before them."""
     assert await world.chain(move(1, A, B, 10), move(2, C, D, 10)) == [R.OK] * 2
     payout = move(3, A, A2, 900, flags=HOLD)
@@ -374,7 +384,7 @@ async def test_what_callers_do_on_the_accounts_of_marks_means_nothing(world: Wor
     ids = [transfer_id(number) for number in range(200, 300)]
     ids += [mark.id for mark in steps.plan.marks] + [steps.plan.decision.id]
     foreign = [TransferRow(id_, MARKS, MARKED, 2 + number, HOLD) for number, id_ in enumerate(ids)]
-    assert set(await world.host.transfers(foreign)) == {R.OK}
+    assert set(await from_before(world, foreign)) == {R.OK}
     (state,) = await world.host.accounts([MARKS])
     assert state is not None
     assert state.held_out > 0
@@ -384,7 +394,7 @@ async def test_what_callers_do_on_the_accounts_of_marks_means_nothing(world: Wor
     assert state.held_out == 900
     ends = [TransferRow(transfer_id(1_000 + n), MARKS, MARKED, 0, VOID, row.id) for n, row in enumerate(foreign)]
     post = move(6, A, A2, 0, flags=POST)._replace(pending_id=payout.id)
-    assert set(await world.host.transfers([*ends, post])) == {R.OK}
+    assert set(await from_before(world, [*ends, post])) == {R.OK}
     assert await world.chain(move(7, A, A2, 1), move(8, A2, A, 1)) == [R.OK] * 2
     await world.is_clean()
 
@@ -399,8 +409,8 @@ async def test_no_chain_makes_a_mark_of_its_own(world: World) -> None:
     assert list(await world.host.create_accounts([AccountRow(own, "XXX", int(AccountFlags.MAY_OVERDRAW))])) == [1]
     for debit, credit in ((MARKS, own), (own, MARKS), (MARKED, own), (own, MARKED), (MARKS, MARKED)):
         rows = [move(5, C, B, 500), TransferRow(forged, debit, credit, 2), move(6, D, A, 5_000)]
-        expected = [R.LINKED_FAILED, R.CROSS_SHARD_UNSUPPORTED, R.LINKED_FAILED]
-        assert await world.chain(*rows) == expected
+        assert await world.chain(*rows) == [R.CROSS_SHARD_UNSUPPORTED] * 3
+        assert chain_rules.refused_at_once(rows) is not None  # by the rules as well, whoever asks
     for _ in range(3):
         await world.chains.look()
     assert await world.balances() == [999, 1001, 999, 1001, 1000, 1000]
@@ -487,6 +497,7 @@ async def test_the_flag_of_chains_is_taken_from_no_caller(world: World, tmp_path
         move(75, A, B, 1, flags=chain),
     ]
     wrong = [R.FLAGS_INVALID] * len(forged)
+    wrong[1:3] = [R.CROSS_SHARD_UNSUPPORTED] * 2  # they name accounts that are kept from callers
     assert list(await world.host.transfers(forged)) == wrong
     raw = message(forged, settle=2)
     batch = wallet_pb2.SubmitTransfersRequest(batch=wallet_pb2.TransferBatch.FromString(raw)).SerializeToString()
@@ -504,7 +515,7 @@ async def test_the_flag_of_chains_is_taken_from_no_caller(world: World, tmp_path
             assert R.OK not in await world.chain(row, other)
     lone = await WalletHost.open(config(tmp_path / "lone", 1, snapshot_events=0), clock=world.native_clock)
     try:
-        assert list(await lone.transfers(forged)) == wrong
+        assert list(await lone.transfers(forged)) == [R.FLAGS_INVALID] * len(forged)
     finally:
         await lone.close()
     assert [mark.complete for mark in await world.host.chain_marks(0)] == [True]
@@ -569,7 +580,9 @@ async def test_a_decision_that_is_refused_is_no_commit(world: World) -> None:
     await steps.take(1)
     flags = AccountFlags.MAY_OVERDRAW | AccountFlags.STRIPED
     assert list(
-        await world.host.create_accounts([AccountRow(MARKS, "XXX", int(flags | AccountFlags.FROZEN))], update=True)
+        await world.host.create_accounts(
+            [AccountRow(MARKS, "XXX", int(flags | AccountFlags.FROZEN))], update=True, always=True
+        )
     ) == [1]
     decided = await world.chains.apply_step(steps.plan.home, [steps.plan.decision], ())
     assert list(decided.codes) == [R.DEBIT_ACCOUNT_FROZEN]
@@ -718,7 +731,7 @@ async def test_chains_are_refused_where_somebody_else_has_their_accounts(world: 
     world.chains = Chains(world.host, NoPeers(), world.clock, answer_s=1.0, on_taken=taken.append)
     world.host.coordinate(world.chains.run)
     foreign = AccountRow(account_id(name), "USD" if "USD" in name else "XXX")
-    assert list(await world.host.create_accounts([foreign])) == [R.OK]
+    assert list(await world.host.create_accounts([foreign], always=True)) == [R.OK]  # from before it was reserved
     rows = (move(1, A, B, 10), move(2, C, D, 20))
     for _ in range(2):
         assert await world.chain(*rows) == [R.CROSS_SHARD_UNSUPPORTED] * 2
@@ -801,3 +814,117 @@ async def test_a_snapshot_between_two_steps_knows_whose_holds_they_are(tmp_path:
         await world.is_clean()
     finally:
         await world.host.close()
+
+
+RESERVED = ["chain/marks", "chain/marked", "chain/transit/USD", "chain/transit/EUR"]
+
+
+async def test_callers_cannot_stop_chains_by_the_accounts_that_these_need(world: World) -> None:
+    """By filling, draining, freezing or opening them; neither before the first chain nor later."""
+    for turn in range(2):
+        at = 100 * turn
+        refused = R.CROSS_SHARD_UNSUPPORTED
+        for number, one in enumerate(map(account_id, RESERVED)):
+            base = 1_000 + 10 * (at + number)
+            rows = [
+                move(base, one, A, 5),
+                move(base + 1, A, one, 5),
+                move(base + 2, one, MARKED if one == MARKS else MARKS, 5, flags=HOLD),
+                move(base + 3, SOURCE, one, 5),
+                TransferRow(transfer_id(base + 4), one, ID_NONE, 0, VOID, transfer_id(base + 2)),
+            ]
+            assert list(await world.host.transfers(rows)) == [refused] * 5
+            assert [list(await world.host.transfers([row])) for row in rows] == [[refused]] * 5
+            answer = wallet_pb2.TransferBatchResult.FromString(await world.host.transfer_batch(message(rows, settle=2)))
+            assert list(answer.failed_results) == [refused] * 5
+            calls = [
+                wallet_pb2.Transfer(
+                    transfer_id=row.id, debit_account_id=row.debit_id, credit_account_id=row.credit_id, amount_minor=5
+                )
+                for row in rows[:2]
+            ]
+            call = world.host.transfer_call(wallet_pb2.CreateTransfersRequest(transfers=calls).SerializeToString())
+            assert call is not None
+            assert [int(one) for one in wallet_pb2.CreateTransfersResponse.FromString(await call).results] == [
+                refused
+            ] * 2
+            for chain in (
+                (move(base + 5, A, A2, 1), rows[0]),
+                (rows[1], move(base + 6, C, D, 1), move(base + 7, D, C, 1)),
+            ):
+                assert await world.chain(*chain) == [refused] * len(chain)
+            flags = int(AccountFlags.MAY_OVERDRAW | AccountFlags.STRIPED | AccountFlags.FROZEN)
+            own = AccountRow(account(5_000 + at + number), "USD")
+            for update in (False, True):
+                specs = [AccountRow(one, "XXX", flags), own]
+                assert list(await world.host.create_accounts(specs, update=update)) == [2, 1]  # ID_INVALID
+            spec = wallet_pb2.AccountSpec(account_id=one, currency_code="USD")
+            raw = wallet_pb2.CreateAccountsRequest(accounts=[spec]).SerializeToString()
+            assert await world.host.account_message(raw) is None
+        assert await world.chain(move(at, A, B, 10), move(at + 1, C, D, 20)) == [R.OK] * 2
+        assert await world.chain(move(at + 2, B, A, 10), move(at + 3, D, C, 20)) == [R.OK] * 2
+        mixed = [move(at + 4, A, A2, 1), move(at + 5, MARKS, A, 1), move(at + 6, A2, A, 1)]
+        assert list(await world.host.transfers(mixed)) == [R.OK, refused, R.OK]
+    assert await world.balances() == [FUND] * 6
+    await world.is_clean()
+
+
+async def test_the_transit_account_of_a_currency_that_nobody_listed_is_reserved_too(world: World) -> None:
+    people = [on_shard(shard, SHARDS, 40) for shard in range(SHARDS)]
+    may = int(AccountFlags.MAY_OVERDRAW)
+    assert set(await world.host.create_accounts([AccountRow(one, "QQQ", may) for one in people])) == {1}
+    p, q, r, s = people
+    assert await world.chain(move(1, p, q, 5), move(2, r, s, 5)) == [R.OK] * 2
+    assert list(await world.host.transfers([move(3, transit_account("QQQ"), p, 5)])) == [R.CROSS_SHARD_UNSUPPORTED]
+
+
+async def test_a_chain_whose_first_id_is_ahead_says_so(world: World) -> None:
+    C2 = on_shard(2, SHARDS, 1)  # noqa: N806
+    assert list(await world.host.create_accounts([AccountRow(C2, "USD")])) == [1]
+    ahead = NOW_MS + 3_600_000
+    for rows in (
+        (TransferRow(transfer_id(1, ahead), A, B, 5), move(2, C, D, 10)),
+        (TransferRow(transfer_id(3, ahead), A, A2, 5), move(4, C, D, 10)),
+    ):
+        assert await world.chain(*rows) == [R.ID_AHEAD] * 2  # the hold on D has the first row's time as well
+    local = (TransferRow(transfer_id(5, ahead), A, A2, 5), move(6, C, C2, 10))
+    assert await world.chain(*local) == [R.ID_AHEAD, R.LINKED_FAILED]
+    assert [state and state.held_out for state in await world.host.accounts(PEOPLE)] == [0] * 6
+    assert await world.balances() == [FUND] * 6
+    await world.is_clean()
+
+
+async def test_holds_on_the_account_of_marks_that_are_of_no_chain_are_reported_once(world: World) -> None:
+    told: list[int] = []
+    world.chains = Chains(world.host, NoPeers(), world.clock, answer_s=1.0, grace_s=0.0, on_strange=told.append)
+    await world.host.create_accounts(chain_rules.accounts_of("USD"), always=True)
+    await Steps(world, linked([move(1, A, B, 10), move(2, C, D, 20)])).take(2)
+    for _ in range(40):
+        await world.chains.look()
+    assert told == []
+    unflagged = TransferRow(transfer_id(9), MARKS, MARKED, 3, HOLD)
+    assert list((await world.host.apply_step(0, [unflagged])).codes) == [R.OK]
+    for _ in range(70):
+        await world.chains.look()
+    assert told == [3]
+
+
+async def test_a_wrong_step_refuses_no_step_of_another_chain(world: World) -> None:
+    rows = linked([move(1, A, B, 10), move(2, C, D, 20)])
+    good = next(Steps(world, rows).steps)[0]
+    await world.chains.apply_step(0, [move(50, A, A2, 1)], ("USD",))
+    wrong = [
+        [TransferRow(b"short", A, B, 1)],
+        [move(51, A, A2, 1 << 70)],
+        [move(52, A, A2, 1, flags=LINKED)],
+        [],
+    ]
+    for at, one in enumerate(wrong):
+        answers = await asyncio.gather(
+            world.chains.apply_step(0, one, ("USD",)),
+            world.chains.apply_step(0, good.rows, ("USD",)),
+            world.chains.apply_step(0, [move(60 + at, A, A2, 1)], ("USD",)),
+            return_exceptions=True,
+        )
+        assert isinstance(answers[0], InvalidArgument)
+        assert [list(answer.codes) for answer in answers[1:]] == [[R.OK] * len(good.rows), [R.OK]]  # type: ignore[union-attr]
