@@ -154,6 +154,9 @@ cdef class Engine:
     cdef uint64_t replay_error_sequence(self) noexcept nogil  # of the record that contradicted, 0 = none
     cdef const char* replay_error_reason(self) noexcept nogil
 
+    # what would be answered to rows that were applied or refused before; `otherwise` to all others. Returns how many are known
+    cdef uint32_t answer_known(self, const TransferColumns* columns, uint8_t* results, uint8_t otherwise) noexcept nogil
+
     # reads
     cdef bint find_account(self, const uint8_t* account_id, AccountState* account) noexcept nogil
     cdef void prefetch_account(self, const uint8_t* account_id, bint record) noexcept nogil   # first without, then with `record`

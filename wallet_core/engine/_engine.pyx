@@ -129,6 +129,9 @@ cdef class Engine:
                              EventBuffer* events) noexcept nogil:
         return transfers_apply(state(self), columns, timestamp_ns, results, events)
 
+    cdef uint32_t answer_known(self, const TransferColumns* columns, uint8_t* results, uint8_t otherwise) noexcept nogil:
+        return transfers_known(state(self), columns, results, otherwise)
+
     cdef int apply_accounts(self, const AccountColumns* columns, bint update, uint64_t timestamp_ns, uint8_t* results,
                             EventBuffer* events) noexcept nogil:
         return accounts_apply(state(self), columns, update, timestamp_ns, results, events)

@@ -553,3 +553,22 @@ cdef int transfers_apply(EngineState* e, const TransferColumns* c, uint64_t time
                 broken = False
     chain_digest(e, events, start)
     return 0
+
+
+cdef uint32_t transfers_known(const EngineState* e, const TransferColumns* c, uint8_t* results, uint8_t otherwise) noexcept nogil:
+    # Changes nothing.
+    cdef Transfer t
+    cdef uint64_t i
+    cdef uint32_t known = 0
+    cdef const IdEntry* entry
+    for i in range(c.count):
+        transfer_hash(e, c, i, &t)
+        entry = ids_lookup(e, t.id0, t.id1)
+        if entry == NULL:
+            results[t.row] = otherwise
+            continue
+        known += 1
+        results[t.row] = <uint8_t> (entry.meta & 0xFF)
+        if entry.meta >> 16 != t.fingerprint or (entry.meta >> 8 ^ t.flags) & CHAIN:
+            results[t.row] = ID_REUSED
+    return known

@@ -312,7 +312,8 @@ def _is_ahead(chain: Plan, answers: Sequence[bytes | None]) -> bool:
 
 
 def _refusals(chain: Plan, answers: Sequence[bytes | None]) -> bytes:
-    """Rows that failed by themselves say why, by the first guard of either side; the others LINKED_FAILED. ID_TOO_OLD of all where
+    """Rows that failed by themselves say why, by the first guard of either side; the others LINKED_FAILED, so do those for
+    which a shard had no room, since a chain that was given up stays so. ID_TOO_OLD of all where
     a shard says so of any: it may have forgotten what it once applied, so nobody can say that the chain failed."""
     if any(R.ID_TOO_OLD in answer for answer in answers if answer):
         return bytes([R.ID_TOO_OLD]) * chain.count
@@ -320,7 +321,7 @@ def _refusals(chain: Plan, answers: Sequence[bytes | None]) -> bytes:
     found: dict[int, int] = {}
     for answer, owners in zip(answers, chain.owners, strict=True):
         for code, place in zip(answer or b"", owners, strict=False):
-            if code not in (R.OK, R.LINKED_FAILED):
+            if code not in (R.OK, R.LINKED_FAILED, R.TOO_MANY_PENDING):  # not the last: it can never be sent again
                 found[place] = min(code, found.get(place, code))
         if answer and answer[-1] == R.ID_AHEAD:  # the mark has the time of the first row
             found.setdefault(0, R.ID_AHEAD)

@@ -63,10 +63,18 @@ cdef extern from *:
         return ducat_monotonic_ns();
     #endif
     }
+    /* for ducat_cond_wait_ns, which must not wait longer because somebody sets the clock back */
+    static inline void ducat_cond_init(pthread_cond_t *cond) {
+        pthread_condattr_t monotonic;
+        pthread_condattr_init(&monotonic);
+        pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+        pthread_cond_init(cond, &monotonic);
+        pthread_condattr_destroy(&monotonic);
+    }
     /* waits at most wait_ns */
     static inline void ducat_cond_wait_ns(pthread_cond_t *cond, pthread_mutex_t *mutex, int64_t wait_ns) {
-        struct timespec t; clock_gettime(CLOCK_REALTIME, &t);
-        int64_t at = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec + (wait_ns < 0 ? 0 : wait_ns);
+        struct timespec t;
+        int64_t at = ducat_monotonic_ns() + (wait_ns < 0 ? 0 : wait_ns);
         t.tv_sec = at / 1000000000; t.tv_nsec = at % 1000000000;
         pthread_cond_timedwait(cond, mutex, &t);
     }
@@ -103,6 +111,7 @@ cdef extern from *:
     int64_t ducat_monotonic_ns() noexcept nogil
     void ducat_rest_us(long) noexcept nogil
     int64_t ducat_boot_ns() noexcept nogil
+    void ducat_cond_init(pthread_cond_t*) noexcept nogil
     void ducat_cond_wait_ns(pthread_cond_t*, pthread_mutex_t*, int64_t) noexcept nogil
     uint32_t ducat_slot(const uint8_t*) noexcept nogil
     bint ducat_same_id(const uint8_t*, const uint8_t*) noexcept nogil

@@ -123,7 +123,7 @@ cdef class ShardHost:
         self.core.event_fd = -1
         pthread_mutex_init(&self.core.mutex, NULL)
         pthread_cond_init(&self.core.finished, NULL)
-        pthread_cond_init(&self.core.memory_wanted, NULL)
+        ducat_cond_init(&self.core.memory_wanted)
 
     def __init__(self, shards, *, uint32_t shard_count, shard_map, ShardClock clock=None, config=None,
                  int64_t rows_in_flight_max=64 * ROWS_MAX, int64_t bytes_in_flight_max=64 * 1024 * 1024):

@@ -100,7 +100,7 @@ cdef class Shard:
     def __cinit__(self):
         memset(&self.core, 0, sizeof(ShardCore))
         pthread_mutex_init(&self.core.mutex, NULL)
-        pthread_cond_init(&self.core.work_ready, NULL)
+        ducat_cond_init(&self.core.work_ready)
         self.core.current = &self.core.groups[0]
         self.sends = <PendingSend*>malloc(DELIVERY_ROWS_MAX * sizeof(PendingSend))
         self.credit_results = <uint8_t*>malloc(DELIVERY_ROWS_MAX)
@@ -365,7 +365,7 @@ cdef class Shard:
         cdef uint64_t repeated = self.core.counters.repeated_count
         cdef EngineCounters counters
         if not self.log.writable():
-            return self.refuse_full_rows(work)
+            return self.refuse_full_rows(work, group)
         if self.engine.apply_transfers(&work.columns, <uint64_t>self.now(), request.results, &group.events) < 0:
             return -1
         if self.close_frame(group, offset, count_before) < 0:
@@ -381,16 +381,18 @@ cdef class Shard:
             return 0
         return group_done(group, request, 1)
 
-    cdef int refuse_full_rows(self, Work* work) noexcept nogil:
-        """Other shards may apply their rows of the batch, so that each row of this one says that it was not applied. Where no
-        shard applied any, the batch as a whole is refused (_finish)."""
-        cdef uint32_t at
-        for at in range(work.columns.count):
-            work.request.results[work.columns.rows[at] if work.columns.rows != NULL else at] = TOO_MANY_PENDING
-        ducat_add_u32(&work.request.refused_full, work.columns.count)
+    cdef int refuse_full_rows(self, Work* work, Group* group) noexcept nogil:
+        """Other shards may apply their rows of the batch, so each row of this one says that it was not applied, or what it once
+        was answered with. Where no shard knows or applied any, the batch as a whole is refused (_finish)."""
+        cdef Request* request = work.request
+        cdef uint32_t known = self.engine.answer_known(&work.columns, request.results, TOO_MANY_PENDING)
+        ducat_add_u32(&request.refused_full, work.columns.count - known)
         self.look_for_room()
-        request_done(self.host, work.request, 1)
-        return 0
+        if known == 0 or (self.core.counters.sequence <= self.log._durable_sequence and group_empty(group)):
+            request_done(self.host, request, 1)
+            return 0
+        ducat_max_u64(&request.positions[self.shard], self.core.counters.sequence)
+        return group_done(group, request, 1)
 
     cdef int refuse_full(self, Request* request) noexcept nogil:
         self.look_for_room()

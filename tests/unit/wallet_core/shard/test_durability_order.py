@@ -104,7 +104,7 @@ def test_a_nearly_full_disk_refuses_writes_serves_reads_and_recovers(tmp_path: P
     assert accepted > 10
     assert driver.host.shards()[0].state == "read-only"
     assert driver.balances([account(0)]) != [None]
-    assert isinstance(driver.send(message(rows(2, 999))), DiskNearlyFull)
+    assert isinstance(driver.send(message(rows(2, 900))), DiskNearlyFull)
     log.inject("fallocate", 0)
     log.recheck_space()
     log.wait_prepared()
@@ -117,6 +117,8 @@ def test_one_full_disk_of_several_refuses_its_own_rows_only_and_says_which(tmp_p
     driver = Driver(config(tmp_path, 2, segment_bytes=65536))
     full, fine = [on_shard(0, 2, n) for n in range(2)], [on_shard(1, 2, n) for n in range(2)]
     driver.fund([*full, *fine], 100_000, SOURCE)
+    known = TransferRow(transfer_id(500), *full, 7)
+    assert driver.transfers([known]) == [1]
     log = driver.host.log(0)
     log.inject("fallocate", 1, errno.ENOSPC)
     for n in range(60):
@@ -134,6 +136,11 @@ def test_one_full_disk_of_several_refuses_its_own_rows_only_and_says_which(tmp_p
     assert driver.balances([*full, *fine]) == after, "what the result says, no more and no less"
     assert driver.transfers(mixed) == [later, 1, 1, later, 1, 1]
     assert isinstance(driver.send(message(mixed[::3])), DiskNearlyFull), "of which nothing was applied"
+    again = [known, known._replace(amount_minor=8), mixed[0], mixed[1]]
+    assert driver.transfers(again) == [1, TransferResult.ID_REUSED, later, 1], (
+        "what was applied before is told, not denied"
+    )
+    assert driver.balances([*full, *fine]) == after
     log.inject("fallocate", 0)
     log.recheck_space()
     log.wait_prepared()
