@@ -36,6 +36,7 @@ __all__ = ["SCENARIOS", "Scenario", "print_report", "run", "tigerbeetle_ratio"]
 READY_S_MAX = 120.0
 POLL_S = 0.01
 SAMPLE_ACCOUNTS = 8190
+READY_IDS = 2 << 20  # with room for fewer, more is made at once, beside the stream
 RECORD_BYTES, KIND_OFFSET = 48, 46
 KIND_MOVED, KIND_SENT = 3, 9
 
@@ -214,7 +215,8 @@ def measure_stream(scenario: Scenario, folder: Path, counts: Counts) -> dict[str
     """
     limits = disk_limits(folder)
     limits["fresh_memory_bytes_per_second"] = fresh_memory_bytes_per_second()
-    room_ids = 2 * counts.transfers // scenario.shards  # a transfer that crosses is known on two of them
+    sides = 1 if scenario.shards == 1 else 2  # a transfer that crosses is known on two shards
+    room_ids = sides * counts.transfers // scenario.shards + READY_IDS
     with serving(folder, scenario.shards, room_ids=room_ids) as server:
         plan = Plan(
             address=server.address,
