@@ -51,7 +51,7 @@ class Scenario:
     measure: Callable[[Scenario, Path, Counts], dict[str, Any]]
     pattern: str = "uniform"
     shards: int = 1
-    window: int = 4
+    window: int = 3
     smoke_accounts: int = 1_000
     smoke_transfers: int = 40_950
 
