@@ -247,7 +247,7 @@ class WalletHost:
         now = self._loop.time()
         self._came(now)
         if not self._called_rows:
-            self._called_look = (0, now)
+            self._called_look = (rows, now)
             self._schedule_flush(self._flush_calls)
         self._called_rows += rows
         return future
