@@ -23,7 +23,7 @@ from wallet_core.adapters.directory import PostgresDirectory
 from wallet_core.adapters.grpc import SCOPES, UNSHIELDED, ShardServicer, WalletServicer
 from wallet_core.adapters.peers import AllShards, Peers
 from wallet_core.adapters.read_model import REBUILD_CHANNEL, PostgresStore, ReadModelReader, ValkeyStore
-from wallet_core.adapters.relay import Relay, RelayServicer, parse_peers, peer_shards
+from wallet_core.adapters.relay import Relay, RelayServicer, forget_numbers, parse_peers, peer_shards
 from wallet_core.adapters.snapshot_base import SnapshotBase, newest_base
 from wallet_core.service.balance_check import check_balances
 from wallet_core.service.chain_rules import ChainMark
@@ -65,8 +65,11 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         if not settings.wallet_alone:
             wallet = await _join(process, host, config, clock)
         peers = _peers(settings, config)
-        if peers:
-            process.spawn(Relay(host, peers, process.channel).run(), name="relay")
+        relay = Relay(host, peers, process.channel) if peers else None
+        if relay is not None:
+            process.spawn(relay.run(), name="relay")
+        elif len(host.shard_ids) == config.shard_count:
+            forget_numbers(host)
         elsewhere = Peers(peers, process.channel)
         chains = Chains(
             host,
@@ -108,7 +111,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
                     "ducat.wallet.v1.ShardService",
                 ),
                 (
-                    RelayServicer(host, chains),
+                    RelayServicer(host, chains, relay.believes if relay is not None else lambda _: True),
                     relay_pb2_grpc.add_RelayServiceServicer_to_server,
                     "ducat.wallet.v1.RelayService",
                 ),

@@ -34,7 +34,7 @@ from wallet_core.shard import WalletHost
 from wallet_core.shard.port import shard_folder
 from wallet_core.shard.recovery import write_whole
 
-__all__ = ["Dial", "Relay", "RelayServicer", "parse_peers", "peer_shards", "read_events"]
+__all__ = ["Dial", "Relay", "RelayServicer", "forget_numbers", "parse_peers", "peer_shards", "read_events"]
 
 BYTES_MAX = 2 * 1024 * 1024
 """Payload of one call."""
@@ -74,6 +74,29 @@ class Relay:
         host.on_outbound = self.take
         self._unknown = set(self._peers)
         self._sent = {shard: _Numbers(host, shard, self._unknown) for shard in host.shard_ids}
+        self._save_warned = False
+        self._saved()
+
+    def believes(self, shard: int) -> bool:
+        """May outcomes of a peer's shard be applied? Not before the numbers agree: an old one would settle transfers that the
+        peer never saw. What is dropped is asked for again, since the sends are delivered once the two have compared."""
+        if shard in self._unknown:
+            self._queues[self._peers[shard]].asked.set()
+        return shard not in self._unknown
+
+    def _saved(self) -> bool:
+        """Are the numbers on the disk as they should be? Says once that they cannot be written."""
+        try:
+            for numbers in self._sent.values():
+                numbers.save()
+        except OSError as error:
+            if not self._save_warned:
+                _log.warning(
+                    "sent.json cannot be written; no money is sent to new peers until it can", error=str(error)
+                )
+            self._save_warned = True
+            return False
+        return True
 
     def take(self, deliveries: Sequence[Any]) -> None:
         """What the shards have for others, as `ShardHost.outbound` gives it."""
@@ -112,9 +135,8 @@ class Relay:
         await self._queues[address].asked.wait()
         missing = {shard for shard, owner in self._peers.items() if owner == address}
         for failures in itertools.count():
-            for theirs in await peer_shards([address], self._dial):
-                if theirs.shard in missing:
-                    self._compare(theirs)
+            for theirs in await peer_shards([address], self._dial) if self._saved() else ():
+                if theirs.shard in missing and self._compare(theirs):
                     missing.remove(theirs.shard)
             if not missing:
                 return
@@ -122,7 +144,7 @@ class Relay:
                 _log.warning("a peer does not answer; no money is sent to its shards", address=address)
             await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
 
-    def _compare(self, theirs: shard_pb2.Shard) -> None:
+    def _compare(self, theirs: shard_pb2.Shard) -> bool:
         native = self._host.native
         for link in theirs.links:
             if (numbers := self._sent.get(link.shard)) is not None:
@@ -130,9 +152,12 @@ class Relay:
                 native.compare_link(link.shard, theirs.shard, link.received_number, link.settled_number, sent)
                 if link.received_number <= sent:
                     numbers.forget(theirs.shard)
+        if not self._saved():
+            return False
         self._unknown.discard(theirs.shard)
         for shard in self._host.shard_ids:
             native.resend(shard, theirs.shard)
+        return True
 
     async def _deliver_to(self, address: str, queue: _Queue) -> None:
         stub = RelayServiceStub(await self._dial(address))
@@ -178,22 +203,34 @@ class _Numbers:
 
     def __init__(self, host: WalletHost, shard: int, peers: Iterable[int]) -> None:
         self._path = shard_folder(host.config.data_dir, shard) / "sent.json"
-        kept: dict[str, int] = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        sent = {link.peer: link.sent for link in host.links(shard)}
-        self._numbers = {peer: min(sent[peer], kept.get(str(peer), sent[peer])) for peer in peers}
-        self._open = dict(self._numbers)
-        self._write()
+        self._kept: dict[str, int] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        self._numbers: dict[int, int] = {}
+        links = {link.peer: link for link in host.links(shard)}
+        for peer in peers:
+            link = links[peer]
+            kept = self._kept.get(str(peer), link.sent)
+            # outcomes are believed only between shards that agreed: one beyond the number kept means that they did since
+            self._numbers[peer] = link.sent if link.settled > kept else min(link.sent, kept)
+        self._open = {str(peer): number for peer, number in self._numbers.items()}
 
     def __getitem__(self, peer: int) -> int:
         return self._numbers[peer]
 
     def forget(self, peer: int) -> None:
         """The peer knows no more than this shard."""
-        if self._open.pop(peer, None) is not None:
-            self._write()
+        self._open.pop(str(peer), None)
 
-    def _write(self) -> None:
-        write_whole(self._path, json.dumps(self._open) + "\n")
+    def save(self) -> None:
+        """Raises OSError."""
+        if self._open != self._kept:
+            write_whole(self._path, json.dumps(self._open) + "\n")
+            self._kept = dict(self._open)
+
+
+def forget_numbers(host: WalletHost) -> None:
+    """For a process that owns all shards: they compared when it started, and numbers kept from before say nothing later."""
+    for shard in host.shard_ids:
+        (shard_folder(host.config.data_dir, shard) / "sent.json").unlink(missing_ok=True)
 
 
 class _Queue:
@@ -245,8 +282,8 @@ class _Queue:
 class RelayServicer(RelayServiceServicer):
     """The receiving side: ducat.wallet.v1.RelayService."""
 
-    def __init__(self, host: WalletHost, chains: Chains) -> None:
-        self._host, self._chains = host, chains
+    def __init__(self, host: WalletHost, chains: Chains, believes: Callable[[int], bool] = lambda _: True) -> None:
+        self._host, self._chains, self._believes = host, chains, believes
 
     async def ApplyStep(self, request: relay_pb2.ApplyStepRequest, context: Any) -> relay_pb2.ApplyStepResponse:  # noqa: N802
         self._own(request.shard)
@@ -290,6 +327,8 @@ class RelayServicer(RelayServiceServicer):
     async def Deliver(self, request: relay_pb2.DeliverRequest, context: Any) -> relay_pb2.DeliverResponse:  # noqa: N802
         for place, one in enumerate(request.deliveries):
             self._own(one.destination_shard)
+            if one.kind == relay_pb2.DELIVERY_KIND_OUTCOMES and not self._believes(one.source_shard):
+                continue
             try:
                 self._host.native.deliver(
                     one.destination_shard,

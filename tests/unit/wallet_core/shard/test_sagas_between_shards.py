@@ -15,7 +15,7 @@ from host_fixtures import NOW_NS, Driver, account, config, message, on_shard, tr
 
 from ducat.wallet.v1 import relay_pb2
 from kernel.errors import InvalidArgument
-from wallet_core.adapters.relay import RelayServicer
+from wallet_core.adapters.relay import Relay, RelayServicer, _Numbers, forget_numbers
 from wallet_core.engine.codes import AccountFlags, TransferFlags, TransferResult
 from wallet_core.event_log import LogPoisoned
 from wallet_core.service.port import AccountRow, TransferRow
@@ -631,3 +631,92 @@ def test_nobody_waits_for_ever_for_a_process_that_is_away(processes: TwoProcesse
     assert list(one.wait(again).codes) == [TransferResult.OK]
     processes.settle()
     assert processes.two.balances([processes.poor]) == [12]
+
+
+async def test_an_outcome_from_before_the_comparison_settles_nothing(processes: TwoProcesses) -> None:
+    p = processes
+    p.one.close()
+    shutil.copytree(p.folder / "0", p.folder / "old")
+    p.one = p.opened(0)
+    lost = [TransferRow(transfer_id(n), p.rich, p.poor, 10) for n in range(3)]
+    p.one.transfers(lost, settled=False)
+    p.carry(p.one, p.two, "credits")
+    outcomes = p.carry(p.two, p.one, "outcomes", lose=True)
+    assert outcomes
+    p.one.close()
+    shutil.rmtree(p.folder / "0")
+    (p.folder / "old").rename(p.folder / "0")
+    p.one = p.opened(0)
+
+    host: Any = SimpleNamespace(
+        config=SimpleNamespace(data_dir=p.folder / "0"), links=p.one.host.links, native=p.one.host, shard_ids=[0]
+    )
+    relay = Relay(host, {1: "two"}, None)  # type: ignore[arg-type]
+    servicer = RelayServicer(host, None, relay.believes)  # type: ignore[arg-type]
+    new = [TransferRow(transfer_id(100 + n), p.rich, p.poor, 50) for n in range(5)]
+    p.one.transfers(new, settled=False)
+    request = relay_pb2.DeliverRequest()
+    for destination, _, source, number, position, count, payload, after in outcomes:
+        request.deliveries.add(
+            destination_shard=destination,
+            kind=relay_pb2.DELIVERY_KIND_OUTCOMES,
+            source_shard=source,
+            number=number,
+            position=position,
+            count=count,
+            payload=payload,
+            after_number=after,
+        )
+    await servicer.Deliver(request, None)
+    p.one.take(50)
+    (mine,) = p.one.host.links(0)
+    assert (mine.sent, mine.settled) == (5, 0)
+    assert set(p.one.transfers(new, settled=False)) == {TransferResult.IN_FLIGHT}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_numbers_kept_from_an_earlier_split_raise_no_alarm(processes: TwoProcesses, whole: bool) -> None:
+    p = processes
+
+    def host() -> Any:
+        return SimpleNamespace(config=SimpleNamespace(data_dir=p.folder / "0"), links=p.one.host.links, shard_ids=[0])
+
+    _Numbers(host(), 0, {1}).save()
+    if whole:  # one process had all shards
+        forget_numbers(host())
+    p.send([TransferRow(transfer_id(n), p.rich, p.poor, 10) for n in range(3)], lose=False)
+    p.settle()
+    p.one.close()
+    p.one = p.opened(0)
+    sent = _Numbers(host(), 0, {1})[1]
+    (theirs,) = p.two.host.links(1)
+    assert sent == theirs.received == 3
+    p.one.host.compare_link(0, 1, theirs.received, theirs.settled, sent)
+    assert p.one.host.links(0)[0].problem == ""
+
+
+def test_numbers_that_cannot_be_written_keep_the_peer_unknown(
+    processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    p = processes
+    host: Any = SimpleNamespace(
+        config=SimpleNamespace(data_dir=p.folder / "0"), links=p.one.host.links, native=p.one.host, shard_ids=[0]
+    )
+    (link,) = p.two.host.links(1)
+    theirs: Any = SimpleNamespace(
+        shard=1, links=[SimpleNamespace(shard=0, received_number=link.received, settled_number=link.settled)]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("wallet_core.adapters.relay.write_whole", full)
+        relay = Relay(host, {1: "two"}, None)  # type: ignore[arg-type]
+        assert not relay._saved()
+    assert relay._saved()
+    with monkeypatch.context() as patch:
+        patch.setattr("wallet_core.adapters.relay.write_whole", full)
+        assert not relay._compare(theirs)
+        assert not relay.believes(1)
+    assert relay._compare(theirs)
+    assert relay.believes(1)
