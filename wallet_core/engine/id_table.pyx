@@ -79,26 +79,27 @@ cdef inline IdEntry* generation_find(const EngineState* e, const Generation* g, 
         slot = bucket_after(e, slot)
 
 
+cdef inline IdEntry* generation_visit(const EngineState* e, const Generation* g, uint64_t id0, uint64_t id1, uint64_t hash,
+                                      uint64_t ms) noexcept nogil:
+    # As generation_find, of one that is not open: an id of another time cannot be in it.
+    cdef uint64_t unused
+    return generation_find(e, g, id0, id1, hash, &unused) if g.min_ms <= ms <= g.max_ms else NULL
+
+
 cdef IdEntry* ids_find_older(const EngineState* e, uint64_t id0, uint64_t id1, uint64_t hash, uint64_t ms) noexcept nogil:
     cdef uint64_t i = e.generation_count - 1
-    cdef uint64_t unused
     cdef IdEntry* entry
-    cdef const Generation* g
     while i > e.early_count and e.generations[i].older_max_ms >= ms:
         i -= 1
-        g = &e.generations[i]
-        if g.min_ms <= ms <= g.max_ms:
-            entry = generation_find(e, g, id0, id1, hash, &unused)
-            if entry != NULL:
-                return entry
+        entry = generation_visit(e, &e.generations[i], id0, id1, hash, ms)
+        if entry != NULL:
+            return entry
     i = e.early_count if e.early_max_ms >= ms else 0
     while i > 0:
         i -= 1
-        g = &e.generations[i]
-        if g.min_ms <= ms <= g.max_ms:
-            entry = generation_find(e, g, id0, id1, hash, &unused)
-            if entry != NULL:
-                return entry
+        entry = generation_visit(e, &e.generations[i], id0, id1, hash, ms)
+        if entry != NULL:
+            return entry
     return NULL
 
 

@@ -305,16 +305,17 @@ def _settle_all(
 def _is_ahead(chain: Plan, answers: Sequence[bytes | None]) -> bool:
     """Does a shard say ID_AHEAD of its mark or of the chain's first row? The decision's id is of the same time."""
     return any(
-        code == R.ID_AHEAD and (not at or at[0] == 0)
+        answer[-1] == R.ID_AHEAD
+        or any(code == R.ID_AHEAD and not place for code, place in zip(answer, owners, strict=False))
         for answer, owners in zip(answers, chain.owners, strict=True)
-        for code, at in zip(answer or b"", [*([one] for one in owners), []], strict=False)
+        if answer
     )
 
 
 def _refusals(chain: Plan, answers: Sequence[bytes | None]) -> bytes:
-    """Rows that failed by themselves say why, by the first guard of either side; the others LINKED_FAILED, so do those for
-    which a shard had no room, since a chain that was given up stays so. ID_TOO_OLD of all where
-    a shard says so of any: it may have forgotten what it once applied, so nobody can say that the chain failed."""
+    """Rows that failed by themselves say why, by the first guard of either side; the others LINKED_FAILED, and so do those for
+    which a shard had no room, since a chain that was given up stays so. All say ID_TOO_OLD where a shard says so of any: it may have
+    forgotten what it once applied, so nobody can say that the chain failed."""
     if any(R.ID_TOO_OLD in answer for answer in answers if answer):
         return bytes([R.ID_TOO_OLD]) * chain.count
     codes = [int(R.LINKED_FAILED)] * chain.count

@@ -334,13 +334,9 @@ class WalletHost:
         others, rows that name a reserved account are ID_INVALID."""
         if self._reserved and not always and any(row[0] in self._reserved for row in rows):
             return await self._create_others(rows, update=update)
-        if not always and self._must_wait(len(rows), 64 * len(rows)):
-            await self._wait_turn(len(rows), 64 * len(rows))
-        while self._striping:
-            await asyncio.wait(self._striping)
-        self._flush()  # what came before stays before
-        self._submit_calls()
-        self._flush_steps()
+        if not always:
+            await self._wait_for_room(len(rows))
+        await self._after_what_came()
         future = self._future()
         try:
             self._native.submit_accounts(self._ticket, rows, update=update, always=always)
@@ -367,24 +363,28 @@ class WalletHost:
     async def account_message(self, message: bytes) -> bytes | None:
         """A serialized CreateAccountsRequest in, a serialized CreateAccountsResponse out: `create_accounts` without an object a
         row. None where it is not for that: a row has a name or no id, is striped or malformed."""
-        rows = min(len(message) // _SPEC_BYTES + 1, ROWS_MAX)
-        if self._must_wait(rows, 64 * rows):
-            await self._wait_turn(rows, 64 * rows)
-        while self._striping:
-            await asyncio.wait(self._striping)
-        self._flush()  # what came before stays before
-        self._submit_calls()
-        self._flush_steps()
+        await self._wait_for_room(min(len(message) // _SPEC_BYTES + 1, ROWS_MAX))
+        await self._after_what_came()
         result: bytes | None = await self._message(self._native.submit_account_message, message)
         return result
 
     async def read_message(self, message: bytes) -> AccountsRead | None:
         """The accounts of a serialized GetAccountsRequest. None where it has anything but ids, or one of another process."""
-        rows = min(len(message) // _ID_FIELD_BYTES + 1, ROWS_MAX)
-        if self._must_wait(rows, 64 * rows):
-            await self._wait_turn(rows, 64 * rows)
+        await self._wait_for_room(min(len(message) // _ID_FIELD_BYTES + 1, ROWS_MAX))
         result: AccountsRead | None = await self._message(self._native.submit_read_message, message)
         return result
+
+    async def _wait_for_room(self, account_count: int) -> None:
+        if self._must_wait(account_count, 64 * account_count):
+            await self._wait_turn(account_count, 64 * account_count)
+
+    async def _after_what_came(self) -> None:
+        """What came before is submitted before, and striped accounts that are being opened are open."""
+        while self._striping:
+            await asyncio.wait(self._striping)
+        self._flush()
+        self._submit_calls()
+        self._flush_steps()
 
     async def _message(self, submit: Callable[[int, bytes], bool], message: bytes) -> Any:
         """What the shards answer; None where they do not take it."""
@@ -410,8 +410,8 @@ class WalletHost:
         for at in range(0, len(ids), ROWS_MAX):
             part = ids[at : at + ROWS_MAX]
             self._owned(part)
-            if not always and self._must_wait(len(part), 64 * len(part)):
-                await self._wait_turn(len(part), 64 * len(part))
+            if not always:
+                await self._wait_for_room(len(part))
             future = self._future()
             try:
                 self._native.submit_read(self._ticket, part, always=always)
