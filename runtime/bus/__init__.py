@@ -49,13 +49,17 @@ TOPIC_GROUPS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message: `payload` is a serialized ducat.event.v1.Envelope, `message_id` is its event_id, `key` orders."""
+    """One message: `payload` is a serialized ducat.event.v1.Envelope, `message_id` is its event_id, `key` orders.
+
+    `position` is its place in the publisher's feed of the topic, from 1; 0 where it was published without one.
+    """
 
     topic: str
     key: str
     message_id: str
     payload: bytes
     traceparent: str = ""
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
