@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from ducat.event.v1.event_pb2 import Envelope
 from kernel.errors import Unavailable
-from runtime.bus import TOPIC_GROUPS, Bus, BusPolicy, open_bus
+from runtime.bus import TOPICS, Bus, BusPolicy, open_bus
 from runtime.bus.dead_letter import DeadLetter, DeadLetterStore, list_dead_letters, retry, retry_all
 from runtime.embedded import EmbeddedValkey
 from runtime.settings import Settings
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     show.add_argument("--json", action="store_true", help="one JSON object a line")
 
     again = actions.add_parser("retry", help="publish them to their topic again, then remove them")
-    again.add_argument("--topic", default="", help=f"such as {', '.join(TOPIC_GROUPS)}")
+    again.add_argument("--topic", default="", help=f"such as {', '.join(TOPICS)}")
     again.add_argument(
         "--all", action="store_true", help="every dead letter of the topic, or of all topics without --topic"
     )

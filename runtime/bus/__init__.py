@@ -3,12 +3,16 @@
 The promises, the same for both engines and held by one contract suite (tests/contract/bus):
 
 - `publish` returns when the broker has every message durably; a failed publish may be repeated, so readers see duplicates.
-- Every group gets every message of a topic at least once, from the first message on, also those published before it existed.
+- A group gets every message that the broker keeps at least once. A new group begins with the oldest one there, or behind all of them
+  (`from_end`): what the broker no longer has, or has lost, is in the feed of its publisher (runtime/feed.py), which is the truth.
+- `on_gap` is called when messages may have been lost, so that a consumer looks into the feed at once.
 - Messages of one key are handled in the order of their publishing, one at a time. Different keys do not wait for each other.
 - A message is acknowledged after its handler returned. A consumer that dies hands its messages to the others of its group.
 - A handler that raises is tried again with exponential backoff; meanwhile later messages of that key wait and other keys go on.
   After `delivery_count_max` tries the message moves to the topic `<topic>.dead-letter` with the error, and its key goes on.
 - A failure that says "the other side is down" (see `is_transient`) is never the message's fault: tried again, never dead-lettered.
+- What the broker holds that is no message becomes a dead letter at once, with its raw bytes. No broker's answer, and no silence of it,
+  ends a consumer.
 
 Effects become exactly-once by the inbox (runtime/inbox.py), in the transaction of the effect. See docs/bus.md.
 """
@@ -16,17 +20,22 @@ Effects become exactly-once by the inbox (runtime/inbox.py), in the transaction 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import asyncpg
+import structlog
 
 from kernel.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
+if TYPE_CHECKING:
+    from runtime.bus.kafka import KafkaBus
+    from runtime.bus.valkey import ValkeyBus
+
 __all__ = [
     "DEAD_LETTER_SUFFIX",
-    "TOPIC_GROUPS",
+    "TOPICS",
     "Bus",
     "BusPolicy",
     "Message",
@@ -37,14 +46,10 @@ __all__ = [
 ]
 
 DEAD_LETTER_SUFFIX = ".dead-letter"
+_log = structlog.get_logger("runtime.bus")
 
-TOPIC_GROUPS: Mapping[str, tuple[str, ...]] = {
-    "payment.commands": ("executor",),
-    "executor.events": ("payment",),
-    "payment.events": ("wallet", "ledger"),
-    "wallet.events": ("payment",),
-}
-"""Who reads what. The groups are created with the topic, so that trimming waits for a reader that has not started yet."""
+TOPICS = ("payment.commands", "executor.events", "payment.events", "wallet.events")
+"""What is published. Groups are made by those who read in them, so that no group exists that nobody reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,11 @@ class BusPolicy:
     partition_count: int = 8
     """Partitions of a topic that does not exist yet: the most consumers of a group that work at the same time."""
     trim_interval_ms: int = 10_000
-    """How often a Valkey stream is trimmed of what every group has handled."""
+    """How often a Valkey stream is trimmed of what every group has handled, and how often the groups' lag is looked at."""
+    group_idle_max_s: int = 86_400
+    """A group without a living member holds back the trimming of a Valkey stream for this long; the feed has what it misses."""
+    stream_length_max: int = 1_000_000
+    """Messages that a Valkey stream keeps, about: the oldest go, read or not; the feed has them."""
 
     def __post_init__(self) -> None:
         if (
@@ -89,6 +98,8 @@ class BusPolicy:
                 self.in_flight_max,
                 self.partition_count,
                 self.trim_interval_ms,
+                self.group_idle_max_s,
+                self.stream_length_max,
             )
             < 1
         ):
@@ -116,10 +127,14 @@ class Bus(Protocol):
         handler: Callable[[Sequence[Message]], Awaitable[None]],
         *,
         batch_max: int = 64,
+        from_end: bool = False,
+        on_gap: Callable[[], None] | None = None,
     ) -> None:
         """Run until cancelled: batches in order, one at a time, acknowledged when the handler returns.
 
-        When the handler raises on a batch of more than one, each message is tried alone.
+        When the handler raises on a batch of more than one, each message is tried alone. With `from_end` a group that does not exist
+        yet begins behind what is there. `on_gap` is called, on the event loop and between other work, whenever messages may have been
+        lost: the connection was opened again, the topic or the group was gone, the broker's data changed. It must be quick.
         """
 
     async def consume_each(
@@ -129,8 +144,13 @@ class Bus(Protocol):
         handler: Callable[[Message], Awaitable[None]],
         *,
         concurrency: int = 32,
+        from_end: bool = False,
+        on_gap: Callable[[], None] | None = None,
     ) -> None:
-        """Run until cancelled: up to `concurrency` keys at the same time, each key in order, each message acknowledged alone."""
+        """Run until cancelled: up to `concurrency` keys at the same time, each key in order, each message acknowledged alone.
+
+        `from_end` and `on_gap` as for `consume`.
+        """
 
     async def close(self) -> None:
         """Close connections. Cancel the consumers first."""
@@ -183,15 +203,25 @@ async def open_bus(
     kafka_bootstrap: str = "",
     policy: BusPolicy | None = None,
     name: str = "ducat",
+    examine: bool = False,
 ) -> Bus:
-    """The bus of the settings: `backend` is "valkey" or "kafka"; `name` is the process, seen in the broker's lists of consumers."""
+    """The bus of the settings: `backend` is "valkey" or "kafka"; `name` is the process, seen in the broker's lists of consumers.
+
+    With `examine` the broker is asked for the settings on which its word depends; what they may cost is a warning in the log.
+    """
     policy = policy or BusPolicy()
+    bus: ValkeyBus | KafkaBus
     if backend == "valkey":
         from runtime.bus.valkey import ValkeyBus
 
-        return await ValkeyBus.open(redis_url, policy=policy, name=name)
-    if backend == "kafka":
+        bus = await ValkeyBus.open(redis_url, policy=policy, name=name)
+    elif backend == "kafka":
         from runtime.bus.kafka import KafkaBus
 
-        return await KafkaBus.open(kafka_bootstrap, policy=policy, name=name)
-    raise ValueError(f"bus: expected 'valkey' or 'kafka', got {backend!r}")
+        bus = await KafkaBus.open(kafka_bootstrap, policy=policy, name=name)
+    else:
+        raise ValueError(f"bus: expected 'valkey' or 'kafka', got {backend!r}")
+    if examine:
+        for sentence in await bus.weaknesses():
+            _log.warning("the bus may forget", backend=backend, detail=sentence)
+    return bus

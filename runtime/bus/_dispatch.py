@@ -8,6 +8,7 @@
 Rules:
 - A key has at most one queue, and while it has one, later messages of the key join its end: order is kept through failures.
 - Handlers run under `slots`: one slot for `consume` (one batch at a time), `concurrency` slots for `consume_each`. Waits hold no slot.
+- What cannot be decoded is buried without a try (`Delivery.refusal`). Nothing that a broker holds can end a consumer.
 - A partition that the broker takes away is revoked: what has not begun is forgotten (the next owner gets it), what runs may finish.
 """
 
@@ -36,6 +37,10 @@ _buried = counter("ducat_bus_dead_letters_total", "Messages moved to the dead-le
 _log = structlog.get_logger("runtime.bus")
 
 
+class Undecodable(Exception):
+    """What the broker holds is no message. Its text says what is wrong."""
+
+
 @dataclass(slots=True, eq=False)
 class Delivery:
     """A message and where it stands at the broker."""
@@ -50,6 +55,10 @@ class Delivery:
     """Tries that raised and count."""
     transient_failures: int = 0
     first_failed_ms: int = 0
+    refusal: str = ""
+    """Why it is no message (see _decode): it is buried without a try."""
+    raw: Any = None
+    """What the broker gave, in the engine's own form; kept only with a refusal."""
 
 
 class _Key:
@@ -124,6 +133,11 @@ class Dispatcher:
         self._review_wanting()
 
     @property
+    def has_crashed(self) -> bool:
+        """True when `run` ended by a bug: there is no use in fetching more."""
+        return self._crash is not None
+
+    @property
     def wants(self) -> bool:
         """True when more may be fetched. Batches are only fetched when the last is done, so that they grow under load."""
         if self.in_flight >= self._in_flight_max:
@@ -190,9 +204,10 @@ class Dispatcher:
         while self._ready and len(batch) < self._batch_max:
             delivery = self._ready.popleft()
             if (
-                delivery.partition,
-                delivery.message.key,
-            ) in self._keys or delivery.delivered_count > self._policy.delivery_count_max:
+                (delivery.partition, delivery.message.key) in self._keys
+                or delivery.delivered_count > self._policy.delivery_count_max
+                or delivery.refusal
+            ):
                 self._queue_alone(delivery)  # its key waits, or it may be what killed its consumers: never in company
             else:
                 batch.append(delivery)
@@ -274,6 +289,9 @@ class Dispatcher:
             self._review_wanting()
 
     async def _try(self, delivery: Delivery) -> Exception | None:
+        if delivery.refusal:
+            delivery.failures = self._policy.delivery_count_max
+            return Undecodable(delivery.refusal)
         crash_count_max = CRASH_FACTOR * self._policy.delivery_count_max
         if delivery.delivered_count > crash_count_max and not delivery.failures:
             delivery.failures = self._policy.delivery_count_max

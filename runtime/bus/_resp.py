@@ -32,13 +32,6 @@ Command = tuple[str | int | float | bytes | memoryview, ...]
 class ReplyError(Exception):
     """The server's error reply to a command, such as `BUSYGROUP …`."""
 
-    @property
-    def is_transient(self) -> bool:
-        """True when the same command may succeed later: the server loads its data, is out of memory or only reads."""
-        return str(self).startswith(
-            ("LOADING", "OOM", "BUSY ", "READONLY", "MISCONF", "TRYAGAIN", "MASTERDOWN", "NOREPLICAS", "EXECABORT")
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Address:

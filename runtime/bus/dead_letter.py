@@ -30,6 +30,9 @@ class DeadLetter:
     delivery_count: int
     first_failed_ms: int
     last_failed_ms: int
+    raw: bytes = b""
+    """What the broker held, in the engine's own form, where that was no message: `message` is only fit to be shown then, and a retry
+    publishes the raw form."""
 
 
 class DeadLetterStore(Protocol):

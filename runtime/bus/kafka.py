@@ -25,7 +25,9 @@ Kafka counts no deliveries: failures are counted in memory, and begin at zero in
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -42,10 +44,11 @@ from confluent_kafka import (
     Producer,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
-from kernel.errors import Unavailable
-from runtime.bus import DEAD_LETTER_SUFFIX, TOPIC_GROUPS, BusPolicy, Message, dead_letter_topic
+from kernel.errors import InvalidArgument, Unavailable
+from runtime.bus import DEAD_LETTER_SUFFIX, TOPICS, BusPolicy, Message, dead_letter_topic
+from runtime.bus._decode import decode, number
 from runtime.bus._dispatch import Delivery, Dispatcher
 from runtime.bus.dead_letter import LIST_MAX, DeadLetter
 
@@ -69,9 +72,10 @@ RETENTION_MS = 14 * 86_400_000
 ADMIN_TIMEOUT_S = 15.0
 PRODUCE_QUEUE_WAIT_S = 0.01
 COMPLAIN_INTERVAL_S = 10.0
+TRIES_MAX = 1_000_000
 BACKOFF_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.0)
 
-_HEADER_ID, _HEADER_TRACE = "message-id", "traceparent"
+_HEADER_ID, _HEADER_TRACE, _HEADER_POSITION = "message-id", "traceparent", "position"
 _log = structlog.get_logger("runtime.bus.kafka")
 _library_log = logging.getLogger("runtime.bus.kafka.librdkafka")
 
@@ -93,9 +97,9 @@ class KafkaBus:
             "reconnect.backoff.ms": 50,
             "reconnect.backoff.max.ms": 2_000,
             "allow.auto.create.topics": False,
-            "log_level": 2,  # the library says "connection refused" dozens of times a second; _complain says it now and then
+            "log_level": 2,  # the library says "connection refused" dozens of times a second; complain says it now and then
             "logger": _library_log,
-            "error_cb": self._complain,
+            "error_cb": self.complain,
             **(options or {}),
         }
         self._loop = asyncio.get_running_loop()
@@ -120,7 +124,7 @@ class KafkaBus:
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                await bus.ensure_topics(TOPIC_GROUPS)
+                await bus.ensure_topics(TOPICS)
                 return bus
             except Unavailable:
                 if time.monotonic() > deadline:
@@ -134,7 +138,11 @@ class KafkaBus:
         topics = {message.topic for message in messages}
         if not topics <= self._topics:
             await self.ensure_topics(topics)
-        await self._producer.send([_record_of(message) for message in messages])
+        try:
+            await self._producer.send([_record_of(message) for message in messages])
+        except Unavailable:
+            self._topics -= topics  # one of them may have been deleted: the next publish makes it again
+            raise
 
     async def consume(
         self,
@@ -143,10 +151,14 @@ class KafkaBus:
         handler: Callable[[Sequence[Message]], Awaitable[None]],
         *,
         batch_max: int = 64,
+        from_end: bool = False,
+        on_gap: Callable[[], None] | None = None,
     ) -> None:
         """See Bus."""
-        await self.ensure_topics([topic])
-        await _Consumer(self, topic, group, handler, batch_max=batch_max, concurrency=1).run()
+        consumer = _Consumer(
+            self, topic, group, handler, batch_max=batch_max, concurrency=1, from_end=from_end, on_gap=on_gap
+        )
+        await consumer.run()
 
     async def consume_each(
         self,
@@ -155,18 +167,45 @@ class KafkaBus:
         handler: Callable[[Message], Awaitable[None]],
         *,
         concurrency: int = 32,
+        from_end: bool = False,
+        on_gap: Callable[[], None] | None = None,
     ) -> None:
         """See Bus."""
 
         async def handle(messages: Sequence[Message]) -> None:
             await handler(messages[0])
 
-        await self.ensure_topics([topic])
-        await _Consumer(self, topic, group, handle, batch_max=1, concurrency=concurrency).run()
+        consumer = _Consumer(
+            self, topic, group, handle, batch_max=1, concurrency=concurrency, from_end=from_end, on_gap=on_gap
+        )
+        await consumer.run()
 
     async def close(self) -> None:
         """Send what is queued, then end the poll thread."""
         await asyncio.to_thread(self._producer.close)
+
+    async def weaknesses(self) -> list[str]:
+        """What the brokers' settings may cost, one sentence each. Raises Unavailable."""
+        metadata = await self.metadata()
+        broker_count = len(metadata.brokers)
+        resources = [ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in TOPICS]
+        admin = self._admin()
+        found: list[str] = []
+        for resource, future in admin.describe_configs(resources, request_timeout=ADMIN_TIMEOUT_S).items():
+            try:
+                insync_min = (await asyncio.wrap_future(future))["min.insync.replicas"].value
+            except KafkaException as error:
+                return [f"the topics' settings are unknown: {error.args[0].str()}"]
+            partitions = metadata.topics[resource.name].partitions if resource.name in metadata.topics else {}
+            replicas = min((len(partition.replicas) for partition in partitions.values()), default=0)
+            if replicas == 1 or number(insync_min) < 2:
+                found.append(resource.name)
+        if not found:
+            return []
+        return [
+            f"{', '.join(found)}: one broker alone may have acknowledged a message ({broker_count} brokers; a replication factor of 3"
+            " with min.insync.replicas=2 is right). If its disk is lost, messages are: the feed brings them back, seconds late"
+        ]
 
     # --- topics
 
@@ -198,6 +237,10 @@ class KafkaBus:
                     await self._check_refusal(topic, error)
                 self._topics.add(topic)
 
+    def forget_topic(self, topic: str) -> None:
+        """Make sure at its next use that it exists: it was deleted."""
+        self._topics.discard(topic)
+
     def _new_topic(self, topic: str) -> Any:
         if topic.endswith(DEAD_LETTER_SUFFIX):
             return NewTopic(topic, num_partitions=1, replication_factor=-1, config={"cleanup.policy": "compact"})
@@ -215,7 +258,7 @@ class KafkaBus:
             raise Unavailable(f"topic {topic} does not exist and may not be made: {text}") from error
         raise Unavailable(f"topic {topic} cannot be made now: {text}") from error
 
-    def _complain(self, error: KafkaError) -> None:
+    def complain(self, error: KafkaError) -> None:
         """Called in the library's threads."""
         now = time.monotonic()
         if error.fatal() or now >= self._complain_at:
@@ -241,7 +284,8 @@ class KafkaBus:
 
     async def republish_dead_letter(self, letter: DeadLetter) -> None:
         """See DeadLetterStore."""
-        await self.publish([letter.message])
+        await self.ensure_topics([letter.message.topic])
+        await self._producer.send([_raw_record_of(letter) if letter.raw else _record_of(letter.message)])
         await self._producer.send([(dead_letter_topic(letter.message.topic), letter.id.encode(), None, [])])
 
     async def bury(self, group: str, delivery: Delivery, error: str) -> None:
@@ -250,12 +294,12 @@ class KafkaBus:
         topic = dead_letter_topic(message.topic)
         await self.ensure_topics([topic])
         now_ms = _now_ms()
-        headers = [
+        headers: Headers = [
+            *((("raw", delivery.raw),) if delivery.raw else ()),
+            *_headers_of(message),
             ("key", message.key.encode()),
-            (_HEADER_ID, message.message_id.encode()),
-            (_HEADER_TRACE, message.traceparent.encode()),
             ("group", group.encode()),
-            ("error", error[:4_000].encode()),
+            ("error", error[:4_000].encode(errors="backslashreplace")),
             ("deliveries", str(delivery.failures).encode()),
             ("first-failed-ms", str(delivery.first_failed_ms or now_ms).encode()),
             ("last-failed-ms", str(now_ms).encode()),
@@ -279,7 +323,7 @@ class KafkaBus:
                     if time.monotonic() > deadline:
                         raise Unavailable(f"topic {name} cannot be read to its end within {ADMIN_TIMEOUT_S:g} s")
                     continue
-                identity = (record.key() or b"").decode()
+                identity = (record.key() or b"").decode(errors="replace")
                 letters.pop(identity, None)
                 if record.value() is not None:
                     letters[identity] = _letter_of(topic, identity, record)
@@ -290,7 +334,8 @@ class KafkaBus:
             consumer.close()
 
 
-Record = tuple[str, bytes, bytes | None, list[tuple[str, bytes]]]
+Headers = list[tuple[str, bytes | None]]
+Record = tuple[str, bytes | None, bytes | None, Headers]
 """Topic, key, value, headers."""
 
 
@@ -392,12 +437,14 @@ class _ThreadedProducer:
 class _Track:
     """A partition's offsets: delivered in order, done in any order, committed up to the first that is not done."""
 
-    __slots__ = ("committed", "delivered", "done")
+    __slots__ = ("committed", "delivered", "done", "expected")
 
     def __init__(self) -> None:
         self.delivered: deque[int] = deque()
         self.done: set[int] = set()
         self.committed = -1
+        self.expected = -1
+        """The offset that comes next; -1 before the first one."""
 
     def advance(self) -> int | None:
         """The next offset to read after a crash, when it has moved since the last call."""
@@ -423,8 +470,16 @@ class _Consumer:
         *,
         batch_max: int,
         concurrency: int,
+        from_end: bool,
+        on_gap: Callable[[], None] | None,
     ) -> None:
         self._bus = bus
+        self._from_end = from_end
+        self._on_gap = on_gap
+        self._assignments = 0
+        self._was_down = False
+        self._making: concurrent.futures.Future[None] | None = None
+        """The topic, after it was deleted."""
         self._topic = topic
         self._group = group
         self._fetch_count = batch_max if concurrency == 1 else max(64, 2 * concurrency)
@@ -450,6 +505,7 @@ class _Consumer:
         )
 
     async def run(self) -> None:
+        await self._make_topic()
         ended: asyncio.Future[None] = self._loop.create_future()
         thread = threading.Thread(
             target=self._run_thread, args=(ended,), name=f"bus-{self._topic}-{self._group}", daemon=True
@@ -467,10 +523,29 @@ class _Consumer:
             self._may_fetch.set()
             dispatching.cancel()
             signalling.cancel()
+            if self._making is not None:
+                self._making.cancel()
             await asyncio.gather(dispatching, signalling, return_exceptions=True)
             await asyncio.shield(asyncio.wait({ended}))
 
     # --- on the loop
+
+    async def _make_topic(self) -> None:
+        """Return when the topic exists."""
+        for tries in range(TRIES_MAX):
+            try:
+                await self._bus.ensure_topics([self._topic])
+                return
+            except Unavailable as error:
+                delay = BACKOFF_S[min(tries, len(BACKOFF_S) - 1)]
+                _log.warning("a consumer waits for its topic", topic=self._topic, error=str(error), delay_s=delay)
+                await asyncio.sleep(delay)
+
+    def _tell_gap(self, reason: str) -> None:
+        """Messages may have been lost: the caller looks into the feed."""
+        _log.info("there may be a gap", topic=self._topic, group=self._group, reason=reason)
+        if self._on_gap is not None:
+            self._on_gap()
 
     async def _signal_wants(self) -> None:
         """Let the thread fetch whenever the dispatcher wants more than it was offered so far."""
@@ -490,8 +565,11 @@ class _Consumer:
             if track is None:
                 continue
             offset = record.offset()
+            if track.expected not in (offset, -1):
+                self._tell_gap(f"partition {record.partition()} goes on at offset {offset}, not at {track.expected}")
+            track.expected = offset + 1
             track.delivered.append(offset)
-            deliveries.append(Delivery(_message_of(record), record.partition(), offset))
+            deliveries.append(_delivery_of(record))
         self._dispatcher.offer(deliveries)
         self._offered.set()
 
@@ -512,6 +590,9 @@ class _Consumer:
     async def _assign(self, partitions: Sequence[int]) -> None:
         for partition in partitions:
             self._tracks[partition] = _Track()
+        self._assignments += 1
+        if self._assignments > 1 and partitions:
+            self._tell_gap("partitions were assigned again")
 
     async def _revoke(self, partitions: Sequence[int]) -> list[Any]:
         """Finish or forget what these partitions have under way; what is to be committed of them, all of it, once more."""
@@ -537,13 +618,18 @@ class _Consumer:
             begun = time.monotonic()
             try:
                 self._poll_until_stopped()
-            except KafkaException as error:
+            except Exception as error:
                 if time.monotonic() - begun > 10 * BACKOFF_S[-1]:
                     tries = 0
                 delay = BACKOFF_S[min(tries, len(BACKOFF_S) - 1)]
                 tries += 1
                 _log.warning(
-                    "consumer starts again", topic=self._topic, group=self._group, error=str(error), delay_s=delay
+                    "consumer starts again",
+                    topic=self._topic,
+                    group=self._group,
+                    error=str(error),
+                    delay_s=delay,
+                    exc_info=None if isinstance(error, KafkaException) else error,
                 )
                 time.sleep(delay)
             except BaseException as error:
@@ -569,6 +655,7 @@ class _Consumer:
                 "fetch.min.bytes": 1,
                 "fetch.wait.max.ms": 500,
                 "topic.metadata.refresh.interval.ms": 60_000,
+                "error_cb": self._on_error,
             }
         )
         try:
@@ -594,7 +681,7 @@ class _Consumer:
         records = [record]
         while len(records) < self._fetch_count and (record := consumer.poll(0)) is not None:
             records.append(record)
-        good = [record for record in records if not _failed(record)]
+        good = [record for record in records if not self._failed(record)]
         if good and not self._stopping:
             self._may_fetch.clear()
             self._loop.call_soon_threadsafe(self._offer, good)
@@ -607,7 +694,7 @@ class _Consumer:
             while not self._may_fetch.wait(0):
                 self._commit(consumer)
                 record = consumer.poll(POLL_S)
-                if record is not None and not _failed(record):  # of a partition that was assigned meanwhile
+                if record is not None and not self._failed(record):  # of a partition that was assigned meanwhile
                     self._loop.call_soon_threadsafe(self._offer, [record])
                     paused = consumer.assignment()
                     consumer.pause(paused)
@@ -628,8 +715,59 @@ class _Consumer:
                 asynchronous=True,
             )
 
-    def _on_assign(self, _consumer: Any, partitions: Sequence[Any]) -> None:
+    def _on_error(self, error: KafkaError) -> None:
+        """What the library says beside the records."""
+        self._bus.complain(error)
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self._was_down = True
+
+    def _failed(self, record: Any) -> bool:
+        """Whether it is an error instead of a record. Raises KafkaException for one that only a new consumer gets over."""
+        error = record.error()
+        if error is None:
+            if self._was_down:
+                self._was_down = False
+                self._tell_gap_from_thread("all brokers were down")
+            return False
+        if error.fatal():
+            raise KafkaException(error)
+        if error.code() == KafkaError._PARTITION_EOF:
+            return True
+        _log.warning("Kafka reports an error", topic=self._topic, group=self._group, error=error.str())
+        if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION):
+            self._tell_gap_from_thread("the topic was gone")
+            if self._making is None or self._making.done():
+                self._bus.forget_topic(self._topic)
+                self._making = asyncio.run_coroutine_threadsafe(self._make_topic(), self._loop)
+            raise KafkaException(error)
+        if error.code() in (KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET):
+            self._tell_gap_from_thread("the offset was out of range")
+        return True
+
+    def _tell_gap_from_thread(self, reason: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            self._loop.call_soon_threadsafe(self._tell_gap, reason)
+
+    def _on_assign(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        if self._from_end and partitions:
+            self._begin_at_end(consumer, partitions)
         self._on_loop(self._assign([partition.partition for partition in partitions]))
+
+    def _begin_at_end(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        """Where the group has no offset yet, commit the end, so that the group exists from here on."""
+        try:
+            known = consumer.committed(
+                [TopicPartition(self._topic, partition.partition) for partition in partitions], timeout=ADMIN_TIMEOUT_S
+            )
+            fresh = [TopicPartition(self._topic, partition.partition) for partition in known if partition.offset < 0]
+            for partition in fresh:
+                _, partition.offset = consumer.get_watermark_offsets(partition, timeout=ADMIN_TIMEOUT_S)
+            if fresh:
+                consumer.commit(offsets=fresh, asynchronous=False)
+        except KafkaException as error:  # then from the beginning: more, not less
+            _log.warning(
+                "a new group begins with the oldest message", topic=self._topic, group=self._group, error=str(error)
+            )
 
     def _on_revoke(self, consumer: Any, partitions: Sequence[Any]) -> None:
         offsets = self._on_loop(self._revoke([partition.partition for partition in partitions]))
@@ -640,6 +778,7 @@ class _Consumer:
 
     def _on_lost(self, consumer: Any, partitions: Sequence[Any]) -> None:
         _log.warning("partitions were lost", topic=self._topic, group=self._group, count=len(partitions))
+        self._tell_gap_from_thread("partitions were lost")
         self._on_loop(self._revoke([partition.partition for partition in partitions]))
         self._unpause(consumer, partitions)
 
@@ -656,17 +795,6 @@ class _Consumer:
             return None
 
 
-def _failed(record: Any) -> bool:
-    error = record.error()
-    if error is None:
-        return False
-    if error.fatal():
-        raise KafkaException(error)
-    if error.code() != KafkaError._PARTITION_EOF:
-        _log.warning("Kafka reports an error", error=error.str())
-    return True
-
-
 def _resolve(future: asyncio.Future[None], failure: BaseException | None) -> None:
     if future.done():
         return
@@ -676,35 +804,65 @@ def _resolve(future: asyncio.Future[None], failure: BaseException | None) -> Non
         future.set_exception(failure)
 
 
-def _record_of(message: Message) -> Record:
-    headers = [(_HEADER_ID, message.message_id.encode())]
+def _headers_of(message: Message) -> Headers:
+    headers: Headers = [(_HEADER_ID, message.message_id.encode())]
     if message.traceparent:
         headers.append((_HEADER_TRACE, message.traceparent.encode()))
-    return message.topic, message.key.encode(), message.payload, headers
+    if message.position > 0:
+        headers.append((_HEADER_POSITION, b"%d" % message.position))
+    return headers
 
 
-def _message_of(record: Any) -> Message:
-    headers = dict(record.headers() or ())
-    return Message(
-        record.topic(),
-        (record.key() or b"").decode(errors="replace"),
-        (headers.get(_HEADER_ID) or b"").decode(errors="replace"),
-        record.value() or b"",
-        (headers.get(_HEADER_TRACE) or b"").decode(errors="replace"),
-    )
+def _record_of(message: Message) -> Record:
+    return message.topic, message.key.encode(), message.payload, _headers_of(message)
+
+
+def _delivery_of(record: Any) -> Delivery:
+    """The message in a record. Never raises: anybody may write into a topic."""
+    key, value = record.key(), record.value()
+    headers: list[tuple[str, bytes | None]] = []
+    with contextlib.suppress(Exception):  # names that are no UTF-8
+        headers = record.headers() or []
+    get = dict(headers).get
+    message, refusal = decode(record.topic(), key, get(_HEADER_ID), value, get(_HEADER_TRACE), get(_HEADER_POSITION))
+    delivery = Delivery(message, record.partition(), record.offset())
+    if refusal:
+        delivery.refusal, delivery.raw = refusal, _pack(key, value, headers)
+    return delivery
+
+
+def _pack(key: bytes | None, value: bytes | None, headers: Headers) -> bytes:
+    """A record as it came but for its value, which the dead letter has as its own; only that there was none is noted."""
+    hexed = [[name, None if text is None else text.hex()] for name, text in headers]
+    return json.dumps([None if key is None else key.hex(), value is None, hexed]).encode()
+
+
+def _raw_record_of(letter: DeadLetter) -> Record:
+    """What `_pack` kept. Raises InvalidArgument where somebody else wrote it."""
+    try:
+        key, is_null, hexed = json.loads(letter.raw)
+        headers: Headers = [(str(name), None if text is None else bytes.fromhex(text)) for name, text in hexed]
+        raw_key = None if key is None else bytes.fromhex(key)
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(f"dead letter {letter.id}: its raw form cannot be read: {error}") from error
+    return letter.message.topic, raw_key, None if is_null else letter.message.payload, headers
 
 
 def _letter_of(topic: str, identity: str, record: Any) -> DeadLetter:
-    headers = {name: value.decode(errors="replace") for name, value in record.headers() or ()}
-    message = Message(topic, headers["key"], headers[_HEADER_ID], record.value(), headers.get(_HEADER_TRACE, ""))
+    headers: Headers = []
+    with contextlib.suppress(Exception):  # names that are no UTF-8
+        headers = record.headers() or []
+    get = dict(headers).get
+    message, _ = decode(topic, get("key"), get(_HEADER_ID), record.value(), get(_HEADER_TRACE), get(_HEADER_POSITION))
     return DeadLetter(
         id=identity,
         message=message,
-        group=headers["group"],
-        error=headers["error"],
-        delivery_count=int(headers["deliveries"]),
-        first_failed_ms=int(headers["first-failed-ms"]),
-        last_failed_ms=int(headers["last-failed-ms"]),
+        group=(get("group") or b"").decode(errors="replace"),
+        error=(get("error") or b"").decode(errors="replace"),
+        delivery_count=number(get("deliveries")),
+        first_failed_ms=number(get("first-failed-ms")),
+        last_failed_ms=number(get("last-failed-ms")),
+        raw=get("raw") or b"",
     )
 
 

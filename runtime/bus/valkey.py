@@ -1,7 +1,7 @@
 """The bus on Valkey (or Redis 6.2 and later) Streams.
 
     bus:{payment.events}:0 … :7                 one stream a partition; a message goes to crc32(key) mod 8
-        entry  k key · i message id · p payload · t traceparent (left out when empty)
+        entry  k key · i message id · p payload · t traceparent (left out when empty) · n position in the feed (when > 0)
     bus:{payment.events}:partitions             how many, decided once
     bus:{payment.events}:<group>:leases         partition → member that reads it; c:<member> → its connection's id
     bus:{payment.events}:<group>:members        member → when its membership ends (server time, ms)
@@ -18,8 +18,12 @@ not wait for its handlers.
 Rejected: XAUTOCLAIM by idle time between equal consumers. It steals from a slow handler unless each message is refreshed on its own, waits
 `claim_idle_ms` after each restart, and breaks the order of keys with more than one consumer.
 
-Trimming (XTRIM MINID) follows the slowest group: up to its oldest unacknowledged entry, or what it was delivered last. Groups of
-`TOPIC_GROUPS` are created with the topic, so that a reader that has not started yet counts too.
+Trimming (XTRIM MINID) follows the slowest group: up to its oldest unacknowledged entry, or what it was delivered last. A group that has had
+no living member for `group_idle_max_s` no longer counts, and no stream keeps more than about `stream_length_max` entries: the feed of the
+publisher has them. Groups are made by their readers. One that has to be made again in the life of its reader begins where that was.
+
+The server may lose its data, or parts of it, at any time, and anybody may write into it: a reader that meets an answer that it did not
+expect begins again with a new connection, and tells its caller that there may be a gap (`on_gap`).
 
 Needs `appendonly yes` and `appendfsync always` to keep its word through a power cut; not made for Valkey Cluster.
 """
@@ -28,6 +32,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -37,13 +42,16 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
+import hiredis
 import structlog
 
 from kernel.errors import Unavailable
-from runtime.bus import TOPIC_GROUPS, BusPolicy, Message
+from runtime.bus import BusPolicy, Message
+from runtime.bus._decode import decode, number
 from runtime.bus._dispatch import Delivery, Dispatcher
 from runtime.bus._resp import Address, Command, Link, ReplyError, RespConnection, open_connection, parse_url
 from runtime.bus.dead_letter import LIST_MAX, DeadLetter
+from runtime.bus.groups import Group, LagReport
 
 __all__ = ["ValkeyBus"]
 
@@ -52,6 +60,9 @@ GONE_GRACE_S = 0.5
 ACK_DELAY_S = 0.02
 """Acknowledgements that come within this time share a command, and so one fsync. A crash in between only redelivers."""
 CLAIM_BATCH = 256
+CAP_EVERY = 1_000
+"""Messages after which a publisher cuts its streams to their length: while nobody reads, nobody else does."""
+PARTITION_COUNT_MAX = 4_096
 LEAVE_TIMEOUT_S = 1.0
 BACKOFF_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.0)
 
@@ -66,8 +77,9 @@ local function forget(member)
 end
 for i = 5, #ARGV do forget(ARGV[i]) end
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', members, '-inf', now)) do forget(member) end
-redis.call('ZADD', members, now + ttl_ms, me)
+local is_new = redis.call('ZADD', members, now + ttl_ms, me)
 if redis.call('HGET', leases, 'c:' .. me) ~= client then redis.call('HSET', leases, 'c:' .. me, client) end
+redis.call('HSET', leases, 'seen', now)
 local living, others, count = {}, {}, 0
 for _, member in ipairs(redis.call('ZRANGE', members, 0, -1)) do
   living[member] = true
@@ -90,7 +102,7 @@ for _, partition in ipairs(free) do
     mine[#mine + 1] = partition
   end
 end
-return {share, mine, others}
+return {share, mine, others, is_new}
 """
 
 _RELEASE = """
@@ -106,6 +118,22 @@ for i = 2, #ARGV do
   if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[1] then redis.call('HDEL', KEYS[1], ARGV[i]) end
 end
 """
+
+_BROUGHT_BACK = "the feed brings it back, some seconds late"
+_COSTS = {
+    "appendonly": ("yes", f"a restart of the server forgets what is under way: {_BROUGHT_BACK}"),
+    "appendfsync": (
+        "always",
+        f"a power cut takes about the last second of messages, although acknowledged: {_BROUGHT_BACK}",
+    ),
+    "maxmemory-policy": (
+        "noeviction",
+        f"a server short of memory throws streams, groups and leases away: {_BROUGHT_BACK}",
+    ),
+}
+"""Setting: what it should be, and what it costs where it is not."""
+
+_IDENTITY = (b"run_id:", b"master_replid:")
 
 # Consumers of the group that hold nothing any more, in one step with the look: deleting one that holds something would lose it.
 _SWEEP = """
@@ -129,15 +157,14 @@ class _Topic:
 class ValkeyBus:
     """A Bus and a DeadLetterStore. One shared connection for commands, and one more for each consumer that waits."""
 
-    def __init__(
-        self, address: Address, *, policy: BusPolicy, name: str, groups: Mapping[str, tuple[str, ...]] = TOPIC_GROUPS
-    ) -> None:
+    def __init__(self, address: Address, *, policy: BusPolicy, name: str) -> None:
         self.address = address
         self.policy = policy
         self.name = name
         self.link = Link(address, name)
-        self._groups = groups
         self._topics: dict[str, _Topic] = {}
+        self._uncapped = 0
+        """Messages published since the streams were last cut to their length."""
 
     @classmethod
     async def open(
@@ -146,11 +173,10 @@ class ValkeyBus:
         *,
         policy: BusPolicy | None = None,
         name: str = "ducat",
-        groups: Mapping[str, tuple[str, ...]] = TOPIC_GROUPS,
         wait_s: float = 60.0,
     ) -> ValkeyBus:
         """Wait with backoff up to `wait_s` for the server, then raise Unavailable."""
-        bus = cls(parse_url(url), policy=policy or BusPolicy(), name=name, groups=groups)
+        bus = cls(parse_url(url), policy=policy or BusPolicy(), name=name)
         deadline = time.monotonic() + wait_s
         for tries in range(1_000_000):
             try:
@@ -182,6 +208,11 @@ class ValkeyBus:
                 f"the bus lost its connection while publishing {len(adds)} messages; publish again ({error})"
             ) from error
         _check(answers, f"publishing {len(adds)} messages to {messages[0].topic}")
+        self._uncapped += len(adds)
+        if self._uncapped >= CAP_EVERY:
+            self._uncapped = 0
+            with contextlib.suppress(Unavailable, ConnectionError):  # the next thousand asks again
+                await self.link.call([self.cap(stream) for topic in self._topics.values() for stream in topic.streams])
 
     async def consume(
         self,
@@ -190,9 +221,14 @@ class ValkeyBus:
         handler: Callable[[Sequence[Message]], Awaitable[None]],
         *,
         batch_max: int = 64,
+        from_end: bool = False,
+        on_gap: Callable[[], None] | None = None,
     ) -> None:
         """See Bus."""
-        await _Consumer(self, topic, group, handler, batch_max=batch_max, concurrency=1).run()
+        consumer = _Consumer(
+            self, topic, group, handler, batch_max=batch_max, concurrency=1, from_end=from_end, on_gap=on_gap
+        )
+        await consumer.run()
 
     async def consume_each(
         self,
@@ -201,17 +237,40 @@ class ValkeyBus:
         handler: Callable[[Message], Awaitable[None]],
         *,
         concurrency: int = 32,
+        from_end: bool = False,
+        on_gap: Callable[[], None] | None = None,
     ) -> None:
         """See Bus."""
 
         async def handle(messages: Sequence[Message]) -> None:
             await handler(messages[0])
 
-        await _Consumer(self, topic, group, handle, batch_max=1, concurrency=concurrency).run()
+        consumer = _Consumer(
+            self, topic, group, handle, batch_max=1, concurrency=concurrency, from_end=from_end, on_gap=on_gap
+        )
+        await consumer.run()
 
     async def close(self) -> None:
         """Close the shared connection."""
         self.link.close()
+
+    async def weaknesses(self) -> list[str]:
+        """What the server's settings may cost, one sentence each. Raises Unavailable."""
+        try:
+            replies = await self.link.call([("CONFIG", "GET", name) for name in _COSTS])
+        except ConnectionError as error:
+            raise Unavailable(
+                f"the bus lost its connection while looking at the server's settings ({error})"
+            ) from error
+        found: list[str] = []
+        for name, reply in zip(_COSTS, replies, strict=True):
+            good, cost = _COSTS[name]
+            value = _setting_of(reply)
+            if value is None:
+                found.append(f"{name} is unknown, the server does not tell; wanted: {good}. Otherwise {cost}")
+            elif value != good:
+                found.append(f"{name} is {value}, wanted: {good}. {cost[0].upper()}{cost[1:]}")
+        return found
 
     # --- topics
 
@@ -223,38 +282,65 @@ class ValkeyBus:
         count_key = f"bus:{{{name}}}:partitions"
         try:
             replies = await self.link.call([("SET", count_key, self.policy.partition_count, "NX"), ("GET", count_key)])
-            _check(replies, f"looking up topic {name}")
-            made = _Topic(name, tuple(f"bus:{{{name}}}:{partition}" for partition in range(int(replies[1]))))
-            groups = self._groups.get(name, ())
-            if groups:
-                commands = [_create_group(stream, group) for group in groups for stream in made.streams]
-                _check(await self.link.call(commands), f"creating the groups of topic {name}", "BUSYGROUP")
         except ConnectionError as error:
             raise Unavailable(f"the bus lost its connection while looking up topic {name} ({error})") from error
+        _check(replies, f"looking up topic {name}")
+        count = number(replies[1])
+        if not 1 <= count <= PARTITION_COUNT_MAX:
+            raise Unavailable(
+                f"Valkey's key {count_key}: expected the number of partitions of topic {name}, 1 to {PARTITION_COUNT_MAX}, got"
+                f" {replies[1]!r}; set it to what it was (8 unless it was changed), as many as there are streams bus:{{{name}}}:N"
+            )
+        made = _Topic(name, tuple(f"bus:{{{name}}}:{partition}" for partition in range(count)))
         self._topics[name] = made
         return made
-
-    def groups_of(self, name: str) -> tuple[str, ...]:
-        """The groups that a topic must have before it may be trimmed."""
-        return self._groups.get(name, ())
 
     def forget_topic(self, name: str) -> None:
         """Look it up again at its next use: the server lost its data."""
         self._topics.pop(name, None)
 
+    def cap(self, stream: str) -> Command:
+        """The command that cuts a stream to its length."""
+        return ("XTRIM", stream, "MAXLEN", "~", self.policy.stream_length_max)
+
+    # --- groups
+
+    async def groups(self, topic: str = "") -> list[Group]:
+        """See GroupStore."""
+        names = [topic] if topic else await self._names_of("partitions")
+        found: list[Group] = []
+        for name in names:
+            made = await self.topic(name)
+            found += (await _look(self.link.call, made, range(len(made.streams)))).groups()
+        return found
+
+    async def remove_group(self, topic: str, group: str) -> None:
+        """See GroupStore."""
+        name = group.encode(errors="surrogateescape")
+        prefix = f"bus:{{{topic}}}:".encode() + name
+        commands: list[Command] = [("XGROUP", "DESTROY", stream, name) for stream in (await self.topic(topic)).streams]
+        commands.append(("DEL", prefix + b":leases", prefix + b":members"))
+        _check(
+            await self.link.call(commands), f"removing group {group} of {topic}", "ERR The XGROUP", "ERR no such key"
+        )
+
+    async def _names_of(self, kind: str) -> list[str]:
+        """The topics that have a key of this kind, sorted."""
+        found: set[str] = set()
+        cursor = b"0"
+        while True:
+            (reply,) = await self.link.call([("SCAN", cursor, "MATCH", f"bus:{{*}}:{kind}", "COUNT", 1000)])
+            _check([reply], "looking for topics")
+            cursor, keys = reply
+            found.update(key.decode(errors="replace").removeprefix("bus:{").removesuffix(f"}}:{kind}") for key in keys)
+            if cursor == b"0":
+                return sorted(found)
+
     # --- dead letters
 
     async def dead_letter_topics(self) -> list[str]:
         """See DeadLetterStore."""
-        found: set[str] = set()
-        cursor = b"0"
-        while True:
-            (reply,) = await self.link.call([("SCAN", cursor, "MATCH", "bus:{*}:dead-letter", "COUNT", 1000)])
-            _check([reply], "looking for dead letters")
-            cursor, keys = reply
-            found.update(key.decode().removeprefix("bus:{").removesuffix("}:dead-letter") for key in keys)
-            if cursor == b"0":
-                return sorted(found)
+        return await self._names_of("dead-letter")
 
     async def dead_letters(self, topic: str, *, limit: int = LIST_MAX) -> list[DeadLetter]:
         """See DeadLetterStore."""
@@ -271,32 +357,43 @@ class ValkeyBus:
         return letters
 
     async def republish_dead_letter(self, letter: DeadLetter) -> None:
-        """See DeadLetterStore; both steps in one transaction here."""
+        """See DeadLetterStore."""
         message = letter.message
         topic = await self.topic(message.topic)
-        commands: list[Command] = [
-            ("MULTI",),
-            ("XADD", topic.stream_of(message.key), "*", *_fields(message)),
-            ("XDEL", _dead_letter_stream(message.topic), letter.id),
-            ("EXEC",),
-        ]
-        _check((await self.link.call(commands))[-1:], f"retrying dead letter {letter.id} of {message.topic}")
+        doing = f"retrying dead letter {letter.id} of {message.topic}"
+        raw = _unpack(letter.raw)
+        if raw:
+            key = dict(zip(raw[0::2], raw[1::2], strict=False)).get(b"k", b"")
+            add: Command = ("XADD", topic.streams[crc32(key) % len(topic.streams)], "*", *raw)
+        else:
+            add = ("XADD", topic.stream_of(message.key), "*", *_fields(message))
+        _check(await self.link.call([add]), doing)
+        _check(await self.link.call([("XDEL", _dead_letter_stream(message.topic), letter.id)]), doing)
 
     async def bury(self, topic: _Topic, group: str, delivery: Delivery, error: str) -> None:
-        """Move a message to the dead letters and acknowledge it, in one transaction."""
+        """Move a message to the dead letters, then acknowledge it. Not in one transaction: that would acknowledge also where the first
+        step is refused."""
         now_ms = _now_ms()
-        fields = (
-            *_fields(delivery.message),
-            *("group", group, "error", error[:4_000], "deliveries", delivery.failures),
+        message = delivery.message
+        fields: Command = (
+            *(
+                ("k", message.key, "i", message.message_id, "raw", _pack(delivery.raw))
+                if delivery.raw
+                else _fields(message)
+            ),
+            *(
+                "group",
+                group,
+                "error",
+                error[:4_000].encode(errors="backslashreplace"),
+                "deliveries",
+                delivery.failures,
+            ),
             *("first_ms", delivery.first_failed_ms or now_ms, "last_ms", now_ms),
         )
-        commands: list[Command] = [
-            ("MULTI",),
-            ("XADD", _dead_letter_stream(topic.name), "*", *fields),
-            ("XACK", topic.streams[delivery.partition], group, delivery.position),
-            ("EXEC",),
-        ]
-        _check((await self.link.call(commands))[-1:], f"burying message {delivery.message.message_id} of {topic.name}")
+        doing = f"burying message {message.message_id} of {topic.name}"
+        _check(await self.link.call([("XADD", _dead_letter_stream(topic.name), "*", *fields)]), doing)
+        _check(await self.link.call([("XACK", topic.streams[delivery.partition], group, delivery.position)]), doing)
 
 
 class _Consumer:
@@ -311,8 +408,12 @@ class _Consumer:
         *,
         batch_max: int,
         concurrency: int,
+        from_end: bool,
+        on_gap: Callable[[], None] | None,
     ) -> None:
         self._bus = bus
+        self._from_end = from_end
+        self._on_gap = on_gap
         self._topic_name = topic
         self._topic = _Topic(topic, ())
         self._group = group
@@ -321,6 +422,10 @@ class _Consumer:
         self._members = f"bus:{{{topic}}}:{group}:members"
         self._beat_interval_s = bus.policy.claim_idle_ms / 3000
         self._read_count = batch_max if concurrency == 1 else max(64, 2 * concurrency)
+        self._last: dict[int, bytes] = {}
+        """The last entry of each partition that was delivered here: where its group begins if it must be made again."""
+        self._server = b""
+        """Which server, with which data, as it says itself."""
         self._owned: set[int] = set()
         """Partitions that are read. A partition that is being let go is in `_draining` instead."""
         self._draining: dict[int, asyncio.Task[None]] = {}
@@ -331,6 +436,9 @@ class _Consumer:
         self._others: dict[str, str] = {}
         self._gone_since: dict[str, float] = {}
         self._trim_at = 0.0
+        self._lag = LagReport(topic)
+        self._passed_over: set[str] = set()
+        """Groups that hold back no trimming any more."""
         self._dispatcher = Dispatcher(
             topic,
             group,
@@ -362,42 +470,55 @@ class _Consumer:
 
     async def _keep_reading(self) -> None:
         failures = 0
+        is_first = True
         while True:
             connection: RespConnection | None = None
             begun = time.monotonic()
             try:
                 self._topic = await self._bus.topic(self._topic_name)
                 connection = await open_connection(self._bus.address, self._member)
+                await self._beat(connection, is_new_connection=True)
+                if not is_first:
+                    self._tell_gap("the connection was opened again")
+                is_first = False
                 await self._read(connection)
-            except (Unavailable, ConnectionError, ReplyError) as error:
-                if isinstance(error, ReplyError) and str(error).startswith("NOGROUP"):
-                    self._bus.forget_topic(self._topic_name)
+            except Exception as error:  # whatever the server is or says: this must not end the process
+                if self._dispatcher.has_crashed:
+                    raise
+                self._bus.forget_topic(self._topic_name)
                 if time.monotonic() - begun > 2 * BACKOFF_S[-1]:
                     failures = 0
                 delay = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
                 failures += 1
-                _log.warning(
+                is_known = isinstance(error, Unavailable | ConnectionError | TimeoutError | ReplyError)
+                _log.log(
+                    logging.WARNING if is_known else logging.ERROR,
                     "consumer connects again",
                     topic=self._topic_name,
                     group=self._group,
                     error=str(error),
                     delay_s=delay,
+                    exc_info=None if is_known else error,
                 )
                 await asyncio.sleep(delay)
             finally:
                 if connection is not None:
                     connection.close()
 
+    def _tell_gap(self, reason: str) -> None:
+        """Messages may have been lost: the caller looks into the feed."""
+        _log.info("there may be a gap", topic=self._topic_name, group=self._group, reason=reason)
+        if self._on_gap is not None:
+            self._on_gap()
+
     async def _read(self, connection: RespConnection) -> None:
         loop = asyncio.get_running_loop()
         dispatcher = self._dispatcher
-        beat_at = 0.0
-        is_new = True
+        beat_at = loop.time() + (GONE_GRACE_S if self._gone_since else self._beat_interval_s)
         while True:
             now = loop.time()
             if now >= beat_at:
-                is_quick = await self._beat(connection, is_new_connection=is_new)
-                is_new = False
+                is_quick = await self._beat(connection, is_new_connection=False)
                 beat_at = now + (GONE_GRACE_S if is_quick else self._beat_interval_s)
                 continue
             if not dispatcher.wants:
@@ -428,13 +549,19 @@ class _Consumer:
             return
         held = self._held.setdefault(partition, set())
         deliveries: list[Delivery] = []
-        for position, fields in entries:
-            if fields is None or position in held:
+        for entry in entries:
+            if entry is None or entry[1] is None or entry[0] in held:  # None: deleted since it was delivered
                 continue
+            position, fields = entry
             held.add(position)
             count = counts.get(position, 1) if counts else 1
-            deliveries.append(Delivery(_message_of(self._topic_name, fields), partition, position, count))
+            message, refusal = _message_of(self._topic_name, fields)
+            delivery = Delivery(message, partition, position, count)
+            if refusal:
+                delivery.refusal, delivery.raw = refusal, fields
+            deliveries.append(delivery)
         if deliveries:
+            self._last[partition] = max(self._last.get(partition, b"0-0"), deliveries[-1].position, key=_position)
             self._dispatcher.offer(deliveries)
 
     # --- membership
@@ -445,7 +572,10 @@ class _Consumer:
         limits: Command = (self._bus.policy.claim_idle_ms, len(self._topic.streams), connection.client_id)
         replies = await connection.call([("EVAL", _BEAT, 2, self._leases, self._members, self._member, *limits, *dead)])
         _check(replies, "renewing the membership")
-        share, mine, others = replies[0]
+        share, mine, others, is_new_member = replies[0]
+        if is_new_member and not is_new_connection:  # silent for too long, or the server forgot all of its data
+            is_new_connection = True
+            self._tell_gap("the membership was gone")
         self._gone_since = {member: since for member, since in self._gone_since.items() if member not in dead}
         self._others = {others[i].decode(): others[i + 1].decode() for i in range(0, len(others), 2)}
         leased = set(mine)
@@ -485,7 +615,7 @@ class _Consumer:
         """Begin to read partitions: first what was delivered before, to whomever, and not acknowledged."""
         streams = self._topic.streams
         _check(
-            await connection.call([_create_group(streams[partition], self._group) for partition in partitions]),
+            await connection.call([self._create_group(partition) for partition in partitions]),
             f"creating group {self._group} of {self._topic_name}",
             "BUSYGROUP",
         )
@@ -509,6 +639,10 @@ class _Consumer:
         await connection.call(
             [("EVAL", _SWEEP, 1, streams[partition], self._group, self._member) for partition in partitions]
         )
+
+    def _create_group(self, partition: int) -> Command:
+        begin = self._last.get(partition) or ("$" if self._from_end else "0")
+        return ("XGROUP", "CREATE", self._topic.streams[partition], self._group, begin, "MKSTREAM")
 
     def _drain(self, partitions: Collection[int], *, is_leased: bool) -> None:
         if not partitions:
@@ -598,56 +732,191 @@ class _Consumer:
     # --- trimming
 
     async def _trim(self, connection: RespConnection) -> None:
-        """Trim what every group has handled, and claim what a former reader was delivered after it had lost a partition."""
-        partitions = sorted(self._owned)
-        streams = [self._topic.streams[partition] for partition in partitions]
-        if not streams:
+        """Trim what every group that counts has handled; say how far the groups are; claim what a former reader was delivered after it
+        had lost a partition. Raises Unavailable where the own group is gone."""
+        if not self._owned:
             return
-        infos = await connection.call(
-            [
-                command
-                for stream in streams
-                for command in (("XINFO", "GROUPS", stream), ("XINFO", "CONSUMERS", stream, self._group))
-            ]
+        is_reporter = 0 in self._owned  # one of the group is enough
+        partitions = range(len(self._topic.streams)) if is_reporter else sorted(self._owned)
+        look = await _look(connection.call, self._topic, partitions)
+        mine = {partition: look.places[partition].get(self._group) for partition in self._owned}
+        if not all(mine.values()):
+            raise Unavailable(
+                f"group {self._group} of {self._topic_name} is gone from {len(mine)} streams or some of them"
+            )
+        if look.server and self._server and look.server != self._server:
+            self._tell_gap("this is another server, or another history of its data")
+        self._server = look.server or self._server
+        if any(place is not None and place.is_torn for place in mine.values()):
+            self._tell_gap("messages were trimmed before they were delivered")
+        if is_reporter:
+            self._lag.note(look.groups(), time.monotonic())
+        commands: list[Command] = []
+        for partition in sorted(self._owned):
+            stream = self._topic.streams[partition]
+            keep_from = look.keep_from(partition, self._counts(look))
+            if keep_from > (0, 1):
+                commands.append(("XTRIM", stream, "MINID", f"{keep_from[0]}-{keep_from[1]}"))
+            commands.append(self._bus.cap(stream))
+        _check(await connection.call(commands), f"trimming {self._topic_name}")
+        await self._take_strays(connection)
+
+    def _counts(self, look: _Look) -> Callable[[str], bool]:
+        """Which groups hold back trimming."""
+        idle_max_ms = self._bus.policy.group_idle_max_s * 1000
+        idle = {name for name in look.seen_ms if name != self._group and look.now_ms - look.seen_ms[name] > idle_max_ms}
+        for name in idle - self._passed_over:
+            _log.warning(
+                "a group without readers no longer holds back trimming",
+                topic=self._topic_name,
+                group=name,
+                idle_s=(look.now_ms - look.seen_ms[name]) // 1000,
+                advice="its readers, if they come back, fetch what they missed from the feed; `ducat bus groups remove` if they"
+                " are gone for good",
+            )
+        self._passed_over = idle
+        return lambda name: name not in idle
+
+    async def _take_strays(self, connection: RespConnection) -> None:
+        partitions = sorted(self._owned)
+        replies = await connection.call(
+            [("XINFO", "CONSUMERS", self._topic.streams[partition], self._group) for partition in partitions]
         )
-        _check(infos, f"looking at the groups of {self._topic_name}", "ERR no such key")
-        groups = [[_pairs(group) for group in infos[2 * index]] for index in range(len(streams))]
         stray = [
             partition
-            for index, partition in enumerate(partitions)
-            if any(
-                consumer[b"name"] != self._member.encode() and consumer[b"pending"]
-                for consumer in map(_pairs, infos[2 * index + 1])
+            for partition, reply in zip(partitions, replies, strict=True)
+            if not isinstance(reply, ReplyError)
+            and any(
+                consumer[b"name"] != self._member.encode() and consumer[b"pending"] for consumer in map(_pairs, reply)
             )
         ]
-        pending: list[Command] = [
-            ("XPENDING", stream, group[b"name"])
-            for stream, of_stream in zip(streams, groups, strict=True)
-            for group in of_stream
-            if group[b"pending"]
-        ]
-        summaries = iter(await connection.call(pending) if pending else ())
-        trims: list[Command] = []
-        for stream, of_stream in zip(streams, groups, strict=True):
-            keep_from: list[tuple[int, int]] = [
-                (0, 0)
-                for name in self._bus.groups_of(self._topic_name)
-                if name.encode() not in {group[b"name"] for group in of_stream}
-            ]
-            for group in of_stream:
-                oldest = next(summaries)[1] if group[b"pending"] else None
-                if oldest is not None:
-                    keep_from.append(_position(oldest))
-                else:
-                    milliseconds, sequence = _position(group[b"last-delivered-id"])
-                    keep_from.append((milliseconds, sequence + 1))
-            if keep_from and min(keep_from) > (0, 1):
-                milliseconds, sequence = min(keep_from)
-                trims.append(("XTRIM", stream, "MINID", f"{milliseconds}-{sequence}"))
-        if trims:
-            _check(await connection.call(trims), f"trimming {self._topic_name}")
         if stray:
             await self._take_over(connection, stray)
+
+
+Position = tuple[int, int]
+"""An entry id: milliseconds, sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a group stands in one stream."""
+
+    last: Position
+    """The entry that it was delivered last."""
+    pending: int
+    oldest_pending: Position | None
+    lag: int
+    oldest_waiting: Position | None
+    """The first entry that it was not delivered yet."""
+    is_torn: bool
+    """Entries were trimmed before they were delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What the server says of the groups of a topic at one moment."""
+
+    topic: str
+    now_ms: int
+    server: bytes
+    places: dict[int, dict[str, _Place]]
+    """Partition → group → place."""
+    members: dict[str, int]
+    seen_ms: dict[str, int]
+    """Group → when it was last seen to have a living member."""
+
+    def keep_from(self, partition: int, counts: Callable[[str], bool]) -> Position:
+        """What must stay of a stream: everything from this entry on. (0, 0) where no group counts."""
+        return min(
+            (
+                place.oldest_pending or (place.last[0], place.last[1] + 1)
+                for name, place in self.places[partition].items()
+                if counts(name)
+            ),
+            default=(0, 0),
+        )
+
+    def groups(self) -> list[Group]:
+        """The sums over all partitions that were looked at."""
+        return [self._group(name) for name in sorted(self.seen_ms)]
+
+    def _group(self, name: str) -> Group:
+        places = [groups[name] for groups in self.places.values() if name in groups]
+        waiting = [place.oldest_pending[0] for place in places if place.oldest_pending]
+        waiting += [place.oldest_waiting[0] for place in places if place.oldest_waiting]
+        return Group(
+            topic=self.topic,
+            name=name,
+            members=self.members[name],
+            pending=sum(place.pending for place in places),
+            lag=sum(place.lag for place in places),
+            last_delivered_ms=max(place.last[0] for place in places),
+            idle_s=0.0 if self.members[name] else max(0, self.now_ms - self.seen_ms[name]) / 1000,
+            waiting_s=max(0, self.now_ms - min(waiting)) / 1000 if waiting else 0.0,
+        )
+
+
+Call = Callable[[Sequence[Command]], Awaitable[list[Any]]]
+
+
+async def _look(call: Call, topic: _Topic, partitions: Sequence[int]) -> _Look:
+    """Three round trips. A stream that does not exist, or is none, has no groups."""
+    streams = [topic.streams[partition] for partition in partitions]
+    about = [command for stream in streams for command in (("XINFO", "GROUPS", stream), ("XINFO", "STREAM", stream))]
+    clock, *identity = await call([("TIME",), ("INFO", "server"), ("INFO", "replication"), *about])
+    _check([clock], "asking for the time")
+    server = b" ".join(
+        line for text in identity[:2] if isinstance(text, bytes) for line in text.split() if line.startswith(_IDENTITY)
+    )
+    infos = identity[2:]
+    rows = [
+        (partition, stream, _pairs(group), _pairs(infos[2 * index + 1]))
+        for index, (partition, stream) in enumerate(zip(partitions, streams, strict=True))
+        if not isinstance(infos[2 * index], ReplyError) and not isinstance(infos[2 * index + 1], ReplyError)
+        for group in infos[2 * index]
+    ]
+    names = sorted({group[b"name"] for _, _, group, _ in rows})
+    now_ms = int(clock[0]) * 1000 + int(clock[1]) // 1000
+    commands: list[Command] = []
+    for _, stream, group, _ in rows:
+        commands.append(("XPENDING", stream, group[b"name"]))
+        commands.append(("XRANGE", stream, b"(" + group[b"last-delivered-id"], "+", "COUNT", 1))
+    for name in names:
+        prefix = f"bus:{{{topic.name}}}:".encode() + name
+        commands += [("ZCOUNT", prefix + b":members", now_ms, "+inf"), ("HGET", prefix + b":leases", "seen")]
+    replies = await call(commands) if commands else []
+    look = _Look(topic.name, now_ms, server, {partition: {} for partition in partitions}, {}, {})
+    for index, (partition, _, group, stream_info) in enumerate(rows):
+        place = _place_of(group, stream_info, replies[2 * index], replies[2 * index + 1])
+        look.places[partition][_text(group[b"name"])] = place
+    for index, name in enumerate(map(_text, names)):
+        count, seen = replies[2 * (len(rows) + index) : 2 * (len(rows) + index) + 2]
+        look.members[name] = count if isinstance(count, int) else 0
+        delivered_ms = max(places[name].last[0] for places in look.places.values() if name in places)
+        seen_ms = number(seen) if isinstance(seen, bytes) else 0
+        look.seen_ms[name] = now_ms if look.members[name] else max(delivered_ms, seen_ms)
+    return look
+
+
+def _place_of(group: dict[bytes, Any], stream: dict[bytes, Any], pending: Any, following: Any) -> _Place:
+    last = _position(group[b"last-delivered-id"])
+    oldest = pending[1] if isinstance(pending, list) and pending[0] else None
+    waiting = following[0][0] if isinstance(following, list) and following else None
+    lag = group.get(b"lag")  # unknown to Redis 6, and where entries were deleted
+    length = stream[b"length"]
+    return _Place(
+        last=last,
+        pending=group[b"pending"],
+        oldest_pending=_position(oldest) if oldest is not None else None,
+        lag=0 if waiting is None else length if lag is None else min(lag, length),
+        oldest_waiting=_position(waiting) if waiting is not None else None,
+        is_torn=lag is not None and lag > length,
+    )
+
+
+def _text(name: bytes) -> str:
+    return name.decode(errors="surrogateescape")
 
 
 def _now_ms() -> int:
@@ -655,38 +924,68 @@ def _now_ms() -> int:
 
 
 def _fields(message: Message) -> Command:
+    fields: Command = ("k", message.key, "i", message.message_id, "p", message.payload)
     if message.traceparent:
-        return ("k", message.key, "i", message.message_id, "p", message.payload, "t", message.traceparent)
-    return ("k", message.key, "i", message.message_id, "p", message.payload)
+        fields += ("t", message.traceparent)
+    if message.position > 0:
+        fields += ("n", message.position)
+    return fields
 
 
-def _message_of(topic: str, fields: Sequence[bytes]) -> Message:
-    if fields[0::2][:3] == [b"k", b"i", b"p"]:
-        traceparent = fields[7].decode() if len(fields) > 7 and fields[6] == b"t" else ""
-        return Message(topic, fields[1].decode(), fields[3].decode(), fields[5], traceparent)
-    found = dict(zip(fields[0::2], fields[1::2], strict=True))  # not ours; the handler will refuse it
-    return Message(topic, found.get(b"k", b"").decode(errors="replace"), "", found.get(b"p", b""))
+def _message_of(topic: str, fields: Sequence[bytes]) -> tuple[Message, str]:
+    """The message in an entry, and why it is none. The order of the fields does not matter."""
+    get = dict(zip(fields[0::2], fields[1::2], strict=False)).get
+    return decode(topic, get(b"k"), get(b"i"), get(b"p"), get(b"t"), get(b"n"))
 
 
-def _letter_of(topic: str, position: bytes, fields: Sequence[bytes]) -> DeadLetter:
-    found = dict(zip(fields[0::2], fields[1::2], strict=True))
+def _letter_of(topic: str, entry_id: bytes, fields: Sequence[bytes]) -> DeadLetter:
+    get = dict(zip(fields[0::2], fields[1::2], strict=False)).get
+    raw = get(b"raw", b"")
+    payload = get(b"p")
+    if payload is None:
+        of_raw = _unpack(raw)
+        payload = dict(zip(of_raw[0::2], of_raw[1::2], strict=False)).get(b"p", b"")
+    message, _ = decode(topic, get(b"k"), get(b"i"), payload, get(b"t"), get(b"n"))
     return DeadLetter(
-        id=position.decode(),
-        message=_message_of(topic, fields),
-        group=found[b"group"].decode(),
-        error=found[b"error"].decode(errors="replace"),
-        delivery_count=int(found[b"deliveries"]),
-        first_failed_ms=int(found[b"first_ms"]),
-        last_failed_ms=int(found[b"last_ms"]),
+        id=entry_id.decode(),
+        message=message,
+        group=get(b"group", b"").decode(errors="replace"),
+        error=get(b"error", b"").decode(errors="replace"),
+        delivery_count=number(get(b"deliveries")),
+        first_failed_ms=number(get(b"first_ms")),
+        last_failed_ms=number(get(b"last_ms")),
+        raw=raw,
     )
+
+
+def _setting_of(reply: Any) -> str | None:
+    """The value in an answer to CONFIG GET of one setting; None where the server does not tell."""
+    if isinstance(reply, list) and len(reply) == 2 and isinstance(reply[1], bytes):
+        return reply[1].decode(errors="replace")
+    return None
+
+
+def _pack(fields: Sequence[bytes]) -> bytes:
+    """An entry as it came, in one value."""
+    pack: Any = hiredis.pack_command
+    packed: bytes = pack(tuple(fields))
+    return packed
+
+
+def _unpack(raw: bytes) -> list[bytes]:
+    """The fields of `_pack`; empty for anything else."""
+    reader = hiredis.Reader()
+    try:
+        reader.feed(raw)
+        fields = reader.gets()
+    except Exception:
+        return []
+    is_whole = isinstance(fields, list) and fields and all(isinstance(field, bytes) for field in fields)
+    return fields if is_whole and len(fields) % 2 == 0 else []
 
 
 def _dead_letter_stream(topic: str) -> str:
     return f"bus:{{{topic}}}:dead-letter"
-
-
-def _create_group(stream: str, group: str) -> Command:
-    return ("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")
 
 
 def _pairs(flat: Sequence[Any]) -> dict[bytes, Any]:
@@ -699,9 +998,13 @@ def _position(entry_id: bytes) -> tuple[int, int]:
 
 
 def _check(replies: Iterable[Any], doing: str, *expected: str) -> None:
-    """Raise for an error among replies, other than an expected one: Unavailable where waiting helps, else the ReplyError."""
+    """Raise Unavailable for an error among replies, other than an expected one."""
     for reply in replies:
         if isinstance(reply, ReplyError) and not str(reply).startswith(expected or ("\0",)):
-            if reply.is_transient:
-                raise Unavailable(f"Valkey refused while {doing}: {reply}") from reply
-            raise reply
+            raise Unavailable(f"Valkey refused while {doing}: {reply}{_advice(reply)}") from reply
+
+
+def _advice(reply: ReplyError) -> str:
+    if str(reply).startswith("WRONGTYPE"):
+        return "; a key of the bus (bus:{topic}:…) holds something else: rename or delete it"
+    return ""

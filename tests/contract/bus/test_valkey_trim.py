@@ -80,7 +80,7 @@ async def test_unread_and_unacknowledged_messages_stay(valkey_url: str, client: 
 
 async def test_group_that_never_started_still_gets_everything(valkey_url: str, client: redis.asyncio.Redis) -> None:
     """The ledger is down from the first day on; the wallet handles everything; then the ledger starts."""
-    groups = {"t": ("wallet", "ledger")}
+    
     bus, wallet, ledger = await ValkeyBus.open(valkey_url, policy=POLICY, groups=groups), Seen(), Seen()
     sent = messages_of("t", 50, key_count=10)
     await bus.publish(sent)
