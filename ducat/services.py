@@ -5,7 +5,7 @@ from __future__ import annotations
 from ducat._methods import AsyncService, BidiStream, ServerStream, SyncService, Unary
 from ducat.executor.v1 import executor_pb2
 from ducat.ledger.v1 import ledger_pb2
-from ducat.payment.v1 import payment_pb2, payout_pb2
+from ducat.payment.v1 import finding_pb2, payment_pb2, payout_pb2
 from ducat.wallet.v1 import shard_pb2, wallet_pb2
 
 __all__ = [
@@ -27,6 +27,7 @@ class _PaymentsMethods:
 
     create_payment = Unary(payment_pb2.CreatePaymentRequest, payment_pb2.CreatePaymentResponse)
     get_payment = Unary(payment_pb2.GetPaymentRequest, payment_pb2.GetPaymentResponse)
+    get_checkout_page = Unary(payment_pb2.GetCheckoutPageRequest, payment_pb2.GetCheckoutPageResponse)
     list_payments = Unary(payment_pb2.ListPaymentsRequest, payment_pb2.ListPaymentsResponse)
     cancel_payment = Unary(payment_pb2.CancelPaymentRequest, payment_pb2.CancelPaymentResponse)
     watch_payment = ServerStream(payment_pb2.WatchPaymentRequest, payment_pb2.WatchPaymentResponse)
@@ -39,6 +40,8 @@ class _PaymentsMethods:
     cancel_payout = Unary(payout_pb2.CancelPayoutRequest, payout_pb2.CancelPayoutResponse)
     get_payout_instruction = Unary(payout_pb2.GetPayoutInstructionRequest, payout_pb2.GetPayoutInstructionResponse)
     record_notification = Unary(payment_pb2.RecordNotificationRequest, payment_pb2.RecordNotificationResponse)
+    list_findings = Unary(finding_pb2.ListFindingsRequest, finding_pb2.ListFindingsResponse)
+    resolve_finding = Unary(finding_pb2.ResolveFindingRequest, finding_pb2.ResolveFindingResponse)
 
 
 class _ExecutorMethods:

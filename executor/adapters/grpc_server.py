@@ -152,6 +152,7 @@ def _notification(notification: Notification) -> executor_pb2.Notification:
         code=notification.code,
         reason=notification.reason,
         psp_type=notification.psp_type,
+        psp_payment_id=notification.psp_payment_id,
     )
     if notification.amount is not None:
         message.amount.CopyFrom(money(notification.amount))

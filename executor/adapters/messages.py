@@ -31,7 +31,13 @@ def command_of(payload: bytes) -> Command | CancelOrder | None:
 
 def execute_order(body: event_pb2.ExecuteOrder) -> ExecuteOrder:
     return ExecuteOrder(
-        body.payment_order_id, body.checkout_id, body.seller_account, _money(body.amount), body.psp, body.buyer_email
+        body.payment_order_id,
+        body.checkout_id,
+        body.seller_account,
+        _money(body.amount),
+        body.psp,
+        body.buyer_email,
+        body.page_key,
     )
 
 

@@ -35,17 +35,17 @@ LINGER_FOR_S = 0.25
 
 _COLUMNS = """kind, reference, psp, state, psp_object_id, hosted_page_url, code, reason, compliance, call_count, poll_count,
     cancel_requested, create_time, update_time, next_poll_time, traceparent, checkout_id, seller_account,
-    payment_order_id, psp_token, currency_code, amount_minor, requested_psp, buyer_email"""
+    payment_order_id, psp_token, currency_code, amount_minor, requested_psp, buyer_email, page_key"""
 
 _BEGIN = """
 INSERT INTO executor.attempt AS a (kind, reference, psp, state, checkout_id, seller_account, payment_order_id, psp_token,
-    currency_code, amount_minor, requested_psp, buyer_email, traceparent, create_time, update_time, next_poll_time)
+    currency_code, amount_minor, requested_psp, buyer_email, page_key, traceparent, create_time, update_time, next_poll_time)
 SELECT kind, reference, psp, 1, checkout_id, seller_account, payment_order_id, psp_token,
-    currency_code, amount_minor, requested_psp, buyer_email, traceparent, now, now, next_poll_time
+    currency_code, amount_minor, requested_psp, buyer_email, page_key, traceparent, now, now, next_poll_time
 FROM unnest($1::smallint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::bigint[],
-    $10::text[], $11::text[], $12::text[], $13::timestamptz[], $14::timestamptz[])
+    $10::text[], $11::text[], $12::text[], $13::text[], $14::timestamptz[], $15::timestamptz[])
     AS t (kind, reference, psp, checkout_id, seller_account, payment_order_id, psp_token, currency_code, amount_minor,
-    requested_psp, buyer_email, traceparent, now, next_poll_time)
+    requested_psp, buyer_email, page_key, traceparent, now, next_poll_time)
 ON CONFLICT (kind, reference) DO UPDATE
     SET call_count = a.call_count + CASE a.state WHEN 1 THEN 1 ELSE 0 END, update_time = excluded.update_time
 RETURNING kind, reference, psp, state, psp_object_id, hosted_page_url, code, reason, compliance, call_count, poll_count,
@@ -344,7 +344,7 @@ def _columns(rows: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
 
 def _row_of(command: Command, psp: str) -> tuple[Any, ...]:
     """kind, reference, psp, checkout_id, seller_account, payment_order_id, psp_token, currency_code, amount_minor,
-    requested_psp, buyer_email."""
+    requested_psp, buyer_email, page_key."""
     match command:
         case ExecuteOrder():
             amount = command.amount
@@ -360,6 +360,7 @@ def _row_of(command: Command, psp: str) -> tuple[Any, ...]:
                 amount.amount_minor,
                 command.psp,
                 command.buyer_email,
+                command.page_key,
             )
         case ExecuteRefund():
             amount = command.amount
@@ -375,9 +376,10 @@ def _row_of(command: Command, psp: str) -> tuple[Any, ...]:
                 amount.amount_minor,
                 command.psp,
                 "",
+                "",
             )
         case ExecutePayout():
-            return (AttemptKind.PAYOUT.value, command.reference, psp, "", "", "", "", "", 0, "", "")
+            return (AttemptKind.PAYOUT.value, command.reference, psp, "", "", "", "", "", 0, "", "", "")
 
 
 def _due(row: asyncpg.Record) -> Due:
@@ -392,6 +394,7 @@ def _due(row: asyncpg.Record) -> Due:
                 Money(row["currency_code"], row["amount_minor"]),
                 row["requested_psp"],
                 row["buyer_email"],
+                row["page_key"],
             )
         case AttemptKind.REFUND:
             command = ExecuteRefund(

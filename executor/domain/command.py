@@ -21,6 +21,8 @@ class ExecuteOrder:
     amount: Money
     psp: str = ""
     buyer_email: str = ""
+    page_key: str = ""
+    """The unguessable part of the buyer's page, for the return URL; empty of older commands."""
 
 
 @dataclass(frozen=True, slots=True)

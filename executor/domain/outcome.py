@@ -83,6 +83,8 @@ class Notification:
     code: str = ""
     reason: str = ""
     occur_time_ns: int = 0
+    psp_payment_id: str = ""
+    """Of a refund: the PSP's id of the payment whose money goes back."""
 
 
 @dataclass(frozen=True, slots=True)

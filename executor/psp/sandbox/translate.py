@@ -80,7 +80,7 @@ def intent_body(order: ExecuteOrder, config: PspConfig, capabilities: Capabiliti
             "checkout_id": order.checkout_id,
             "seller_id": order.seller_account,
         },
-        "return_url": f"{config.return_url}?checkout_id={quote(order.checkout_id, safe='')}",
+        "return_url": f"{config.return_url}?{_page_of(order)}",
         "statement_descriptor": config.statement_descriptor,
     }
     if order.buyer_email:
@@ -192,6 +192,7 @@ def notifications(body: bytes, capabilities: Capabilities) -> tuple[Notification
             code=_text(thing, "failure_code"),
             reason=_text(thing, "failure_message"),
             occur_time_ns=created * 1_000_000_000,
+            psp_payment_id=_text(thing, "payment_intent")[:ID_LENGTH_MAX],
         ),
     )
 
@@ -208,6 +209,13 @@ def _accepted(psp_object_id: str, thing: Mapping[str, Any], capabilities: Capabi
         code=_text(thing, "failure_code"),
         reason=_text(thing, "failure_message"),
     )
+
+
+def _page_of(order: ExecuteOrder) -> str:
+    """Which page the buyer comes back to. A command of the time before pages had keys is sent again as it was sent then."""
+    if order.page_key:
+        return f"key={quote(order.page_key, safe='')}"
+    return f"checkout_id={quote(order.checkout_id, safe='')}"
 
 
 def _merchant_reference(thing: Mapping[str, Any]) -> str:

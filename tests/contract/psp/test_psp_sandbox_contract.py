@@ -239,6 +239,7 @@ class TestRefund:
             "REF-1",
             Money("USD", 2500),
         )
+        assert told.psp_payment_id == answer.psp_object_id
         found = await psp.query_refund("REF-1", "")
         assert isinstance(found, Accepted)
         assert found.kind is NotificationKind.REFUND_SUCCEEDED

@@ -12,7 +12,7 @@ from runtime.postgres import KeptConnections, create_pool
 
 NOW_NS = 1_753_056_000_000_000_000
 DAY_NS = 86_400 * 1_000_000_000
-ORDER = ExecuteOrder("ORD-1", "CHCKT-1", "SELL-1", Money("USD", 7500))
+ORDER = ExecuteOrder("ORD-1", "CHCKT-1", "SELL-1", Money("USD", 7500), page_key="a" * 32)
 
 
 async def test_a_late_answer_of_the_psp_before_does_not_end_a_rerouted_attempt(postgres_dsn: str) -> None:
@@ -31,6 +31,7 @@ async def test_a_late_answer_of_the_psp_before_does_not_end_a_rerouted_attempt(p
         stored = await store.load(AttemptKind.ORDER, "ORD-1")
         assert stored is not None
         assert (stored.attempt.psp, stored.attempt.state, stored.attempt.call_count) == ("b", AttemptState.ACCEPTED, 2)
+        assert stored.command == ORDER, "what is sent again is what was sent"
         await kept.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -47,6 +48,8 @@ def test_the_intent_is_that_of_the_requirements() -> None:
         "return_url": "http://x/r?checkout_id=CHCKT-20250721-ABCD-1234",
         "statement_descriptor": "Your Shop Name",
     }
+    with_page = json.loads(translate.intent_body(replace(order, page_key="a" * 32), CONFIG, CAPABILITIES))
+    assert with_page["return_url"] == f"http://x/r?key={'a' * 32}", "nothing that can be guessed"
 
 
 def test_the_payout_is_that_of_the_requirements() -> None:
@@ -232,8 +235,6 @@ async def test_what_a_psp_lacks_says_so() -> None:
         await PspBase(CONFIG).query_order("ORD-1", "")
     assert lacking.value.reason == "PROVIDER_UNSUPPORTED"
 
-
-def test_the_operators_currencies_narrow_the_psps() -> None:
     from dataclasses import replace
 
     provider = SandboxPsp(replace(CONFIG, currency_codes=frozenset({"EUR"}))).provider
