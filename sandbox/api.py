@@ -225,6 +225,8 @@ class SandboxApi:
                 self._authenticate_operator(request)
                 if what == "faults":
                     return self._control_faults(request)
+                if what == "refunds":
+                    return self._control_refunds(request)
                 if what == "pending" and request.method == "GET":
                     return _json({"pending": self._deliveries.pending_count})
         raise _not_found()
@@ -251,6 +253,25 @@ class SandboxApi:
         elif request.method != "GET":
             raise _method_not_allowed()
         return _json({psp or "*": faults.to_json() for psp, faults in self._psp.faults.items()})
+
+    def _control_refunds(self, request: Request) -> Response:
+        """A refund as somebody makes it in the PSP's dashboard: without any id of the merchant."""
+        if request.method != "POST":
+            raise _method_not_allowed()
+        params = rules.object_from_json(request.body)
+        name = self._names.get(str(params.get("psp", "")))
+        if name is None:
+            raise rules.invalid("psp", f"expected one of {', '.join(sorted(self._names))}")
+        body: Json = {key: params[key] for key in ("payment_intent", "amount", "reason") if key in params}
+        order_id = params.get("payment_order_id")
+        if "payment_intent" not in body and isinstance(order_id, str) and order_id:
+            intents = self._psp.find(name, "payment_intent", order_id)
+            if not intents:
+                raise rules.invalid("payment_order_id", "no payment intent has it")
+            body["payment_intent"] = intents[0].id
+        fields = rules.refund_from(body)
+        faults = self._psp.faults_of(name, "", request.header(b"sandbox-fault"), {})
+        return _created(self._psp.create_refund(name, "", fields, body, faults))
 
 
 _PARSERS = {"payment_intent": rules.intent_from, "refund": rules.refund_from, "payout": rules.payout_from}

@@ -229,7 +229,7 @@ class SandboxPsp:
             following += self._tell(psp, stored, f"{kind}.{task.payload}", faults)
             if kind == "refund" and task.payload == "failed":
                 self._unrefund(psp, stored)
-            after = _payout_after(task.payload, faults) if kind == "payout" else ""
+            after = _payout_after(task.payload, faults) if kind == "payout" else _refund_after(task.payload, faults)
             if after:
                 following.append(self._advance_later(psp, stored, after))
         for each in following:
@@ -318,6 +318,11 @@ _FAILURES = {
     ("payout", "returned"): ("returned_by_bank", "The recipient's bank sent the money back."),
     ("refund", "failed"): ("refund_declined", "The buyer's bank refused the refund."),
 }
+
+
+def _refund_after(status: str, faults: frozenset[str]) -> str:
+    """The next status of a refund, or an empty text where it rests."""
+    return "failed" if status == "succeeded" and "return" in faults else ""
 
 
 def _payout_after(status: str, faults: frozenset[str]) -> str:

@@ -13,6 +13,8 @@ import pytest
 
 from sandbox.bootstrap import Sandbox
 from sandbox.psp import PspName
+from sandbox.rules import Card
+from sandbox.store import Task
 
 NAME = PspName("sandbox", "http://psp/sandbox", "sk", "sk_payout", "whsec", "http://gateway/webhooks/sandbox")
 OTHER = PspName("other", "http://psp/other", "sk_other", "sk_payout", "whsec", "http://gateway/webhooks/other")
@@ -252,3 +254,41 @@ async def test_an_event_and_its_change_are_one_transaction(client: Client, monke
     monkeypatch.setattr(client.sandbox.store, "add_task", fail)
     assert (await pay(client, created, "4242424242424242")).status == 500
     assert client.sandbox.store.count() == {"payment_intent requires_payment": 1}
+
+
+async def test_a_refund_of_the_dashboard_names_nothing_of_the_merchant(client: Client) -> None:
+    """What a platform cannot know beforehand: nobody asked it."""
+    intent = (await client.create()).json()
+    stored = client.sandbox.psp.get(NAME, "payment_intent", intent["id"])
+    client.sandbox.psp.pay(NAME, stored, Card(), frozenset())
+    control = {"authorization": "Bearer sk"}
+    body = {"psp": "sandbox", "payment_intent": intent["id"], "amount": 2500}
+    assert (await client.call("POST", "/_control/refunds", body)).status == 401
+    first = await client.call("POST", "/_control/refunds", body, **control)
+    second = await client.call("POST", "/_control/refunds", body, **control)
+    assert (first.status, second.status) == (200, 200)
+    assert first.json()["id"] != second.json()["id"], "two of the same amount are two"
+    assert (first.json()["metadata"], first.json()["payment_intent"]) == ({}, intent["id"])
+    rest = await client.call("POST", "/_control/refunds", {"psp": "sandbox", "payment_order_id": "ORD-<1>"}, **control)
+    assert rest.json()["amount"] == 5000
+    for wrong, status in (
+        (body, 400),
+        ({"psp": "nobody"}, 400),
+        ({"psp": "sandbox"}, 400),
+        ({"psp": "sandbox", "payment_order_id": "ORD-9"}, 400),
+        ({"psp": "sandbox", "payment_intent": "pi_9"}, 404),
+    ):
+        assert (await client.call("POST", "/_control/refunds", wrong, **control)).status == status, wrong
+    assert (await client.call("GET", "/_control/refunds", **control)).status == 405
+
+
+async def test_a_refund_may_fail_after_it_was_called_paid(client: Client) -> None:
+    intent = (await client.create()).json()
+    psp = client.sandbox.psp
+    psp.pay(NAME, psp.get(NAME, "payment_intent", intent["id"]), Card(), frozenset())
+    body = {"psp": "sandbox", "payment_intent": intent["id"]}
+    made = await client.call("POST", "/_control/refunds", body, authorization="Bearer sk", sandbox_fault="return")
+    for status in ("succeeded", "failed"):
+        psp.advance(NAME, Task(1, 0, "sandbox", made.json()["id"], "", status))
+        assert psp.get(NAME, "refund", made.json()["id"]).status == status
+    assert psp.get(NAME, "payment_intent", intent["id"]).private["refunded"] == 0
