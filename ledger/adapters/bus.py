@@ -33,6 +33,11 @@ _FACTS: Mapping[str, tuple[Callable[[Any], FactKind], str]] = {
         lambda body: FactKind.REFUND_COMPLETED if body.succeeded else FactKind.REFUND_FAILED,
         "refund_id",
     ),
+    "refund_claimed": (lambda body: FactKind.REFUND_CLAIMED, "refund_id"),
+    "refund_reversed": (
+        lambda body: FactKind.REFUND_UNCLAIMED if body.claimed else FactKind.REFUND_RETURNED,
+        "refund_id",
+    ),
     "payout_completed": (lambda body: FactKind.PAYOUT_COMPLETED, "reference"),
     "payout_released": (lambda body: FactKind.PAYOUT_RELEASED, "reference"),
     "payout_returned": (lambda body: FactKind.PAYOUT_RETURNED, "reference"),

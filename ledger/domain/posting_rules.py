@@ -7,9 +7,13 @@ payout completed   payout          seller wallet      psp payouts
 payout returned    payout_return   psp payouts        seller wallet
 dispute opened     dispute         seller disputes    psp clearing     the PSP takes the money back at once
 dispute won        dispute_won     psp clearing       seller disputes  and gives it back
+refund claimed     refund_claim    seller disputes    psp clearing     what the seller's wallet did not cover
+refund reversed    refund_return   psp clearing       seller wallet    it failed after all
+… what was claimed refund_unclaim  psp clearing       seller disputes
 refund failed, payout released, dispute lost: no money moves, no entry
 
-A dispute is a claim on the seller, in an account of its own: the seller's wallet may be empty by then, and no wallet goes below zero.
+A dispute, and what a seller's wallet does not cover of a refund, is a claim on the seller, in an account of its own: the wallet
+may be empty by then, and no wallet goes below zero.
 """
 
 from __future__ import annotations
@@ -39,6 +43,9 @@ class FactKind(Enum):
     DISPUTE_OPENED = 7
     DISPUTE_WON = 8
     DISPUTE_LOST = 9
+    REFUND_CLAIMED = 10
+    REFUND_RETURNED = 11
+    REFUND_UNCLAIMED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,13 @@ RULES: Mapping[FactKind, PostingRule | None] = MappingProxyType(
         FactKind.DISPUTE_OPENED: PostingRule("dispute", _disputes, _clearing, "Order {} disputed at {}"),
         FactKind.DISPUTE_WON: PostingRule("dispute_won", _clearing, _disputes, "Dispute of order {} won at {}"),
         FactKind.DISPUTE_LOST: None,
+        FactKind.REFUND_CLAIMED: PostingRule(
+            "refund_claim", _disputes, _clearing, "Refund {} paid back by {}, owed by the seller"
+        ),
+        FactKind.REFUND_RETURNED: PostingRule("refund_return", _clearing, _seller, "Refund {} failed at {} after all"),
+        FactKind.REFUND_UNCLAIMED: PostingRule(
+            "refund_unclaim", _clearing, _disputes, "Refund {} failed at {} after all, owed no more"
+        ),
     }
 )
 """Every kind of fact has its row. A description takes our reference and the PSP."""

@@ -70,7 +70,7 @@ class PaymentEvents:
             return
         outcomes = await self._flows.run(steps)
         answers = [
-            self._answer(outcome, source)
+            await self._answer(outcome, source)
             for outcome, source in zip(outcomes, sources, strict=True)
             if outcome.step.refusal_is_answer
         ]
@@ -83,7 +83,7 @@ class PaymentEvents:
             trace_ids=list(dict.fromkeys(source.traceparent[3:35] for source in sources)),
         )
 
-    def _answer(self, outcome: Outcome, source: Message) -> Message:
+    async def _answer(self, outcome: Outcome, source: Message) -> Message:
         step = outcome.step
         purpose = _PURPOSES[step.kind]
         held = outcome.result == TransferResult.OK
@@ -101,6 +101,9 @@ class PaymentEvents:
             envelope.funds_refused.purpose = purpose
             envelope.funds_refused.reference = step.reference
             envelope.funds_refused.result = outcome.result.name
+            if purpose == _REFUND and outcome.result == TransferResult.INSUFFICIENT_FUNDS:
+                left = envelope.funds_refused.available  # the refund then asks for that much
+                left.currency_code, left.amount_minor = step.currency, await self._flows.available(step.debit)
             with trace.bind(source.traceparent):
                 _log.info("funds refused", reference=step.reference, account=step.debit, result=outcome.result.name)
         payload = envelope.SerializeToString()
@@ -174,7 +177,12 @@ def _payout_returned(event: event_pb2.PayoutReturned, money: Money, time_ms: int
 
 def _refund_requested(event: event_pb2.RefundRequested, money: Money, time_ms: int) -> Step:
     return flows.refund_hold(
-        event.refund_id, event.psp, event.seller_account, money.currency_code, money.amount_minor, time_ms
+        event.hold_reference or event.refund_id,
+        event.psp,
+        event.seller_account,
+        money.currency_code,
+        money.amount_minor,
+        time_ms,
     )
 
 
@@ -187,6 +195,16 @@ def _refund_completed(event: event_pb2.RefundCompleted, money: Money, time_ms: i
         return None
     hold_id = _hold_id(event.hold_id, "refund_completed", event.refund_id)
     return flows.refund_void(event.refund_id, event.psp, event.seller_account, currency, time_ms, hold_id)
+
+
+def _refund_claimed(event: event_pb2.RefundClaimed, money: Money, time_ms: int) -> Step:
+    currency, amount = money.currency_code, money.amount_minor
+    return flows.refund_claim(event.refund_id, event.psp, event.seller_account, currency, amount, time_ms)
+
+
+def _refund_reversed(event: event_pb2.RefundReversed, money: Money, time_ms: int) -> Step:
+    build = flows.refund_unclaim if event.claimed else flows.refund_return
+    return build(event.refund_id, event.psp, event.seller_account, money.currency_code, money.amount_minor, time_ms)
 
 
 def _dispute_opened(event: event_pb2.DisputeOpened, money: Money, time_ms: int) -> Step:
@@ -215,6 +233,8 @@ _STEPS: dict[str, Callable[..., Step | None]] = {
     "payout_returned": _payout_returned,
     "refund_requested": _refund_requested,
     "refund_completed": _refund_completed,
+    "refund_claimed": _refund_claimed,
+    "refund_reversed": _refund_reversed,
     "dispute_opened": _dispute_opened,
     "dispute_closed": _dispute_closed,
 }

@@ -9,6 +9,9 @@ itself.
     payout_returned           payout clearing → seller wallet                payout-return  a failure
     refund_requested          hold  seller wallet → psp clearing             refund-hold    an answer
     refund_completed          post or void that hold                         refund-post …  a failure
+    refund_claimed            seller disputes → psp clearing                 refund-claim   a failure
+    refund_reversed           psp clearing → seller wallet                   refund-return  a failure
+    refund_reversed, claimed  psp clearing → seller disputes                 refund-unclaim a failure
     dispute_opened            seller disputes → psp clearing                 dispute        a failure
     dispute_closed, won       psp clearing → seller disputes                 dispute-won    a failure
 
@@ -53,8 +56,11 @@ __all__ = [
     "payout_post",
     "payout_return",
     "payout_void",
+    "refund_claim",
     "refund_hold",
     "refund_post",
+    "refund_return",
+    "refund_unclaim",
     "refund_void",
 ]
 
@@ -151,6 +157,26 @@ def refund_void(refund: str, psp: str, seller: str, currency: str, time_ms: int,
     return _void("refund-void", refund, psp_clearing(psp, currency), seller, currency, time_ms, hold_id)
 
 
+def refund_claim(refund: str, psp: str, seller: str, currency: str, amount: int, time_ms: int) -> Step:
+    """The buyer has money back that the seller's wallet did not cover: the seller owes it."""
+    debit, credit = seller_disputes(seller, currency), psp_clearing(psp, currency)
+    return Step("refund-claim", refund, time_ms, debit, credit, currency, amount, seller_flags=_CLAIM)
+
+
+def refund_return(refund: str, psp: str, seller: str, currency: str, amount: int, time_ms: int) -> Step:
+    """A refund failed after it was posted: the seller has the money again."""
+    debit, credit = psp_clearing(psp, currency), seller_wallet(seller, currency)
+    return Step("refund-return", refund, time_ms, debit, credit, currency, amount, opens_seller=True)
+
+
+def refund_unclaim(refund: str, psp: str, seller: str, currency: str, amount: int, time_ms: int) -> Step:
+    """A refund failed after it was claimed: the seller owes it no more."""
+    debit, credit = psp_clearing(psp, currency), seller_disputes(seller, currency)
+    return Step(
+        "refund-unclaim", refund, time_ms, debit, credit, currency, amount, opens_seller=True, seller_flags=_CLAIM
+    )
+
+
 def dispute_opened(order: str, psp: str, seller: str, currency: str, amount: int, time_ms: int) -> Step:
     """A PSP took a disputed payment back: the seller owes it, whatever is left in the wallet."""
     debit, credit = seller_disputes(seller, currency), psp_clearing(psp, currency)
@@ -199,6 +225,11 @@ class Flows:
         have a part here."""
         seller = step.credit if step.opens_seller else step.debit
         return slot_of(self._id(seller)) * self._host.shard_count // SLOT_COUNT in self._host.shard_ids
+
+    async def available(self, name: str) -> int:
+        """What an account of this process has left to spend, in minor units; 0 where there is none."""
+        (state,) = await self._host.accounts([self._id(name)])
+        return max(state.available, 0) if state is not None else 0
 
     async def run(self, steps: Sequence[Step]) -> list[Outcome]:
         """Every step's outcome, in order; all are durable. Steps that reach the same shard apply in this

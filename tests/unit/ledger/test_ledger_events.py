@@ -46,6 +46,18 @@ def common(**more: Any) -> dict[str, Any]:
             {"refund_completed": event_pb2.RefundCompleted(**common(refund_id="R", payment_order_id="O"))},
             FactKind.REFUND_FAILED,
         ),
+        (
+            {"refund_claimed": event_pb2.RefundClaimed(**common(refund_id="R", payment_order_id="O"))},
+            FactKind.REFUND_CLAIMED,
+        ),
+        (
+            {"refund_reversed": event_pb2.RefundReversed(**common(refund_id="R", payment_order_id="O"))},
+            FactKind.REFUND_RETURNED,
+        ),
+        (
+            {"refund_reversed": event_pb2.RefundReversed(**common(refund_id="R", payment_order_id="O", claimed=True))},
+            FactKind.REFUND_UNCLAIMED,
+        ),
         ({"payout_completed": event_pb2.PayoutCompleted(**common(reference="R"))}, FactKind.PAYOUT_COMPLETED),
         ({"payout_released": event_pb2.PayoutReleased(**common(reference="R"))}, FactKind.PAYOUT_RELEASED),
         ({"payout_returned": event_pb2.PayoutReturned(**common(reference="R"))}, FactKind.PAYOUT_RETURNED),
@@ -64,6 +76,8 @@ def test_every_other_event_is_skipped_also_one_that_is_newer_than_this_program()
     known = {
         "payment_order_succeeded",
         "refund_completed",
+        "refund_claimed",
+        "refund_reversed",
         "payout_completed",
         "payout_released",
         "payout_returned",

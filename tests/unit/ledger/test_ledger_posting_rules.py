@@ -25,6 +25,9 @@ EXPECTED: dict[FactKind, tuple[str, str, str] | None] = {
     FactKind.DISPUTE_OPENED: ("dispute", DISPUTES, CLEARING),
     FactKind.DISPUTE_WON: ("dispute_won", CLEARING, DISPUTES),
     FactKind.DISPUTE_LOST: None,
+    FactKind.REFUND_CLAIMED: ("refund_claim", DISPUTES, CLEARING),
+    FactKind.REFUND_RETURNED: ("refund_return", CLEARING, SELLER),
+    FactKind.REFUND_UNCLAIMED: ("refund_unclaim", CLEARING, DISPUTES),
 }
 
 

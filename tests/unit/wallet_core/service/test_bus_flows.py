@@ -314,3 +314,57 @@ async def test_each_event_is_applied_by_the_process_that_owns_the_seller_and_by_
             assert (world.balance(SELLER), world.held_out(SELLER)) == (balance, 100)
         else:
             assert world.host.transfer_row_count == 0
+
+
+# --- refunds that were made at the PSP
+
+CLAIMS = "seller/SELL-1/disputes/USD"
+
+
+def refund_message(body: str, amount: int, **fields: object) -> Message:
+    return message(body, refund_id="sandbox:re_1", payment_order_id="ORD-1", amount=amount, **fields)
+
+
+async def test_a_refund_that_the_wallet_does_not_cover_takes_what_is_there_and_claims_the_rest(world: World) -> None:
+    await world.handle(captured(amount=7_500), requested(amount=1_500))
+    await world.handle(refund_message("refund_requested", 7_500))
+    refused = world.bus.bodies()[-1].funds_refused
+    assert (refused.purpose, refused.reference) == (event_pb2.FUNDS_PURPOSE_REFUND, "sandbox:re_1")
+    assert (refused.result, refused.available.amount_minor, refused.available.currency_code) == (
+        "INSUFFICIENT_FUNDS",
+        6_000,
+        "USD",
+    )
+    again = refund_message("refund_requested", 6_000, hold_reference="sandbox:re_1/2")
+    await world.handle(again)
+    held = world.bus.bodies()[-1]
+    assert held.funds_held.reference == "sandbox:re_1/2"
+    assert len({each.event_id for each in world.bus.bodies()}) == len(world.bus.bodies())
+    assert world.held_out(SELLER) == 7_500, "nobody can be paid out what the buyer has back"
+    completed = refund_message("refund_completed", 6_000, hold_id=hold_id_of(held), succeeded=True)
+    claimed = refund_message("refund_claimed", 1_500)
+    for _ in range(3):
+        await world.handle(again, completed, claimed)
+        world.restart()
+    assert (world.balance(SELLER), world.held_out(SELLER), world.balance(CLAIMS)) == (1_500, 1_500, -1_500)
+    assert world.balance(CLEARING) == 0
+    given_back = refund_message("refund_reversed", 6_000)
+    withdrawn = refund_message("refund_reversed", 1_500, claimed=True)
+    for _ in range(3):
+        await world.handle(given_back, withdrawn)
+        world.restart()
+    assert (world.balance(SELLER), world.balance(CLAIMS), world.balance(CLEARING)) == (7_500, 0, -7_500)
+    world.check_zero_sum()
+
+
+async def test_a_refund_of_a_seller_without_a_wallet_or_with_a_frozen_one_has_nothing_available(world: World) -> None:
+    await world.handle(refund_message("refund_requested", 100))
+    assert world.bus.bodies()[-1].funds_refused.available.amount_minor == 0
+    await world.handle(refund_message("refund_claimed", 100))
+    assert world.balance(CLAIMS) == -100
+    await world.handle(captured(amount=7_500))
+    await _freeze(world, frozen=True)
+    await world.handle(refund_message("refund_requested", 50, hold_reference="sandbox:re_1/2"))
+    refused = world.bus.bodies()[-1].funds_refused
+    assert (refused.result, refused.available.amount_minor) == ("DEBIT_ACCOUNT_FROZEN", 0)
+    world.check_zero_sum()
