@@ -12,8 +12,9 @@ from payment.adapters.bus import EXECUTOR_EVENTS, GROUP, WALLET_EVENTS, reports_
 from payment.adapters.changes import PaymentChanges
 from payment.adapters.executor_client import ExecutorClient
 from payment.adapters.grpc import SCOPES, SERVICE, PaymentServicer
-from payment.adapters.operator_log import report_notification
+from payment.adapters.operator_log import FindingsGauge, report_notification
 from payment.adapters.postgres import PostgresStore
+from payment.service.findings import Findings
 from payment.service.notifications import Notifications
 from payment.service.payments import Payments
 from payment.service.payouts import Payouts
@@ -39,6 +40,9 @@ PLANNER = {
 """Every statement of this room finds a handful of rows by key. Left alone, the planner expects a hundred rows of each JSON list and
 answers with hash joins over whole tables until they have many thousands of rows. So no plan depends on the values, and
 planning anew for each call, which it does for lists, only costs (0.5 ms of CPU a checkout of two orders)."""
+
+FINDINGS_INTERVAL_S = 30.0
+"""How often open findings are counted for the metric."""
 
 _logger = get_logger("bootstrap")
 
@@ -75,17 +79,20 @@ async def serve(settings: Settings) -> None:
         notifications = Notifications(store, executor, clock, report_notification)
         reports = Reports(store, notifications, clock, report_notification)
         timers = Timers(store, notifications, clock)
+        findings = Findings(store, clock)
+        findings_gauge = FindingsGauge(findings)
 
         process.spawn(relay.run(), name="outbox relay")
         for topic in (EXECUTOR_EVENTS, WALLET_EVENTS):
             process.spawn(bus.consume(topic, GROUP, reports_handler(reports, topic)), name=topic)
         process.spawn(_every(INTERVAL_S, timers.run_once, "timers"), name="timers")
+        process.spawn(_every(FINDINGS_INTERVAL_S, findings_gauge.measure, "findings gauge"), name="findings gauge")
         process.spawn(inbox.keep_pruned(pool), name="inbox pruning")
         await process.serve_grpc(
             settings.payment_listen,
             [
                 (
-                    PaymentServicer(payments, payouts, notifications, settings.gateway_url),
+                    PaymentServicer(payments, payouts, notifications, findings, settings.gateway_url),
                     add_PaymentServiceServicer_to_server,
                     SERVICE,
                 )

@@ -48,7 +48,7 @@ from kernel.errors import (
 from runtime import errors, telemetry, trace
 from runtime.logs import get_logger
 from runtime.metrics import RpcMetrics
-from runtime.security import TokenStore, server_credentials
+from runtime.security import TokenStore, server_credentials, set_current_caller
 from runtime.settings import Settings, SettingsInvalid, split_address
 
 __all__ = ["GrpcServer", "Servicer", "shielded", "validate", "violations_of"]
@@ -286,7 +286,7 @@ class _Guard:
         if scope is None:
             self._tokens.authenticate(authorization)
             raise PermissionDenied(f"{method[1:]} has no scope on this server, so nobody may call it")
-        self._tokens.authorize(authorization, scope)
+        set_current_caller(self._tokens.authorize(authorization, scope).name)
 
     async def _run_shielded(self, work: Coroutine[Any, Any, Any], left_s: float | None) -> Any:
         """Runs ``work`` in a task of its own. Where its caller goes away or the deadline passes, only the wait ends.

@@ -19,6 +19,7 @@ import ssl
 import time
 import tomllib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,10 +37,12 @@ __all__ = [
     "channel_credentials",
     "check_listen",
     "create_token",
+    "current_caller",
     "list_tokens",
     "reload_at_handshakes",
     "revoke_token",
     "server_credentials",
+    "set_current_caller",
 ]
 
 RELOAD_INTERVAL_S = 1.0
@@ -74,6 +77,18 @@ def check_listen(process: str, listen: str, settings: Settings) -> None:
 
 
 # --- tokens
+
+_current_caller: ContextVar[str] = ContextVar("caller", default="")
+
+
+def current_caller() -> str:
+    """The name of the token that came with the call under way; empty where authentication is off."""
+    return _current_caller.get()
+
+
+def set_current_caller(name: str) -> None:
+    """Sets it for the task of this call."""
+    _current_caller.set(name)
 
 
 @dataclass(frozen=True, slots=True)

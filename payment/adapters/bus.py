@@ -15,6 +15,8 @@ from payment.domain.reports import (
     OutcomeFound,
     PayoutRejected,
     PayoutSubmitted,
+    RefundFundsHeld,
+    RefundFundsRefused,
     Report,
 )
 from payment.service.reports import Reports
@@ -107,12 +109,22 @@ def _outcome_found(envelope: event_pb2.Envelope) -> Report:
 
 def _funds_held(envelope: event_pb2.Envelope) -> Report | None:
     body = envelope.funds_held
-    return FundsHeld(body.reference, body.hold_id) if body.purpose == event_pb2.FUNDS_PURPOSE_PAYOUT else None
+    match body.purpose:
+        case event_pb2.FUNDS_PURPOSE_PAYOUT:
+            return FundsHeld(body.reference, body.hold_id)
+        case event_pb2.FUNDS_PURPOSE_REFUND:
+            return RefundFundsHeld(body.reference, body.hold_id)
+    return None
 
 
 def _funds_refused(envelope: event_pb2.Envelope) -> Report | None:
     body = envelope.funds_refused
-    return FundsRefused(body.reference, body.result) if body.purpose == event_pb2.FUNDS_PURPOSE_PAYOUT else None
+    match body.purpose:
+        case event_pb2.FUNDS_PURPOSE_PAYOUT:
+            return FundsRefused(body.reference, body.result)
+        case event_pb2.FUNDS_PURPOSE_REFUND:
+            return RefundFundsRefused(body.reference, body.result, body.available.amount_minor)
+    return None
 
 
 _TRANSLATE: dict[str, Callable[[event_pb2.Envelope], Report | None]] = {

@@ -14,6 +14,7 @@ from payment.domain.facts import Fact, FactKind
 from payment.domain.payment import Payment
 from payment.domain.payment_order import PaymentOrder
 from payment.domain.payout import Payout
+from payment.domain.refund import Refund
 from payment.service.ports import Subject
 
 __all__ = ["COMMANDS", "EVENTS", "OutboxRow", "encode", "encode_completed", "encode_execute_orders"]
@@ -36,6 +37,10 @@ def encode(fact: Fact, subject: Subject, occur_time: datetime) -> OutboxRow:
     kind = fact.kind
     if isinstance(subject, PaymentOrder):
         reference, group = subject.payment_order_id, subject.checkout_id
+    elif isinstance(subject, Refund):
+        reference, group = fact.reference or subject.refund_id, subject.checkout_id
+        if fact.claimed:
+            reference = f"{reference}/claimed"
     else:
         reference = group = subject.reference
     natural = reference
@@ -72,6 +77,7 @@ def encode_execute_orders(payment: Payment, traceparent: str) -> tuple[list[str]
         body.amount.amount_minor = order.amount_minor
         body.psp = order.psp
         body.buyer_email = payment.buyer.email
+        body.page_key = payment.page_key
         ids.append(envelope.event_id)
         payloads.append(envelope.SerializeToString())
     return ids, payloads
@@ -105,17 +111,46 @@ def _order_closed(envelope: Envelope, fact: Fact, order: PaymentOrder) -> None:
     body.state, body.reason = fact.state, fact.reason
 
 
-def _dispute_opened(envelope: Envelope, _fact: Fact, order: PaymentOrder) -> None:
+def _dispute_opened(envelope: Envelope, fact: Fact, order: PaymentOrder) -> None:
     body = envelope.dispute_opened
     body.payment_order_id, body.seller_account, body.psp = order.payment_order_id, order.seller_account, order.psp
-    body.amount.currency_code, body.amount.amount_minor = order.currency_code, order.amount_minor
+    body.amount.currency_code, body.amount.amount_minor = order.currency_code, fact.amount_minor
 
 
 def _dispute_closed(envelope: Envelope, fact: Fact, order: PaymentOrder) -> None:
     body = envelope.dispute_closed
     body.payment_order_id, body.seller_account, body.psp = order.payment_order_id, order.seller_account, order.psp
-    body.amount.currency_code, body.amount.amount_minor = order.currency_code, order.amount_minor
+    body.amount.currency_code, body.amount.amount_minor = order.currency_code, fact.amount_minor
     body.won = fact.won
+
+
+def _refund_part(body: Any, fact: Fact, refund: Refund) -> None:
+    body.refund_id, body.payment_order_id = refund.refund_id, refund.payment_order_id
+    body.seller_account, body.psp = refund.seller_account, refund.psp
+    body.amount.currency_code, body.amount.amount_minor = refund.currency_code, fact.amount_minor
+
+
+def _refund_requested(envelope: Envelope, fact: Fact, refund: Refund) -> None:
+    body = envelope.refund_requested
+    _refund_part(body, fact, refund)
+    if fact.reference != refund.refund_id:
+        body.hold_reference = fact.reference
+
+
+def _refund_completed(envelope: Envelope, fact: Fact, refund: Refund) -> None:
+    body = envelope.refund_completed
+    _refund_part(body, fact, refund)
+    body.succeeded, body.hold_id = fact.succeeded, fact.hold_id
+
+
+def _refund_claimed(envelope: Envelope, fact: Fact, refund: Refund) -> None:
+    _refund_part(envelope.refund_claimed, fact, refund)
+
+
+def _refund_reversed(envelope: Envelope, fact: Fact, refund: Refund) -> None:
+    body = envelope.refund_reversed
+    _refund_part(body, fact, refund)
+    body.claimed = fact.claimed
 
 
 def _execute_payout(envelope: Envelope, _fact: Fact, payout: Payout) -> None:
@@ -155,6 +190,10 @@ _FILL: dict[FactKind, Callable[[Envelope, Fact, Any], None]] = {
     FactKind.ORDER_CLOSED: _order_closed,
     FactKind.DISPUTE_OPENED: _dispute_opened,
     FactKind.DISPUTE_CLOSED: _dispute_closed,
+    FactKind.REFUND_REQUESTED: _refund_requested,
+    FactKind.REFUND_COMPLETED: _refund_completed,
+    FactKind.REFUND_CLAIMED: _refund_claimed,
+    FactKind.REFUND_REVERSED: _refund_reversed,
     FactKind.EXECUTE_PAYOUT: _execute_payout,
     FactKind.PAYOUT_REQUESTED: _payout_requested,
     FactKind.PAYOUT_COMPLETED: _payout_completed,

@@ -62,4 +62,5 @@ def _notification_of(psp: str, message: NotificationMessage) -> Notification:
         reason=clean(message.reason),
         psp_type=clean(message.psp_type),
         occur_time=message.occur_time.ToDatetime(UTC) if message.HasField("occur_time") else None,
+        psp_payment_id=clean(message.psp_payment_id),
     )

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar, cast
 
-from ducat.payment.v1 import payment_pb2, payment_service_pb2_grpc, payout_pb2
+from ducat.payment.v1 import finding_pb2, payment_pb2, payment_service_pb2_grpc, payout_pb2
 from kernel.errors import FieldViolation, InvalidArgument, Unimplemented
 from payment.domain.bank_account import BANK_SCHEMES, BankAccount, PostalAddress
+from payment.domain.finding import Finding, FindingKind, FindingSubject
 from payment.domain.payment import Buyer, Payment
 from payment.domain.payment_order import PaymentOrder
 from payment.domain.payout import Payout, PayoutState
+from payment.domain.refund import Refund
 from payment.domain.requests import OrderSpec, PaymentRequest, PayoutRequest
+from payment.service.findings import Findings
 from payment.service.notifications import Notifications
 from payment.service.payments import Payments
 from payment.service.payouts import Payouts
-from payment.service.ports import PaymentFilter, PayoutFilter
+from payment.service.ports import FindingFilter, PaymentFilter, PayoutFilter, Resolution, Subject
 from runtime import trace
 from runtime.logs import get_logger
+from runtime.security import current_caller
 
 __all__ = ["SCOPES", "SERVICE", "PaymentServicer"]
 
@@ -26,8 +30,8 @@ SERVICE = "ducat.payment.v1.PaymentService"
 SCOPES = {
     f"/{SERVICE}/{method}": scope
     for scope, methods in {
-        "payments.read": "GetPayment ListPayments WatchPayment GetRefund ListRefunds",
-        "payments.write": "CreatePayment CancelPayment CreateRefund",
+        "payments.read": "GetPayment GetCheckoutPage ListPayments WatchPayment GetRefund ListRefunds ListFindings",
+        "payments.write": "CreatePayment CancelPayment CreateRefund ResolveFinding",
         "payouts.read": "GetPayout ListPayouts",
         "payouts.write": "CreatePayout CancelPayout",
         "payouts.instruct": "GetPayoutInstruction",
@@ -86,10 +90,18 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
     before.
     """
 
-    def __init__(self, payments: Payments, payouts: Payouts, notifications: Notifications, gateway_url: str) -> None:
+    def __init__(
+        self,
+        payments: Payments,
+        payouts: Payouts,
+        notifications: Notifications,
+        findings: Findings,
+        gateway_url: str,
+    ) -> None:
         self._payments = payments
         self._payouts = payouts
         self._notifications = notifications
+        self._findings = findings
         self._checkout_base = f"{gateway_url.rstrip('/')}/checkout/"
 
     # --- payments
@@ -107,11 +119,17 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
         """Reads one payment."""
         return payment_pb2.GetPaymentResponse(payment=self._payment(await self._payments.get(request.checkout_id)))
 
+    async def GetCheckoutPage(
+        self, request: payment_pb2.GetCheckoutPageRequest, context: Any
+    ) -> payment_pb2.GetCheckoutPageResponse:
+        """Reads the payment of a buyer's page."""
+        return payment_pb2.GetCheckoutPageResponse(payment=self._payment(await self._payments.page(request.page_key)))
+
     async def ListPayments(
         self, request: payment_pb2.ListPaymentsRequest, context: Any
     ) -> payment_pb2.ListPaymentsResponse:
         """Lists payments, newest first."""
-        wanted = PaymentFilter(request.buyer_id, request.seller_account, request.open_only)
+        wanted = PaymentFilter(request.buyer_id, request.seller_account, request.open_only, request.has_findings)
         page = _Page(self._payment, _without_histories)
         _, token = await self._payments.list(wanted, request.page_size, request.page_token, page)
         return payment_pb2.ListPaymentsResponse(payments=page.messages, next_page_token=token)
@@ -210,20 +228,65 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
             applied_count=counts.applied, duplicate_count=counts.duplicate, ignored_count=counts.ignored
         )
 
+    # --- findings
+    # -----------------------------------------------------------------------------------------------------------
+
+    async def ListFindings(
+        self, request: finding_pb2.ListFindingsRequest, context: Any
+    ) -> finding_pb2.ListFindingsResponse:
+        """Lists findings, newest first."""
+        wanted = FindingFilter(
+            request.open_only,
+            FindingKind(request.kind) if request.kind else None,
+            request.psp,
+            request.seller_account,
+            FindingSubject(request.subject) if request.subject else None,
+            request.reference,
+            request.checkout_id,
+            _time(request, "start_time"),
+            _time(request, "end_time"),
+        )
+        page = _Page(_finding, _without_sides)
+        _, token = await self._findings.list(wanted, request.page_size, request.page_token, page)
+        return finding_pb2.ListFindingsResponse(findings=page.messages, next_page_token=token)
+
+    async def ResolveFinding(
+        self, request: finding_pb2.ResolveFindingRequest, context: Any
+    ) -> finding_pb2.ResolveFindingResponse:
+        """Closes a finding with a reason; idempotent by request_id."""
+        caller = current_caller()
+        resolution = Resolution(request.reason, request.resolved_by or caller, request.request_id)
+        finding = await self._findings.resolve(request.finding_id, resolution)
+        _logger.info(
+            "finding resolved",
+            finding_id=finding.finding_id,
+            reference=finding.reference,
+            resolved_by=finding.resolved_by,
+            caller=caller,
+        )
+        return finding_pb2.ResolveFindingResponse(finding=_finding(finding))
+
     # --- out
     # ----------------------------------------------------------------------------------------------------------------
 
     def _payment(self, payment: Payment) -> payment_pb2.Payment:
         buyer = payment.buyer
-        return payment_pb2.Payment(
+        message = payment_pb2.Payment(
             checkout_id=payment.checkout_id,
             buyer_info=payment_pb2.BuyerInfo(buyer_id=buyer.buyer_id, name=buyer.name, email=buyer.email),
             payment_orders=[_order(order) for order in payment.orders],
             is_payment_done=payment.is_done,
-            checkout_url=self._checkout_base + payment.checkout_id,
+            checkout_url=self._checkout_base + payment.page_key,
             create_time=payment.create_time,
             update_time=payment.update_time,
         )
+        if payment.findings:
+            message.findings.extend(map(_finding, payment.findings))
+        if payment.refunds:
+            of_order = {order.payment_order_id: order for order in message.payment_orders}
+            for refund in payment.refunds:
+                _fill_refund(of_order[refund.payment_order_id].refunds.add(), refund)
+        return message
 
 
 def _refunds_unimplemented(method: str) -> Unimplemented:
@@ -233,8 +296,45 @@ def _refunds_unimplemented(method: str) -> Unimplemented:
     )
 
 
-def _id_of(subject: PaymentOrder | Payout) -> str:
-    return subject.payment_order_id if isinstance(subject, PaymentOrder) else subject.reference
+def _id_of(subject: Subject) -> str:
+    return subject.reference if isinstance(subject, Payout) else subject.payment_order_id
+
+
+def _finding(finding: Finding) -> finding_pb2.Finding:
+    return finding_pb2.Finding(
+        finding_id=finding.finding_id,
+        kind=finding.kind,  # type: ignore[arg-type]
+        subject=finding.subject,  # type: ignore[arg-type]
+        reference=finding.reference,
+        checkout_id=finding.checkout_id,
+        seller_account=finding.seller_account,
+        psp=finding.psp,
+        psp_event_id=finding.psp_event_id,
+        text=finding.text,
+        ours=finding.ours,
+        theirs=finding.theirs,
+        create_time=finding.create_time,
+        resolve_time=finding.resolve_time,
+        resolved_by=finding.resolved_by,
+        reason=finding.reason,
+    )
+
+
+def _without_sides(message: finding_pb2.Finding) -> None:
+    message.ClearField("ours")
+    message.ClearField("theirs")
+
+
+def _fill_refund(message: payment_pb2.Refund, refund: Refund) -> None:
+    message.refund_id, message.payment_order_id = refund.refund_id, refund.payment_order_id
+    message.state = refund.state  # type: ignore[assignment]
+    message.psp, message.psp_refund_id = refund.psp, refund.psp_refund_id
+    message.made_at_psp = refund.made_at_psp
+    message.reason, message.failure_reason = refund.reason, refund.failure_reason
+    message.amount.currency_code, message.amount.amount_minor = refund.currency_code, refund.amount_minor
+    message.claimed.currency_code, message.claimed.amount_minor = refund.currency_code, refund.claimed_minor
+    message.create_time.FromDatetime(refund.create_time)
+    message.update_time.FromDatetime(refund.update_time)
 
 
 def _order(order: PaymentOrder) -> payment_pb2.PaymentOrder:
@@ -250,6 +350,7 @@ def _order(order: PaymentOrder) -> payment_pb2.PaymentOrder:
         create_time=order.create_time,
         update_time=order.update_time,
         revision=order.revision,
+        attention=order.attention,
     )
     message.amount.currency_code, message.amount.amount_minor = order.currency_code, order.amount_minor
     message.refunded.currency_code, message.refunded.amount_minor = order.currency_code, order.refunded_minor
@@ -282,6 +383,8 @@ def _payout(payout: Payout) -> payout_pb2.Payout:
         update_time=payout.update_time,
         schedule_time=payout.schedule_time,
         revision=payout.revision,
+        attention=payout.attention,
+        findings=map(_finding, payout.findings),
     )
     message.amount.currency_code, message.amount.amount_minor = payout.currency_code, payout.amount_minor
     for change in payout.history:
@@ -338,13 +441,6 @@ def _payment_request(request: payment_pb2.CreatePaymentRequest) -> PaymentReques
 
 
 def _payout_request(request: payout_pb2.CreatePayoutRequest) -> PayoutRequest:
-    schedule_time: datetime | None = None
-    if request.HasField("schedule_time"):
-        try:
-            schedule_time = request.schedule_time.ToDatetime(UTC)
-        except (ValueError, OverflowError):  # protobuf lets any number of seconds and nanoseconds through
-            violation = FieldViolation("schedule_time", "must be a time of the years 1 to 9999")
-            raise InvalidArgument("schedule_time is not a time", violations=[violation]) from None
     return PayoutRequest(
         reference=request.reference,
         seller_account=request.seller_account,
@@ -353,8 +449,18 @@ def _payout_request(request: payout_pb2.CreatePayoutRequest) -> PayoutRequest:
         recipient=_recipient(request.recipient),
         purpose=request.purpose,
         psp=request.psp,
-        schedule_time=schedule_time,
+        schedule_time=_time(request, "schedule_time"),
     )
+
+
+def _time(request: Any, field: str) -> datetime | None:
+    if not request.HasField(field):
+        return None
+    try:
+        return cast("datetime", getattr(request, field).ToDatetime(UTC))
+    except (ValueError, OverflowError):  # protobuf lets any number of seconds and nanoseconds through
+        violation = FieldViolation(field, "must be a time of the years 1 to 9999")
+        raise InvalidArgument(f"{field} is not a time", violations=[violation]) from None
 
 
 def _recipient(message: payout_pb2.BankAccount) -> BankAccount:

@@ -19,6 +19,10 @@ class FactKind(Enum):
     ORDER_CLOSED = "payment_order_closed"
     DISPUTE_OPENED = "dispute_opened"
     DISPUTE_CLOSED = "dispute_closed"
+    REFUND_REQUESTED = "refund_requested"
+    REFUND_COMPLETED = "refund_completed"
+    REFUND_CLAIMED = "refund_claimed"
+    REFUND_REVERSED = "refund_reversed"
     PAYOUT_REQUESTED = "payout_requested"
     PAYOUT_COMPLETED = "payout_completed"
     PAYOUT_RELEASED = "payout_released"
@@ -27,7 +31,7 @@ class FactKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One message to be sent. What it is about (order or payout) travels beside it; here is only what may
+    """One message to be sent. What it is about (order, payout or refund) travels beside it; here is only what may
     change afterwards.
     """
 
@@ -39,6 +43,10 @@ class Fact:
     hold_id: bytes = b""
     won: bool = False
     revision: int = 0
+    amount_minor: int = 0
+    reference: str = ""
+    succeeded: bool = False
+    claimed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,8 @@ class Notification:
     psp_type: str = ""
     occur_time: datetime | None = None
     attempt_count: int = 0
+    psp_payment_id: str = ""
+    """Of a refund: the PSP's id of the payment whose money goes back."""
 
     @property
     def cause(self) -> str:

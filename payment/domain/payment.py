@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
+from payment.domain.finding import Finding
 from payment.domain.payment_order import PaymentOrder
+from payment.domain.refund import Refund
 
-__all__ = ["Buyer", "Payment"]
+__all__ = ["PAGE_KEY_BYTES", "Buyer", "Payment"]
+
+PAGE_KEY_BYTES = 16
+"""128 bits: nobody guesses one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,10 @@ class Payment:
     orders: list[PaymentOrder]
     is_done: bool
     create_time: datetime
+    page_key: str = ""
+    """The unguessable part of the address of the buyer's page: PAGE_KEY_BYTES of randomness in hexadecimal digits."""
+    findings: list[Finding] = field(default_factory=list)
+    refunds: list[Refund] = field(default_factory=list)
 
     @property
     def update_time(self) -> datetime:

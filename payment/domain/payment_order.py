@@ -16,6 +16,7 @@ from enum import Enum, IntEnum
 
 from kernel.state_table import StateTable, TransitionRefused
 from payment.domain.facts import Change, Fact, FactKind
+from payment.domain.finding import Finding, FindingKind, FindingSubject, finding_of
 from payment.domain.notification import Notification, NotificationKind, Outcome
 
 __all__ = [
@@ -57,6 +58,8 @@ class PaymentOrderEvent(Enum):
     TIMED_OUT = "clock: not paid in time"
     REFUNDED_IN_PART = "refund: some of the money is back"
     REFUNDED_IN_FULL = "refund: all of the money is back"
+    REFUND_FAILED_IN_PART = "refund: failed after all, others stay"
+    REFUND_FAILED = "refund: failed after all, none stays"
     DISPUTE_OPENED = "PSP: the buyer's bank disputes"
     DISPUTE_WON = "PSP: the seller keeps the money"
     DISPUTE_WON_PARTIALLY_REFUNDED = "PSP: the seller keeps what was not refunded"
@@ -112,6 +115,15 @@ PAYMENT_ORDER_TABLE: StateTable[PaymentOrderState, PaymentOrderEvent] = StateTab
         (_S.SUCCESS, _E.REFUNDED_IN_FULL): _S.REFUNDED,
         (_S.PARTIALLY_REFUNDED, _E.REFUNDED_IN_PART): _S.PARTIALLY_REFUNDED,
         (_S.PARTIALLY_REFUNDED, _E.REFUNDED_IN_FULL): _S.REFUNDED,
+        # Banks send refunds back days after the PSP called them paid.
+        (_S.PARTIALLY_REFUNDED, _E.REFUND_FAILED_IN_PART): _S.PARTIALLY_REFUNDED,
+        (_S.PARTIALLY_REFUNDED, _E.REFUND_FAILED): _S.SUCCESS,
+        (_S.REFUNDED, _E.REFUND_FAILED_IN_PART): _S.PARTIALLY_REFUNDED,
+        (_S.REFUNDED, _E.REFUND_FAILED): _S.SUCCESS,
+        (_S.DISPUTED, _E.REFUND_FAILED_IN_PART): _S.DISPUTED,
+        (_S.DISPUTED, _E.REFUND_FAILED): _S.DISPUTED,
+        (_S.DISPUTE_LOST, _E.REFUND_FAILED_IN_PART): _S.DISPUTE_LOST,
+        (_S.DISPUTE_LOST, _E.REFUND_FAILED): _S.DISPUTE_LOST,
         (_S.SUCCESS, _E.DISPUTE_OPENED): _S.DISPUTED,
         (_S.PARTIALLY_REFUNDED, _E.DISPUTE_OPENED): _S.DISPUTED,
         (_S.REFUNDED, _E.DISPUTE_OPENED): _S.DISPUTED,
@@ -183,6 +195,8 @@ class PaymentOrder:
     failure_reason: str = ""
     attention: str = ""
     refunded_minor: int = 0
+    disputed_minor: int = 0
+    """What a dispute took from the seller and a won one gives back."""
     cancel_requested: bool = False
     revision: int = 1
     stored_revision: int = 1
@@ -191,6 +205,7 @@ class PaymentOrder:
     history: list[Change] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
+    new_findings: list[Finding] = field(default_factory=list)
 
     @property
     def is_changed(self) -> bool:
@@ -262,8 +277,11 @@ class PaymentOrder:
         )
         if event is _E.SUCCEEDED:
             contradiction = self._contradiction(notification, ours, holder)
-            if contradiction:
-                self._flag(contradiction, notification.cause, now)
+            if contradiction is not None:
+                kind, text = contradiction
+                if self.state not in PAID_STATES:
+                    self.failure_reason = text
+                self.flag(kind, text, notification, now)
                 return Outcome.FLAGGED
         elif event in _INTENT_EVENTS and not ours:
             return (
@@ -285,11 +303,11 @@ class PaymentOrder:
             self.psp = self.psp or notification.psp
             self._close(notification.failure)
         elif event is _E.DISPUTE_OPENED:
-            self.facts.append(Fact(FactKind.DISPUTE_OPENED, revision=self.revision))
+            self._open_dispute(notification, now)
         else:
             if was is not _S.DISPUTED:  # the loss is the first that we hear of it: the money went all the same
-                self.facts.append(Fact(FactKind.DISPUTE_OPENED, revision=self.revision))
-            self.facts.append(Fact(FactKind.DISPUTE_CLOSED, won=event in _WON, revision=self.revision))
+                self._open_dispute(notification, now)
+            self._close_dispute(event in _WON)
         return Outcome.APPLIED
 
     def add_refund(self, amount_minor: int, cause: str, now: datetime) -> None:
@@ -303,33 +321,101 @@ class PaymentOrder:
         if self._move(_E.REFUNDED_IN_FULL if whole else _E.REFUNDED_IN_PART, cause, now):
             self.refunded_minor = total
 
-    def _contradiction(self, notification: Notification, ours: bool, holder: str) -> str:
+    def remove_refund(self, amount_minor: int, cause: str, now: datetime) -> None:
+        """A refund of it failed after it was added. Raises ValueError where so much was never refunded."""
+        left = self.refunded_minor - amount_minor
+        if amount_minor <= 0 or left < 0:
+            raise ValueError(f"{self.payment_order_id}: {amount_minor} of {self.refunded_minor} refunded fail")
+        if self._move(_E.REFUND_FAILED_IN_PART if left else _E.REFUND_FAILED, cause, now):
+            self.refunded_minor = left
+
+    def flag(self, kind: FindingKind, text: str, notification: Notification, now: datetime) -> None:
+        """What a notification says does not agree with the order."""
+        ours = {
+            "amount_minor": self.amount_minor,
+            "currency_code": self.currency_code,
+            "psp": self.psp,
+            "psp_token": self.psp_token,
+            "state": self.state.name,
+            "refunded_minor": self.refunded_minor,
+        }
+        theirs: dict[str, object] = {
+            "psp": notification.psp,
+            "psp_object_id": notification.psp_object_id,
+            "state": notification.kind.name,
+        }
+        if notification.amount_minor is not None:
+            theirs |= {"amount_minor": notification.amount_minor, "currency_code": notification.currency_code}
+        self.new_findings.append(
+            finding_of(
+                kind,
+                FindingSubject.ORDER,
+                self.payment_order_id,
+                text,
+                notification,
+                now,
+                ours,
+                theirs,
+                checkout_id=self.checkout_id,
+                seller_account=self.seller_account,
+            )
+        )
+        if self.attention != text:
+            self.attention = text
+            self._touch(now, f"{notification.cause}: {text}")
+
+    def _open_dispute(self, notification: Notification, now: datetime) -> None:
+        """It takes what refunds have left: nothing is taken from a seller twice."""
+        left = self.amount_minor - self.refunded_minor
+        told = notification.amount_minor
+        if left == 0 or (told is not None and (notification.currency_code, told) != (self.currency_code, left)):
+            what = "an amount that it does not tell" if told is None else f"{told} {notification.currency_code}"
+            self.flag(
+                FindingKind.DISPUTE_MISMATCH,
+                f"{notification.psp} tells of a dispute about {what}, {left} {self.currency_code} of the order are left "
+                "after refunds (minor units): booked as what is left",
+                notification,
+                now,
+            )
+        self.disputed_minor = left
+        if left:
+            self.facts.append(Fact(FactKind.DISPUTE_OPENED, revision=self.revision, amount_minor=left))
+
+    def _close_dispute(self, won: bool) -> None:
+        if self.disputed_minor:
+            self.facts.append(
+                Fact(FactKind.DISPUTE_CLOSED, won=won, revision=self.revision, amount_minor=self.disputed_minor)
+            )
+        if won:
+            self.disputed_minor = 0
+
+    def _contradiction(self, notification: Notification, ours: bool, holder: str) -> tuple[FindingKind, str] | None:
         if notification.amount_minor is not None and (notification.currency_code, notification.amount_minor) != (
             self.currency_code,
             self.amount_minor,
         ):
-            return (
+            return FindingKind.AMOUNT_MISMATCH, (
                 f"{notification.psp} says paid {notification.amount_minor} {notification.currency_code}, "
                 f"the order is {self.amount_minor} {self.currency_code} (minor units): not credited"
             )
         if holder:
-            return (
+            return FindingKind.PAYMENT_OF_ANOTHER_ORDER, (
                 f"{notification.psp} says paid by {notification.psp_object_id}, "
                 f"which is the payment of order {holder}: not credited"
             )
         if not ours and self.state in PAID_STATES:
-            return (
+            return FindingKind.PAID_TWICE, (
                 f"paid twice: {self.psp} {self.psp_token} and {notification.psp} {notification.psp_object_id}: "
                 "the second was not credited, refund it at the provider"
             )
-        return ""
+        return None
 
     def _capture(self, notification: Notification, ours: bool, now: datetime) -> None:
         if not ours and not self.cancel_requested:
             self._send_cancel("", now)  # the buyer paid another intent: close the one that is known
         token = notification.psp_object_id or (self.psp_token if notification.psp == self.psp else "")
         self.psp, self.psp_token = notification.psp, token
-        self.failure_reason = self.hosted_page_url = self.attention = ""
+        self.failure_reason = self.hosted_page_url = ""
         self.facts.append(Fact(FactKind.ORDER_SUCCEEDED, psp=self.psp, psp_object_id=self.psp_token))
 
     def _close(self, reason: str) -> None:
@@ -340,12 +426,6 @@ class PaymentOrder:
         self.cancel_requested = True
         self.facts.append(Fact(FactKind.CANCEL_ORDER, psp=self.psp, psp_object_id=self.psp_token))
         self._touch(now, cause)
-
-    def _flag(self, text: str, cause: str, now: datetime) -> None:
-        self.attention = text
-        if self.state not in PAID_STATES:
-            self.failure_reason = text
-        self._touch(now, f"{cause}: {text}")
 
     def _move(self, event: PaymentOrderEvent, cause: str, now: datetime) -> bool:
         new = PAYMENT_ORDER_TABLE.next(self.state, event)

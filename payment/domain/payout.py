@@ -15,6 +15,7 @@ from enum import Enum, IntEnum
 from kernel.state_table import StateTable, TransitionRefused
 from payment.domain.bank_account import BankAccount
 from payment.domain.facts import Change, Fact, FactKind
+from payment.domain.finding import Finding, FindingKind, FindingSubject, finding_of
 from payment.domain.notification import Notification, NotificationKind, Outcome
 
 __all__ = ["PAYOUT_TABLE", "Payout", "PayoutEvent", "PayoutState"]
@@ -159,6 +160,8 @@ class Payout:
     history: list[Change] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    new_findings: list[Finding] = field(default_factory=list)
 
     @property
     def is_changed(self) -> bool:
@@ -227,8 +230,8 @@ class Payout:
         if event is None:
             return Outcome.IGNORED
         contradiction = self._contradiction(notification)
-        if contradiction:
-            self._flag(contradiction, notification.cause, now)
+        if contradiction is not None:
+            self._flag(*contradiction, notification, now)
             return Outcome.FLAGGED
         was = self.state
         try:
@@ -237,7 +240,7 @@ class Payout:
             if was in (_S.FAILED, _S.REJECTED, _S.CANCELED):
                 said = f"{notification.psp} says {event.name.lower()}"
                 text = f"{said}, but the payout is {was.name} and its hold is released"
-                self._flag(text, notification.cause, now)
+                self._flag(FindingKind.PAYOUT_AFTER_RELEASE, text, notification, now)
                 return Outcome.FLAGGED
             return Outcome.PARKED
         if not moved:
@@ -253,11 +256,11 @@ class Payout:
             self._release()
         return Outcome.APPLIED
 
-    def _contradiction(self, notification: Notification) -> str:
+    def _contradiction(self, notification: Notification) -> tuple[FindingKind, str] | None:
         if notification.psp != self.psp:
-            return f"{notification.psp} tells of a payout that {self.psp} has"
+            return FindingKind.PAYOUT_OTHER_PSP, f"{notification.psp} tells of a payout that {self.psp} has"
         if self.psp_payout_id and notification.psp_object_id not in ("", self.psp_payout_id):
-            return (
+            return FindingKind.PAYOUT_TWICE, (
                 f"{notification.psp} tells of {notification.psp_object_id}, a second payout under our reference; "
                 f"ours is {self.psp_payout_id}: not applied, find out whether it was paid twice"
             )
@@ -265,21 +268,42 @@ class Payout:
             self.currency_code,
             self.amount_minor,
         ):
-            return (
+            return FindingKind.AMOUNT_MISMATCH, (
                 f"{notification.psp} says {notification.amount_minor} {notification.currency_code}, "
                 f"the payout is {self.amount_minor} {self.currency_code} (minor units): not applied"
             )
-        return ""
+        return None
 
     def _release(self) -> None:
         self.facts.append(
             Fact(FactKind.PAYOUT_RELEASED, state=self.state.name, reason=self.failure_reason, hold_id=self.hold_id)
         )
 
-    def _flag(self, text: str, cause: str, now: datetime) -> None:
+    def _flag(self, kind: FindingKind, text: str, notification: Notification, now: datetime) -> None:
+        ours = _side(self.currency_code, self.amount_minor, self.psp, self.psp_payout_id, self.state.name)
+        theirs = _side(
+            notification.currency_code,
+            notification.amount_minor,
+            notification.psp,
+            notification.psp_object_id,
+            notification.kind.name,
+        )
+        self.new_findings.append(
+            finding_of(
+                kind,
+                FindingSubject.PAYOUT,
+                self.reference,
+                text,
+                notification,
+                now,
+                ours,
+                theirs,
+                seller_account=self.seller_account,
+            )
+        )
         if self.attention != text:
             self.attention = text
-            self._touch(now, f"{cause}: {text}")
+            self._touch(now, f"{notification.cause}: {text}")
 
     def _move(self, event: PayoutEvent, cause: str, now: datetime) -> bool:
         new = PAYOUT_TABLE.next(self.state, event)
@@ -294,3 +318,10 @@ class Payout:
         self.update_time = now
         if cause:
             self.changes.append(Change(self.state, cause[:500], int(now.timestamp() * 1000)))
+
+
+def _side(currency_code: str, amount_minor: int | None, psp: str, psp_payout_id: str, state: str) -> dict[str, object]:
+    side: dict[str, object] = {"psp": psp, "psp_payout_id": psp_payout_id, "state": state}
+    if amount_minor is not None:
+        side |= {"amount_minor": amount_minor, "currency_code": currency_code}
+    return side

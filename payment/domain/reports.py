@@ -14,6 +14,8 @@ __all__ = [
     "OutcomeFound",
     "PayoutRejected",
     "PayoutSubmitted",
+    "RefundFundsHeld",
+    "RefundFundsRefused",
     "Report",
 ]
 
@@ -81,4 +83,41 @@ class FundsRefused:
     result: str
 
 
-Report = OrderRegistered | OrderRejected | PayoutSubmitted | PayoutRejected | OutcomeFound | FundsHeld | FundsRefused
+@dataclass(frozen=True, slots=True)
+class RefundFundsHeld:
+    """The wallet holds a refund's money. `reference` names the hold that was asked for."""
+
+    reference: str
+    hold_id: bytes
+
+    @property
+    def refund_id(self) -> str:
+        """A hold is named by its refund, from the second on with its number."""
+        return self.reference.partition("/")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class RefundFundsRefused:
+    """The wallet does not cover a refund; `available_minor` is what it had left."""
+
+    reference: str
+    result: str
+    available_minor: int
+
+    @property
+    def refund_id(self) -> str:
+        """A hold is named by its refund, from the second on with its number."""
+        return self.reference.partition("/")[0]
+
+
+Report = (
+    OrderRegistered
+    | OrderRejected
+    | PayoutSubmitted
+    | PayoutRejected
+    | OutcomeFound
+    | FundsHeld
+    | FundsRefused
+    | RefundFundsHeld
+    | RefundFundsRefused
+)

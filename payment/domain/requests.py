@@ -145,8 +145,8 @@ def choose_provider(wanted: str, currency_code: str, providers: Providers) -> st
     return next((name for name, codes in providers.items() if not codes or currency_code in codes), "")
 
 
-def new_payment(request: PaymentRequest, now: datetime, traceparent: str) -> Payment:
-    """The payment that the request makes."""
+def new_payment(request: PaymentRequest, now: datetime, traceparent: str, page_key: str) -> Payment:
+    """The payment that the request makes. `page_key` is random."""
     time_ms = int(now.timestamp() * 1000)
     orders = [
         PaymentOrder(
@@ -164,7 +164,7 @@ def new_payment(request: PaymentRequest, now: datetime, traceparent: str) -> Pay
         )
         for spec in request.orders
     ]
-    return Payment(request.checkout_id, request.buyer, orders, False, now)
+    return Payment(request.checkout_id, request.buyer, orders, False, now, page_key)
 
 
 def new_payout(request: PayoutRequest, psp: str, now: datetime, traceparent: str) -> Payout:

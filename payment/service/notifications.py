@@ -3,8 +3,8 @@
 Each is stored once by (psp, psp_event_id), in the transaction of its effect. What fits nothing yet (a webhook that
 overtook our own commit of the PSP's id, a dispute before the success) is *parked*: stored with a 2xx, so that the
 PSP's own retries do not decide whether we hear of it, and tried again when an order with that PSP object appears, and
-on a schedule. What contradicts us is *flagged*: nothing moves, the order says so in `attention`, and a line at error
-level tells operators.
+on a schedule. What contradicts us is *flagged*: nothing moves, a finding is kept, the order says so in `attention`, and a
+line at error level tells operators. A refund that was made at the PSP is booked (payment/domain/refund.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from datetime import datetime, timedelta
 
 from kernel.clock import Clock
 from kernel.errors import InvalidArgument
+from payment.domain.finding import Finding, FindingKind, FindingSubject, finding_of
 from payment.domain.notification import Notification, NotificationKind, Outcome
-from payment.domain.payment_order import PaymentOrder
+from payment.domain.payment_order import PAID_STATES, PaymentOrder, PaymentOrderState
+from payment.domain.payout import Payout
+from payment.domain.refund import Refund, RefundState, told_refund_id
 from payment.service.payments import until_fresh
 from payment.service.ports import (
     ChangeSet,
@@ -170,17 +173,27 @@ class Notifications:
                     counts.duplicate += 1
                     continue
                 seen.add(key)
+                finding_count = len(changes.findings)
                 outcome, subject = decide_notification(notification, loaded, changes)
                 if subject is not None:
                     touched[id(subject)] = subject
+                    if isinstance(subject, Refund) and (order := loaded.orders.get(subject.payment_order_id)):
+                        touched[id(order)] = order
                 if outcome is Outcome.APPLIED:
                     counts.applied += 1
                     counts.subjects.append(subject)  # type: ignore[arg-type]  # nothing is applied to nothing
                 else:
                     counts.ignored += 1
-                    if outcome is not Outcome.IGNORED:
-                        unusual.append((call.context, outcome, notification, subject))
-                changes.notifications.append(_recorded(notification, outcome, subject, changes.now))
+                recorded = _recorded(notification, outcome, subject, changes.now)
+                is_given_up = outcome is Outcome.PARKED and recorded.next_attempt_time is None
+                if is_given_up:
+                    changes.findings.append(_given_up(notification, subject, changes.now))
+                is_new = notification.attempt_count == 0 or is_given_up
+                if is_new and len(changes.findings) > finding_count:
+                    unusual.append((call.context, Outcome.FLAGGED, notification, subject))
+                elif outcome not in (Outcome.IGNORED, Outcome.APPLIED):
+                    unusual.append((call.context, outcome, notification, subject))
+                changes.notifications.append(recorded)
         changes.collect(list(touched.values()))
         if not changes.is_empty:
             try:
@@ -196,6 +209,8 @@ def decide_notification(
     notification: Notification, loaded: Loaded, changes: ChangeSet
 ) -> tuple[Outcome, Subject | None]:
     """What a notification does to what it is about; its facts go to `changes`."""
+    if notification.kind.subject == "refund":
+        return _decide_refund(notification, loaded, changes)
     subject = _subject_of(notification, loaded)
     if subject is None:
         # An unknown type says nothing about anything; a known one waits for what it is about.
@@ -206,6 +221,140 @@ def decide_notification(
         outcome = subject.notify(notification, changes.now)
     changes.take_facts(subject)
     return outcome, subject
+
+
+def _decide_refund(notification: Notification, loaded: Loaded, changes: ChangeSet) -> tuple[Outcome, Subject | None]:
+    """A refund is one object of the PSP, whatever event tells of it. Its order is the one whose payment it gives back."""
+    known = next(
+        (
+            each
+            for each in loaded.refunds.values()
+            if each.psp_refund_id and (each.psp, each.psp_refund_id) == (notification.psp, notification.psp_object_id)
+        ),
+        None,
+    )
+    if known is not None:
+        return _decide_known_refund(notification, known, loaded.orders.get(known.payment_order_id), changes)
+    order = next(
+        (
+            each
+            for each in loaded.orders.values()
+            if each.psp_token and (each.psp, each.psp_token) == (notification.psp, notification.psp_payment_id)
+        ),
+        None,
+    )
+    if order is None:
+        return Outcome.PARKED, None
+    contradiction = _refund_contradiction(notification, order)
+    if contradiction is not None:
+        outcome, kind, text = contradiction
+        order.flag(kind, f"{notification.psp} {text}: not booked", notification, changes.now)
+        changes.take_facts(order)
+        return outcome, order
+    succeeded = notification.kind is NotificationKind.REFUND_SUCCEEDED
+    refund = Refund(
+        refund_id=told_refund_id(notification.psp, notification.psp_object_id),
+        payment_order_id=order.payment_order_id,
+        checkout_id=order.checkout_id,
+        seller_account=order.seller_account,
+        currency_code=order.currency_code,
+        amount_minor=notification.amount_minor or 0,
+        state=RefundState.SUCCEEDED if succeeded else RefundState.FAILED,
+        psp=notification.psp,
+        psp_refund_id=notification.psp_object_id,
+        create_time=changes.now,
+        update_time=changes.now,
+        reason=f"made at {notification.psp}",
+        failure_reason="" if succeeded else notification.failure[:1000],
+        traceparent=order.traceparent,
+    )
+    if succeeded:
+        order.add_refund(refund.amount_minor, notification.cause, changes.now)
+    refund.begin(notification.cause, changes.now)
+    loaded.refunds[refund.refund_id] = refund
+    changes.take_facts(refund)
+    return Outcome.APPLIED, refund
+
+
+def _decide_known_refund(
+    notification: Notification, refund: Refund, order: PaymentOrder | None, changes: ChangeSet
+) -> tuple[Outcome, Subject | None]:
+    if order is None:
+        return Outcome.PARKED, None
+    told = notification.amount_minor
+    if told is not None and (notification.currency_code, told) != (refund.currency_code, refund.amount_minor):
+        text = (
+            f"{notification.psp} says that refund {notification.psp_object_id} is {told} {notification.currency_code}, "
+            f"it told {refund.amount_minor} {refund.currency_code} before (minor units): not changed"
+        )
+        order.flag(FindingKind.REFUND_UNCLEAR, text, notification, changes.now)
+        changes.take_facts(order)
+        return Outcome.FLAGGED, order
+    if notification.kind is NotificationKind.REFUND_SUCCEEDED:
+        if refund.state is RefundState.SUCCEEDED:
+            return Outcome.IGNORED, refund
+        text = (
+            f"{notification.psp} says that refund {notification.psp_object_id} succeeded, it told before that it "
+            "failed: not booked; where it did succeed in the end, charge the seller by hand"
+        )
+        order.flag(FindingKind.REFUND_UNCLEAR, text, notification, changes.now)
+        changes.take_facts(order)
+        return Outcome.FLAGGED, order
+    if not refund.fail(notification, changes.now):
+        return Outcome.IGNORED, refund
+    order.remove_refund(refund.amount_minor, notification.cause, changes.now)
+    changes.take_facts(refund)
+    return Outcome.APPLIED, refund
+
+
+def _refund_contradiction(notification: Notification, order: PaymentOrder) -> tuple[Outcome, FindingKind, str] | None:
+    amount, currency = notification.amount_minor, notification.currency_code
+    refund = f"refund {notification.psp_object_id}"
+    if not notification.psp_object_id or amount is None or amount <= 0:
+        said = "no amount" if amount is None else f"{amount} {currency}"
+        return Outcome.FLAGGED, FindingKind.REFUND_UNCLEAR, f"tells of a refund without its id or amount ({said})"
+    if currency != order.currency_code:
+        text = f"says {refund} is {amount} {currency}, the order is in {order.currency_code} (minor units)"
+        return Outcome.FLAGGED, FindingKind.REFUND_UNCLEAR, text
+    if order.state not in PAID_STATES:
+        text = f"says {refund} gave {amount} {currency} back, but the order is not paid here"
+        return Outcome.PARKED, FindingKind.REFUND_OF_UNPAID, text
+    if notification.kind is NotificationKind.REFUND_FAILED:
+        return None  # nothing is booked; it is kept so that its success, told late, is not either
+    if order.state in (PaymentOrderState.DISPUTED, PaymentOrderState.DISPUTE_LOST):
+        text = f"says {refund} gave {amount} {currency} back, but the dispute took the money from the seller already"
+        return Outcome.FLAGGED, FindingKind.REFUND_OF_DISPUTED, text
+    left = order.amount_minor - order.refunded_minor
+    if amount > left:
+        text = f"says {refund} gave {amount} {currency} back, but only {left} of the order are left (minor units)"
+        return Outcome.FLAGGED, FindingKind.REFUND_TOO_LARGE, text
+    return None
+
+
+def _given_up(notification: Notification, subject: Subject | None, now: datetime) -> Finding:
+    """A notification that is not tried any more."""
+    about = (
+        f"about our {notification.merchant_reference}" if notification.merchant_reference else "without our reference"
+    )
+    state = subject.state.name if subject is not None else "unknown here"
+    return finding_of(
+        FindingKind.NOTIFICATION_GIVEN_UP,
+        FindingSubject.NOTIFICATION,
+        notification.psp_event_id,
+        f"{notification.psp} tells {notification.kind.name} of {notification.psp_object_id} ({about}), which fitted nothing "
+        f"in {notification.attempt_count + 1} tries: what it is about is {state}; it is not tried again",
+        notification,
+        now,
+        {"state": state, "reference": _reference_of(subject)},
+        {
+            "state": notification.kind.name,
+            "psp_object_id": notification.psp_object_id,
+            "amount_minor": notification.amount_minor,
+            "currency_code": notification.currency_code,
+        },
+        checkout_id=getattr(subject, "checkout_id", ""),
+        seller_account=getattr(subject, "seller_account", ""),
+    )
 
 
 def claims_of(notifications: Sequence[Notification], loaded: Loaded) -> list[Notification]:
@@ -238,7 +387,7 @@ def _other_holder(notification: Notification, order: PaymentOrder, loaded: Loade
     )
 
 
-def _subject_of(notification: Notification, loaded: Loaded) -> Subject | None:
+def _subject_of(notification: Notification, loaded: Loaded) -> PaymentOrder | Payout | None:
     kind = notification.kind.subject
     if kind == "order":
         order = loaded.orders.get(notification.merchant_reference)
@@ -271,9 +420,7 @@ def _subject_of(notification: Notification, loaded: Loaded) -> Subject | None:
 def _recorded(
     notification: Notification, outcome: Outcome, subject: Subject | None, now: datetime
 ) -> RecordedNotification:
-    reference = notification.merchant_reference
-    if subject is not None:
-        reference = getattr(subject, "payment_order_id", "") or getattr(subject, "reference", "")
+    reference = _reference_of(subject) or notification.merchant_reference
     if outcome is not Outcome.PARKED:
         return RecordedNotification(notification, outcome, reference, notification.attempt_count)
     tries = notification.attempt_count
@@ -281,3 +428,8 @@ def _recorded(
     return RecordedNotification(
         notification, outcome, reference, tries + 1, now + wait if tries < PARKED_TRIES_MAX else None
     )
+
+
+def _reference_of(subject: Subject | None) -> str:
+    """The order, also of a refund, or the payout."""
+    return getattr(subject, "payment_order_id", "") or getattr(subject, "reference", "")

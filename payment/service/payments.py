@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from functools import partial
+from secrets import token_bytes
 from typing import TypeVar
 
 from kernel.clock import Clock
 from kernel.errors import AlreadyExists, FieldViolation, InvalidArgument, NotFound, Unavailable
-from payment.domain.payment import Payment
+from payment.domain.payment import PAGE_KEY_BYTES, Payment
 from payment.domain.requests import (
     PaymentRequest,
     Providers,
@@ -66,6 +67,7 @@ class Payments:
         providers: Providers,
         orders_max: int,
         expiry: timedelta,
+        random: Callable[[int], bytes] = token_bytes,
     ) -> None:
         self._store = store
         self._changes = changes
@@ -73,6 +75,7 @@ class Payments:
         self._providers = providers
         self._orders_max = orders_max
         self._expiry = expiry
+        self._random = random
 
     async def create(self, request: PaymentRequest, traceparent: str = "") -> tuple[Payment, bool]:
         """The payment, and whether it was there already. Raises InvalidArgument with every violation, AlreadyExists."""
@@ -84,7 +87,7 @@ class Payments:
             wrong += used_order_violations(request, await self._store.taken_order_ids(request.checkout_id, ids))
             raise _invalid(wrong)
         now = now_of(self._clock)
-        payment = new_payment(request, now, traceparent)
+        payment = new_payment(request, now, traceparent, self._random(PAGE_KEY_BYTES).hex())
         try:
             stored = await self._store.create_payment(payment, payment_hash(request), now + self._expiry, traceparent)
         except OrderIdsTaken as error:
@@ -106,12 +109,19 @@ class Payments:
             raise NotFound(f"no payment has the checkout_id {checkout_id!r}", metadata={"checkout_id": checkout_id})
         return payment
 
+    async def page(self, page_key: str) -> Payment:
+        """The payment of a buyer's page. Raises NotFound, the same for every wrong key."""
+        payment = await self._store.read_page(page_key)
+        if payment is None:
+            raise NotFound("no page has this address")
+        return payment
+
     async def list(
         self, filter: PaymentFilter, page_size: int, page_token: str, room: Room[Payment] = EVERYTHING
     ) -> tuple[list[Payment], str]:
         """One page, newest first, and the token of the next one. It ends early where the next one does not fit."""
         limit = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        scope = f"payments/{filter.buyer_id}/{filter.seller_account}/{filter.open_only:d}"
+        scope = f"payments/{filter.buyer_id}/{filter.seller_account}/{filter.open_only:d}{'/findings' if filter.has_findings else ''}"
         if "\0" in scope:  # no stored text holds one
             return [], ""
 

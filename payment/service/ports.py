@@ -10,14 +10,17 @@ from typing import Protocol
 
 from kernel.clock import Clock
 from payment.domain.facts import Fact
+from payment.domain.finding import Finding, FindingKind, FindingSubject
 from payment.domain.notification import Notification, Outcome
 from payment.domain.payment import Payment
 from payment.domain.payment_order import PaymentOrder
 from payment.domain.payout import Payout, PayoutState
+from payment.domain.refund import Refund
 
 __all__ = [
     "ChangeSet",
     "Changes",
+    "FindingFilter",
     "Loaded",
     "NotificationVerifier",
     "OrderIdsTaken",
@@ -26,6 +29,8 @@ __all__ = [
     "Position",
     "PspObjectTaken",
     "RecordedNotification",
+    "RequestIdTaken",
+    "Resolution",
     "StaleState",
     "Store",
     "Stored",
@@ -33,7 +38,7 @@ __all__ = [
     "now_of",
 ]
 
-Subject = PaymentOrder | Payout
+Subject = PaymentOrder | Payout | Refund
 """What a fact is about."""
 
 Position = tuple[datetime, str]
@@ -60,6 +65,10 @@ class OrderIdsTaken(Exception):
         self.payment_order_ids = tuple(payment_order_ids)
 
 
+class RequestIdTaken(Exception):
+    """The request id resolved another finding before. Nothing was written."""
+
+
 class PspObjectTaken(Exception):
     """The PSP object that an order would get belongs to another order. Nothing was written."""
 
@@ -71,6 +80,31 @@ class PaymentFilter:
     buyer_id: str = ""
     seller_account: str = ""
     open_only: bool = False
+    has_findings: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FindingFilter:
+    """Empty fields do not filter. `start` is included, `end` is not."""
+
+    open_only: bool = False
+    kind: FindingKind | None = None
+    psp: str = ""
+    seller_account: str = ""
+    subject: FindingSubject | None = None
+    reference: str = ""
+    checkout_id: str = ""
+    start: datetime | None = None
+    end: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What an operator says of a finding."""
+
+    reason: str
+    resolved_by: str
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +117,11 @@ class PayoutFilter:
 
 @dataclass(slots=True)
 class Loaded:
-    """Orders and payouts by their id, and which of the asked messages or notifications had their effect before."""
+    """Orders, payouts and refunds by their id, and which of the asked messages or notifications had their effect before."""
 
     orders: dict[str, PaymentOrder] = field(default_factory=dict)
     payouts: dict[str, Payout] = field(default_factory=dict)
+    refunds: dict[str, Refund] = field(default_factory=dict)
     known: set[str | tuple[str, str]] = field(default_factory=set)
 
 
@@ -111,6 +146,8 @@ class ChangeSet:
     notifications: list[RecordedNotification] = field(default_factory=list)
     orders: list[PaymentOrder] = field(default_factory=list)
     payouts: list[Payout] = field(default_factory=list)
+    refunds: list[Refund] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     facts: list[tuple[Fact, Subject]] = field(default_factory=list)
 
     def collect(self, subjects: Sequence[Subject]) -> None:
@@ -119,8 +156,10 @@ class ChangeSet:
             if subject.is_changed:
                 if isinstance(subject, PaymentOrder):
                     self.orders.append(subject)
-                else:
+                elif isinstance(subject, Payout):
                     self.payouts.append(subject)
+                else:
+                    self.refunds.append(subject)
             self.take_facts(subject)
 
     def take_facts(self, subject: Subject) -> None:
@@ -128,11 +167,14 @@ class ChangeSet:
         if subject.facts:
             self.facts += [(fact, subject) for fact in subject.facts]
             subject.facts.clear()
+        if not isinstance(subject, Refund) and subject.new_findings:
+            self.findings += subject.new_findings
+            subject.new_findings.clear()
 
     @property
     def is_empty(self) -> bool:
         """True when there is nothing to write."""
-        return not (self.orders or self.payouts or self.message_ids or self.notifications)
+        return not (self.orders or self.payouts or self.refunds or self.message_ids or self.notifications)
 
 
 class Store(Protocol):
@@ -149,6 +191,10 @@ class Store(Protocol):
         ...
 
     async def read_payment(self, checkout_id: str) -> Payment | None: ...
+
+    async def read_page(self, page_key: str) -> Payment | None:
+        """The payment of a buyer's page, compared in constant time."""
+        ...
 
     async def payment_hash(self, checkout_id: str) -> bytes | None:
         """The hash of the request that made a payment; None where there is none."""
@@ -178,15 +224,36 @@ class Store(Protocol):
         ...
 
     async def load_for_messages(
-        self, consumer: str, message_ids: Sequence[str], order_ids: Sequence[str], references: Sequence[str]
+        self,
+        consumer: str,
+        message_ids: Sequence[str],
+        order_ids: Sequence[str],
+        references: Sequence[str],
+        refund_ids: Sequence[str] = (),
     ) -> Loaded:
-        """Orders and payouts by id. `known`: message ids that this consumer has taken."""
+        """Orders, payouts and refunds by id. `known`: message ids that this consumer has taken."""
         ...
 
     async def apply(self, changes: ChangeSet) -> bool:
         """Write it back, in one transaction. Raises StaleState where anything changed since it was loaded, and
         PspObjectTaken. Returns whether notifications are parked that may fit now.
         """
+        ...
+
+    async def list_findings(self, filter: FindingFilter, after: Position | None, limit: int) -> list[Finding]: ...
+
+    async def read_finding(self, finding_id: str) -> tuple[Finding, str] | None:
+        """A finding, and the request that resolved it, if one did."""
+        ...
+
+    async def resolve_finding(self, finding_id: str, resolution: Resolution, now: datetime) -> bool:
+        """Resolves it where it is open; the order's or payout's `attention` follows. Returns whether it was open.
+        Raises RequestIdTaken.
+        """
+        ...
+
+    async def open_finding_counts(self) -> dict[FindingKind, int]:
+        """How many findings of each kind are open."""
         ...
 
     async def overdue_checkout_ids(self, now: datetime, limit: int) -> list[str]:

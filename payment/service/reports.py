@@ -14,6 +14,7 @@ from kernel.errors import NotFound
 from payment.domain.notification import Outcome
 from payment.domain.payment_order import PaymentOrder
 from payment.domain.payout import Payout
+from payment.domain.refund import Refund
 from payment.domain.reports import (
     FundsHeld,
     FundsRefused,
@@ -22,6 +23,8 @@ from payment.domain.reports import (
     OutcomeFound,
     PayoutRejected,
     PayoutSubmitted,
+    RefundFundsHeld,
+    RefundFundsRefused,
     Report,
 )
 from payment.service import notifications
@@ -53,7 +56,10 @@ class Reports:
     async def _attempt(self, consumer: str, reports: Sequence[tuple[str, Report]]) -> list[str]:
         order_ids = sorted({_order_id(report) for _, report in reports} - {""})
         references = sorted({_reference(report) for _, report in reports} - {""})
-        loaded = await self._store.load_for_messages(consumer, [each for each, _ in reports], order_ids, references)
+        refund_ids = sorted({_refund_id(report) for _, report in reports} - {""})
+        loaded = await self._store.load_for_messages(
+            consumer, [each for each, _ in reports], order_ids, references, refund_ids
+        )
         found = [report.notification for _, report in reports if isinstance(report, OutcomeFound)]
         claims = notifications.claims_of(found, loaded)
         if claims:
@@ -82,6 +88,7 @@ class Reports:
         # In the order of the ids, so that two batches lock in the same order.
         changes.collect([loaded.orders[each] for each in order_ids if each in loaded.orders])
         changes.collect([loaded.payouts[each] for each in references if each in loaded.payouts])
+        changes.collect([loaded.refunds[each] for each in refund_ids if each in loaded.refunds])
         has_parked = False
         if not changes.is_empty:
             has_parked = await self._store.apply(changes)
@@ -104,6 +111,10 @@ def _decide(report: Report, subject: Subject, now: datetime) -> None:
             subject.hold(report.hold_id, now)
         case FundsRefused(), Payout():
             subject.refuse_funds(report.result, now)
+        case RefundFundsHeld(), Refund():
+            subject.hold(report.reference, report.hold_id, now)
+        case RefundFundsRefused(), Refund():
+            subject.refuse_funds(report.reference, report.result, report.available_minor, now)
 
 
 def _order_id(report: Report) -> str:
@@ -122,9 +133,17 @@ def _reference(report: Report) -> str:
     return ""
 
 
+def _refund_id(report: Report) -> str:
+    return report.refund_id if isinstance(report, RefundFundsHeld | RefundFundsRefused) else ""
+
+
 def _subject(report: Report, loaded: Loaded) -> Subject:
-    order_id, reference = _order_id(report), _reference(report)
-    subject: Subject | None = loaded.orders.get(order_id) if order_id else loaded.payouts.get(reference)
+    order_id, reference = _order_id(report), _reference(report) or _refund_id(report)
+    subject: Subject | None
+    if isinstance(report, RefundFundsHeld | RefundFundsRefused):
+        subject = loaded.refunds.get(reference)
+    else:
+        subject = loaded.orders.get(order_id) if order_id else loaded.payouts.get(reference)
     if subject is None:
         raise NotFound(f"{type(report).__name__} is about {order_id or reference!r}, which is not stored here")
     return subject

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kernel.state_table import TransitionRefused
 from payment.domain.facts import FactKind
+from payment.domain.finding import FindingKind
 from payment.domain.notification import Notification, NotificationKind, Outcome
 from payment.domain.payment import Buyer, Payment
 from payment.domain.payment_order import OPEN_STATES, PAID_STATES, PaymentOrder, PaymentOrderState
@@ -98,7 +99,9 @@ def test_success_with_another_amount_or_currency_is_never_credited(
     assert each.failure_reason == each.attention
     assert each.is_changed
     assert each.notify(told(K.ORDER_SUCCEEDED, "evt_2"), NOW) is Outcome.APPLIED
-    assert (each.attention, each.failure_reason) == ("", "")
+    assert each.failure_reason == ""
+    assert "not credited" in each.attention, "the wrong payment is still to be looked at"
+    assert [found.kind for found in each.new_findings] == [FindingKind.AMOUNT_MISMATCH]
 
 
 def test_success_without_an_amount_is_taken() -> None:
@@ -220,10 +223,11 @@ def test_disputes_end_where_the_refunds_left_the_order() -> None:
         assert each.notify(told(K.DISPUTE_OPENED, "evt_2"), NOW) is Outcome.IGNORED
         assert each.notify(told(K.DISPUTE_WON, "evt_3"), NOW) is Outcome.APPLIED
         assert each.state is won_state
-        assert [(fact.kind, fact.won) for fact in each.facts] == [
-            (FactKind.DISPUTE_OPENED, False),
-            (FactKind.DISPUTE_CLOSED, True),
-        ]
+        left = 7500 - refunded
+        assert [(fact.kind, fact.won, fact.amount_minor) for fact in each.facts] == (
+            [(FactKind.DISPUTE_OPENED, False, left), (FactKind.DISPUTE_CLOSED, True, left)] if left else []
+        ), "a dispute takes no more than refunds have left"
+        assert [found.kind for found in each.new_findings] == [FindingKind.DISPUTE_MISMATCH] * bool(refunded)
 
 
 def test_a_lost_dispute_is_never_marked_won() -> None:

@@ -225,10 +225,10 @@ def test_text_that_the_database_cannot_hold_is_refused_by_field() -> None:
 
 def test_a_new_payment_has_its_orders_in_the_order_of_the_request() -> None:
     request = replace(REQUEST, orders=(replace(ORDER, payment_order_id="ORD-9"), ORDER))
-    payment = new_payment(request, NOW, "trace")
+    payment = new_payment(request, NOW, "trace", "ab" * 16)
     assert [order.payment_order_id for order in payment.orders] == ["ORD-9", "ORD-1"]
     assert {order.traceparent for order in payment.orders} == {"trace"}
-    assert not payment.is_done
+    assert (payment.is_done, payment.page_key) == (False, "ab" * 16)
 
 
 def test_causes_and_failures_are_words_for_people() -> None:

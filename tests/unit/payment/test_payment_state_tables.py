@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ducat.executor.v1 import executor_pb2
-from ducat.payment.v1 import payment_pb2, payout_pb2
+from ducat.payment.v1 import finding_pb2, payment_pb2, payout_pb2
 from kernel.state_table import StateTable, TransitionRefused
+from payment.domain.finding import FindingKind, FindingSubject
 from payment.domain.notification import NotificationKind
 from payment.domain.payment_order import (
     OPEN_STATES,
@@ -40,6 +41,8 @@ ORDER_MATRIX = {
     Order.TIMED_OUT:                      "XX........",
     Order.REFUNDED_IN_PART:               "xxPxxxPxDL",
     Order.REFUNDED_IN_FULL:               "xxRxxxR.DL",
+    Order.REFUND_FAILED_IN_PART:          "xxxxxxPPDL",
+    Order.REFUND_FAILED:                  "xxxxxxSSDL",
     Order.DISPUTE_OPENED:                 "xxDxxxDD..",
     Order.DISPUTE_WON:                    "xx.xxx..Sx",
     Order.DISPUTE_WON_PARTIALLY_REFUNDED: "xx.xxx..Px",
@@ -68,7 +71,7 @@ REFUND_LETTERS = dict(zip("PESF", R, strict=True))
 REFUND_MATRIX = {
     #                  PESF
     RE.FUNDS_HELD:    "P...",
-    RE.FUNDS_REFUSED: "Fxx.",
+    RE.FUNDS_REFUSED: "Fx..",
     RE.SUBMITTED:     "E...",
     RE.REJECTED:      "FFx.",
     RE.SUCCEEDED:     "SS.x",
@@ -118,9 +121,9 @@ def test_a_closed_order_never_opens_again() -> None:
         assert state in OPEN_STATES or new not in OPEN_STATES
 
 
-def test_success_is_entered_once_only_from_unpaid_states_or_a_won_dispute() -> None:
+def test_success_is_entered_once_only_from_unpaid_states_a_won_dispute_or_a_failed_refund() -> None:
     entries = {(state, event) for (state, event), new in PAYMENT_ORDER_TABLE.transitions.items() if new is Paid.SUCCESS}
-    assert {event for _, event in entries} == {Order.SUCCEEDED, Order.DISPUTE_WON}
+    assert {event for _, event in entries} == {Order.SUCCEEDED, Order.DISPUTE_WON, Order.REFUND_FAILED}
     assert not {state for state, event in entries if event is Order.SUCCEEDED} & PAID_STATES
 
 
@@ -130,6 +133,8 @@ def test_success_is_entered_once_only_from_unpaid_states_or_a_won_dispute() -> N
         (Paid, payment_pb2.PaymentOrderState, "PAYMENT_ORDER_STATE_"),
         (P, payout_pb2.PayoutState, "PAYOUT_STATE_"),
         (R, payment_pb2.RefundState, "REFUND_STATE_"),
+        (FindingKind, finding_pb2.FindingKind, "FINDING_KIND_"),
+        (FindingSubject, finding_pb2.FindingSubject, "FINDING_SUBJECT_"),
         (NotificationKind, executor_pb2.NotificationKind, "NOTIFICATION_KIND_"),
     ],
 )

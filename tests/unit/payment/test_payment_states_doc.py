@@ -36,8 +36,11 @@ of a PSP is parked or flagged.
   parked: stored, answered with 2xx, tried again when its PSP object becomes known and on a schedule for about
   eight days. We do not leave this to the PSP's retries, because some give up early.
 - **A notification that contradicts us** is flagged: another amount or currency than the order has, a second
-  payment of an order that is paid, or a payment that is another order's. Nothing is credited, no event goes out;
-  `attention` (and, unless the order is paid, `failure_reason`) says why, and a line at error level tells operators.
+  payment of an order that is paid, or a payment that is another order's. Nothing is credited, no event goes out; a
+  *finding* is kept, `attention` (and, unless the order is paid, `failure_reason`) says why, and a line at error level
+  tells operators. Findings stand beside one another until each is resolved with a reason (`ducat payment findings`,
+  `ducat payment resolve`, docs/rest.md); the same one, told again, is kept once. A notification that was parked for
+  about eight days and still fits nothing becomes a finding too.
 - **Another intent of the same order.** After a failover two PSPs may know an order. The end of an intent that
   is not the recorded one says nothing about the order; its success does: the order is captured there, and the
   recorded intent is canceled.
@@ -50,7 +53,18 @@ of a PSP is parked or flagged.
   it may have been paid twice, and its failure must not give back what the first one took.
 - **Disputes.** LOST may come without, or before, OPENED. WON counts only while DISPUTED, so that a lost dispute
   is never marked won by an old notification. A refund that was under way when a dispute came is added, and the
-  dispute's state stays. A loss whose opening never came tells of the opening too, so that the money is booked.
+  dispute's state stays. A loss whose opening never came tells of the opening too, so that the money is booked. A
+  dispute takes what refunds have left, never more: where the PSP names another amount, that is a finding.
+- **A refund made at the PSP** (in its dashboard, say) is one object of the PSP, whatever event tells of it: the same
+  refund told many times is booked once, two of the same amount are two. Its order is the one whose payment it gives
+  back. The buyer has the money, so the refund begins as SUCCEEDED and the order is refunded at once; then the wallet is
+  asked to hold the amount, so that no later payout can take it. Held: it is posted. Not covered: the wallet says what
+  it has left, that is asked for instead (five tries, since payouts may be faster), and the rest is a claim on the
+  seller. A refund that fails after all gives back what it took and withdraws what it claimed. Why ask first and not
+  claim everything: a claim leaves the money in the wallet, where the next payout takes it.
+- **Refunds that are never booked** are findings: more than is left of the order, another currency, no amount or no id,
+  of an order that is not paid (also parked: it is booked when the success comes), of one that a dispute took already,
+  and a success told after the failure of the same refund, which may be an old message or a new fact: a person decides.
 """
 
 

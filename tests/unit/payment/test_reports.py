@@ -17,6 +17,7 @@ from payment.domain.facts import FactKind
 from payment.domain.notification import Notification, NotificationKind, Outcome
 from payment.domain.payment_order import PaymentOrder, PaymentOrderState
 from payment.domain.payout import Payout, PayoutState
+from payment.domain.refund import Refund, RefundState
 from payment.domain.reports import (
     FundsHeld,
     FundsRefused,
@@ -25,6 +26,8 @@ from payment.domain.reports import (
     OutcomeFound,
     PayoutRejected,
     PayoutSubmitted,
+    RefundFundsHeld,
+    RefundFundsRefused,
     Report,
 )
 from payment.service.notifications import Notifications
@@ -44,6 +47,14 @@ def order(order_id: str = "A", state: PaymentOrderState = S.NOT_STARTED, **value
 def payout(state: PayoutState = P.HOLDING, **values: Any) -> Payout:
     account = BankAccount("Jane Doe", "US", "aba_routing_number", "021000021", "1234567890")
     return Payout("PO-1", "SELL-1", "USD", 750, account, "work", "sandbox", state, NOW, NOW, **values)
+
+
+def refund() -> Refund:
+    made = Refund("sandbox:re_1", "A", "CH-1", "SELL-1", "USD", 60, RefundState.SUCCEEDED, "sandbox", "re_1", NOW, NOW)
+    made.begin("told", NOW)
+    made.facts.clear()
+    made.stored_revision = made.revision
+    return made
 
 
 def found(kind: NotificationKind = K.ORDER_SUCCEEDED, **values: Any) -> OutcomeFound:
@@ -78,6 +89,13 @@ EFFECTS: list[tuple[Report, Subject, int, list[FactKind]]] = [
     (PayoutSubmitted("PO-1", "sandbox", "po_1"), payout(P.PENDING), P.PENDING, []),
     (PayoutRejected("PO-1", "sandbox", "x", "no", False), payout(P.PENDING), P.FAILED, [FactKind.PAYOUT_RELEASED]),
     (PayoutRejected("PO-1", "sandbox", "aml", "no", True), payout(P.PENDING), P.REJECTED, [FactKind.PAYOUT_RELEASED]),
+    (RefundFundsHeld("sandbox:re_1", HOLD), refund(), RefundState.SUCCEEDED, [FactKind.REFUND_COMPLETED]),
+    (
+        RefundFundsRefused("sandbox:re_1", "INSUFFICIENT_FUNDS", 0),
+        refund(),
+        RefundState.SUCCEEDED,
+        [FactKind.REFUND_CLAIMED],
+    ),
     (
         found(K.PAYOUT_COMPLETED, psp_object_id="po_1", merchant_reference="PO-1", amount_minor=750),
         payout(P.PROCESSING),
@@ -105,7 +123,7 @@ async def test_each_has_its_effect_once_however_often_it_comes(
     world = World(subject)
     for _ in range(3):
         await world.take(report, report)
-    after = next(iter((*world.store.orders.values(), *world.store.payouts.values())))
+    after = next(iter((*world.store.orders.values(), *world.store.payouts.values(), *world.store.refunds.values())))
     assert after.state == state
     assert [fact.kind for fact in world.store.facts] == facts
     assert world.store.messages == {("executor.events", "m1"), ("executor.events", "m2")}
