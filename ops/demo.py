@@ -215,8 +215,8 @@ async def run_checkout(platform: Platform, body: bytes, *, log: Callable[[str], 
         platform.http_session() as http,
         platform.client() as client,
     ):
-        checkout_id = await _post_event(http, platform, body)
-        log(f"checkout {checkout_id}: {platform.gateway_url}/checkout/{checkout_id}")
+        checkout_id, checkout_url = await _post_event(http, platform, body)
+        log(f"checkout {checkout_id}: {checkout_url}")
         await _play_buyer(http, client, checkout_id)
         payment = await _wait(lambda: _payment_if_done(client, checkout_id), f"payment {checkout_id} to be done")
         await _wait(lambda: _captures_landed(client, payment), "wallets and ledger to have every paid order")
@@ -237,13 +237,13 @@ async def run_checkout(platform: Platform, body: bytes, *, log: Callable[[str], 
 # Steps
 
 
-async def _post_event(http: aiohttp.ClientSession, platform: Platform, body: bytes) -> str:
+async def _post_event(http: aiohttp.ClientSession, platform: Platform, body: bytes) -> tuple[str, str]:
     headers = {"content-type": "application/json", **platform.http_headers()}
     async with http.post(f"{platform.gateway_url}/v1/payments", data=body, headers=headers) as answer:
         document = json.loads(await answer.read())
         if answer.status not in (200, 201):
             raise EventRefused(answer.status, document)
-        return str(document["checkout_id"])
+        return str(document["checkout_id"]), str(document["checkout_url"])
 
 
 async def _play_buyer(http: aiohttp.ClientSession, client: ducat.aio.Client, checkout_id: str) -> None:

@@ -86,7 +86,7 @@ def _print_addresses(platform: Platform) -> None:
         "",
         "try next:",
         f"  curl -sS {gateway}/v1/payments -H 'content-type: application/json' -d @docs/examples/payment_event.json",
-        f"  open {gateway}/checkout/CHCKT-20250721-ABCD-1234 and pay with card 4242 4242 4242 4242",
+        "  open the checkout_url of its answer and pay with card 4242 4242 4242 4242",
         f"  .venv/bin/ducat wallet shards --address {platform.grpc_address('wallet')}",
         "",
         "Ctrl-C stops everything; the data stays.",

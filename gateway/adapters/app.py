@@ -25,8 +25,8 @@ from gateway.adapters.exchange import (
 from gateway.adapters.openapi import OPENAPI_JSON
 from gateway.adapters.payment import PaymentClient
 from gateway.adapters.routes import ROUTES, Route, allowed_methods, find
-from gateway.adapters.views import payment_view, payout_view
-from gateway.domain import is_id, parse_payment_event, parse_payout_request
+from gateway.adapters.views import FINDING_KINDS, FINDING_SUBJECTS, finding_view, payment_view, payout_view
+from gateway.domain import is_id, parse_finding_query, parse_payment_event, parse_payout_request, parse_resolution
 from kernel.errors import DucatError, FieldViolation, InvalidArgument, NotFound
 from runtime import trace
 from runtime.errors import as_ducat_error
@@ -41,6 +41,7 @@ HEADERS_MAX = 64
 """Most headers of a webhook; the contract of RecordNotification has the same limit."""
 QUERY_BYTES_MAX = 4_096
 QUERY_FIELDS_MAX = 32
+PAGE_KEY_LENGTH_MAX = 128
 
 _PSP = re.compile(r"[a-z0-9_-]{1,64}")
 # They are about one connection, or about this host alone: nothing that a PSP signs.
@@ -52,7 +53,11 @@ _ALWAYS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
-_FOR_PAGES = (*_ALWAYS, (b"content-security-policy", pages.SECURITY_POLICY.encode()))
+_FOR_PAGES = (
+    *_ALWAYS,
+    (b"x-robots-tag", b"noindex, nofollow"),
+    (b"content-security-policy", pages.SECURITY_POLICY.encode()),
+)
 _FOR_DATA = (*_ALWAYS, (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"))
 _STRICT_TRANSPORT = ((b"strict-transport-security", b"max-age=31536000"),)
 
@@ -181,6 +186,30 @@ class GatewayApp:
             raise HttpProblem(415, "send the body as application/json in UTF-8")
         return await read_body(request, self._settings.body_bytes_max)
 
+    # --- findings
+
+    async def _list_findings(self, request: Request) -> Response:
+        kinds, subjects = (frozenset(each.values()) - {"UNSPECIFIED"} for each in (FINDING_KINDS, FINDING_SUBJECTS))
+        query = parse_finding_query(_query(request.scope, is_strict=True), kinds, subjects)
+        if isinstance(query, list):
+            raise _invalid("the query", query)
+        found = await self._payment.list_findings(query)
+        view = {"findings": [finding_view(each) for each in found.findings], "next_page_token": found.next_page_token}
+        return json_response(200, view)
+
+    async def _resolve_finding(self, request: Request) -> Response:
+        finding_id = _id_in_path(request, "finding")
+        resolution = parse_resolution(await self._json_body(request))
+        if isinstance(resolution, list):
+            raise _invalid("the resolution", resolution)
+        finding = await self._payment.resolve_finding(finding_id, resolution, self._caller_name(request))
+        return json_response(200, finding_view(finding))
+
+    def _caller_name(self, request: Request) -> str:
+        if self._tokens is None:
+            return ""
+        return self._tokens.authenticate(request.headers.get(b"authorization", b"").decode("latin-1")).name
+
     # --- webhooks
 
     async def _record_payment_notification(self, request: Request) -> Response:
@@ -208,17 +237,19 @@ class GatewayApp:
     # --- pages
 
     async def _show_checkout(self, request: Request) -> Response:
-        payment = await self._payment.get_payment(_id_in_path(request, "checkout"))
-        return html(200, pages.checkout_page(payment))
+        """Whoever has the key may see it. Every other address is one and the same 404."""
+        if len(request.argument) > PAGE_KEY_LENGTH_MAX:
+            raise NotFound("no page has this address")
+        return html(200, pages.checkout_page(await self._payment.get_page(request.argument)))
 
     async def _show_return(self, request: Request) -> Response:
         """Reads only. A return from a PSP proves nothing: the state comes from the payment service."""
         query = _query(request.scope)
-        checkout_id = query.get("checkout_id", "")
-        if not is_id(checkout_id):
+        page_key = query.get("key", "")
+        if not 0 < len(page_key) <= PAGE_KEY_LENGTH_MAX:
             return html(200, pages.return_page(None, ""))
         try:
-            payment = await self._payment.get_payment(checkout_id)
+            payment = await self._payment.get_page(page_key)
         except NotFound:
             return html(200, pages.return_page(None, ""))
         return html(200, pages.return_page(payment, query.get("payment_order_id", "")))
@@ -271,14 +302,23 @@ def _passed_on(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
     return passed
 
 
-def _query(scope: Scope) -> dict[str, str]:
-    """The query's fields, the first of each name; an unreadable query is an empty one: the page shows what it can."""
+def _query(scope: Scope, *, is_strict: bool = False) -> dict[str, str]:
+    """The query's fields, the first of each name. An unreadable query is an empty one for a page, which shows what it can;
+    `is_strict`: it is refused, as filters that are left out would show everything.
+    """
     raw: bytes = scope["query_string"]
-    if not raw or len(raw) > QUERY_BYTES_MAX:
-        return {}
     try:
-        pairs = parse_qsl(raw.decode("latin-1"), max_num_fields=QUERY_FIELDS_MAX)
-    except ValueError:
+        if len(raw) > QUERY_BYTES_MAX:
+            raise ValueError(f"longer than {QUERY_BYTES_MAX} bytes")
+        pairs = parse_qsl(
+            raw.decode("latin-1"),
+            max_num_fields=QUERY_FIELDS_MAX,
+            keep_blank_values=is_strict,
+            errors="strict" if is_strict else "replace",
+        )
+    except ValueError as error:
+        if is_strict:
+            raise InvalidArgument(f"the query cannot be read: {error}") from None
         return {}
     return dict(reversed(pairs))
 

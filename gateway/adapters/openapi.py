@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gateway.adapters.views import ORDER_STATES, PAYOUT_STATES
+from gateway.adapters.views import FINDING_KINDS, FINDING_SUBJECTS, ORDER_STATES, PAYOUT_STATES, REFUND_STATES
 from gateway.domain import ID_PATTERN, payment_event, payout_request
 from gateway.domain.fields import AMOUNT_LENGTH_MAX, TextRule
+from gateway.domain.finding import PAGE_SIZE_MAX, REASON_LENGTH_MAX
 from gateway.domain.payout_request import BANK_IDENTIFIERS
 from kernel.money import CURRENCY_EXPONENTS
 
@@ -86,6 +87,13 @@ for _name in BANK_IDENTIFIERS:
 _ORDER_STATE: Schema = {"enum": sorted(ORDER_STATES.values())}
 _PAYOUT_STATE: Schema = {"enum": sorted(PAYOUT_STATES.values())}
 _STRING: Schema = {"type": "string"}
+_FINDINGS: Schema = {
+    "type": "array",
+    "items": {"$ref": "#/components/schemas/Finding"},
+    "description": "Where what a PSP says and what we have do not agree; oldest first",
+}
+_ATTENTION: Schema = {**_STRING, "description": "The text of the newest open finding; empty where none is open"}
+_SIDE: Schema = {"type": "object", "additionalProperties": _STRING}
 
 _SCHEMAS: dict[str, Schema] = {
     "PaymentEvent": _object(
@@ -141,9 +149,14 @@ _SCHEMAS: dict[str, Schema] = {
                         "psp_token": {**_STRING, "description": "The PSP's id of the intent; empty until it has it"},
                         "hosted_page_url": {**_STRING, "description": "Where the buyer pays; empty unless EXECUTING"},
                         "failure_reason": {**_STRING, "description": "In words; empty unless it failed"},
+                        "refunded": _AMOUNT_OUT,
+                        "refunded_minor": _MINOR,
+                        "refunds": {"type": "array", "items": {"$ref": "#/components/schemas/Refund"}},
+                        "attention": _ATTENTION,
                     },
                 ),
             },
+            "findings": _FINDINGS,
             "create_time": _TIME,
             "update_time": _TIME,
         },
@@ -153,9 +166,61 @@ _SCHEMAS: dict[str, Schema] = {
             "checkout_url",
             "buyer_info",
             "payment_orders",
+            "findings",
             "create_time",
             "update_time",
         ],
+    ),
+    "Refund": _object(
+        {
+            "refund_id": _STRING,
+            "amount": _AMOUNT_OUT,
+            "amount_minor": _MINOR,
+            "claimed_minor": {
+                "type": "integer",
+                "description": "How much of it the seller's wallet did not cover, in minor units: the seller owes it",
+            },
+            "state": {"enum": sorted(REFUND_STATES.values())},
+            "psp": _STRING,
+            "psp_refund_id": _STRING,
+            "made_at_psp": {"type": "boolean", "description": "Made at the PSP, not asked for here"},
+            "reason": _STRING,
+            "failure_reason": {**_STRING, "description": "In words; empty unless it failed"},
+            "create_time": _TIME,
+            "update_time": _TIME,
+        },
+    ),
+    "Finding": _object(
+        {
+            "finding_id": _STRING,
+            "kind": {"enum": sorted(FINDING_KINDS.values())},
+            "subject": {"enum": sorted(FINDING_SUBJECTS.values())},
+            "reference": {**_STRING, "description": "The order, the payout, or the PSP's id of the notification"},
+            "checkout_id": _STRING,
+            "seller_account": _STRING,
+            "psp": _STRING,
+            "psp_event_id": _STRING,
+            "text": {**_STRING, "description": "In words"},
+            "ours": {**_SIDE, "description": "What we have"},
+            "theirs": {**_SIDE, "description": "What the PSP says, under the same names"},
+            "create_time": _TIME,
+            "resolve_time": {"type": ["string", "null"], "format": "date-time", "description": "null while it is open"},
+            "resolved_by": _STRING,
+            "reason": {**_STRING, "description": "Why it is no problem any more"},
+        },
+    ),
+    "FindingList": _object({"findings": _FINDINGS, "next_page_token": _STRING}),
+    "Resolution": _object(
+        {
+            "reason": {
+                "type": "string",
+                "minLength": 1,
+                "maxLength": REASON_LENGTH_MAX,
+                "pattern": r"\S",
+                "description": "Why it is no problem any more",
+            },
+            "request_id": {**_ID, "description": "The idempotency key"},
+        },
     ),
     "PayoutRequest": _object(
         {
@@ -193,6 +258,8 @@ _SCHEMAS: dict[str, Schema] = {
             "psp": _STRING,
             "psp_payout_id": _STRING,
             "failure_reason": _STRING,
+            "findings": _FINDINGS,
+            "attention": _ATTENTION,
             "create_time": _TIME,
             "update_time": _TIME,
         },
@@ -297,8 +364,12 @@ def _in_path(name: str, schema: Schema) -> Schema:
     return {"name": name, "in": "path", "required": True, "schema": schema}
 
 
+def _in_query(name: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "query", "schema": schema}
+
+
 def _operation(route: str, summary: str, tag: str, responses: dict[str, Schema], **more: Any) -> Schema:
-    security: list[Schema] = [{}, {"bearer": []}] if tag in ("payments", "payouts") else []
+    security: list[Schema] = [{}, {"bearer": []}] if tag in ("payments", "payouts", "findings") else []
     return {
         "operationId": route,
         "summary": summary,
@@ -381,13 +452,48 @@ OPENAPI: Schema = {
                 parameters=[_in_path("reference", _ID)],
             )
         },
-        "/checkout/{checkout_id}": {
+        "/v1/findings": {
+            "get": _operation(
+                "list_findings",
+                "List findings, newest first",
+                "findings",
+                {"200": _answer("One page", "FindingList"), **_problems(400, 401, 403, 429, 500, 503, 504)},
+                parameters=[
+                    _in_query("page_size", {"type": "integer", "minimum": 1, "maximum": PAGE_SIZE_MAX}),
+                    _in_query("page_token", {"type": "string", "maxLength": 512}),
+                    _in_query("open_only", {"enum": ["true", "false"]}),
+                    _in_query("kind", {"enum": sorted(set(FINDING_KINDS.values()) - {"UNSPECIFIED"})}),
+                    _in_query("subject", {"enum": sorted(set(FINDING_SUBJECTS.values()) - {"UNSPECIFIED"})}),
+                    _in_query("psp", {"type": "string", "maxLength": 64}),
+                    _in_query("seller_account", {"type": "string", "maxLength": 128}),
+                    _in_query("reference", {"type": "string", "maxLength": 255}),
+                    _in_query("checkout_id", {"type": "string", "maxLength": 128}),
+                    _in_query("start_time", _TIME),
+                    _in_query("end_time", _TIME),
+                ],
+            )
+        },
+        "/v1/findings/{finding_id}:resolve": {
+            "post": _operation(
+                "resolve_finding",
+                "Close a finding with a reason; idempotent by request_id",
+                "findings",
+                {
+                    "200": _answer("The finding, resolved", "Finding"),
+                    **_problems(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504),
+                },
+                parameters=[_in_path("finding_id", _ID)],
+                requestBody=_body("Resolution"),
+            )
+        },
+        "/checkout/{page_key}": {
             "get": _operation(
                 "show_checkout",
-                "The buyer's page: the orders, where to pay each, live state",
+                "The buyer's page: the orders, where to pay each, live state. Take the address from `checkout_url`: nobody "
+                "can guess it",
                 "pages",
                 _page(200, 404, 429, 500, 503, 504),
-                parameters=[_in_path("checkout_id", _ID)],
+                parameters=[_in_path("page_key", {"type": "string", "minLength": 1, "maxLength": 128})],
             )
         },
         "/payment/return": {
@@ -397,8 +503,8 @@ OPENAPI: Schema = {
                 "pages",
                 _page(200, 429, 500, 503, 504),
                 parameters=[
-                    {"name": "checkout_id", "in": "query", "schema": {"type": "string"}},
-                    {"name": "payment_order_id", "in": "query", "schema": {"type": "string"}},
+                    _in_query("key", {"type": "string"}),
+                    _in_query("payment_order_id", {"type": "string"}),
                 ],
             )
         },

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from ducat.payment.v1 import payment_pb2
 from gateway.adapters.views import ORDER_STATES
@@ -99,7 +99,7 @@ def return_page(payment: payment_pb2.Payment | None, payment_order_id: str) -> s
     is_live = (
         not payment.is_payment_done if order is None else not _shown(order).is_final
     )  # the webhook may come after the buyer
-    link = f"/checkout/{quote(payment.checkout_id, safe='')}"
+    link = urlsplit(payment.checkout_url).path
     left = sum(1 for each in payment.payment_orders if not _shown(each).is_final and each is not order)
     is_refused = order is not None and _shown(order).is_final and not _is_paid(order)
     title = "Payment not made" if is_refused else "Thank you"
@@ -108,7 +108,7 @@ def return_page(payment: payment_pb2.Payment | None, payment_order_id: str) -> s
         f'<p class="eyebrow">Checkout {escape(payment.checkout_id)}</p><h1 id="title" data-part>{title}</h1>'
         f"{_banner(tone, headline, text)}"
         f'<div id="next" data-part><p>{more}</p>'
-        f'<p class="foot"><a class="button" id="back" href="{link}">'
+        f'<p class="foot"><a class="button" id="back" href="{escape(link)}">'
         f"{'Pay the rest' if left else 'See your checkout'}</a></p>"
         "</div>"
     )
@@ -138,7 +138,7 @@ def _page(title: str, main: str, *, is_live: bool) -> str:
     script = f"<script>{_SCRIPT}</script>" if is_live else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="robots" content="noindex">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="robots" content="noindex, nofollow">'
         f"<title>{escape(title)}</title>{refresh}<style>{_STYLE}</style></head>"
         f"<body><main{live}>{main}</main>{script}</body></html>"
     )

@@ -13,8 +13,8 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ducat.common.v1 import common_pb2
-from ducat.payment.v1 import payment_pb2, payment_service_pb2_grpc, payout_pb2
-from gateway.domain import Address, PaymentEvent, PayoutRequest
+from ducat.payment.v1 import finding_pb2, payment_pb2, payment_service_pb2_grpc, payout_pb2
+from gateway.domain import Address, FindingQuery, PaymentEvent, PayoutRequest, Resolution
 from kernel.errors import FieldViolation, InvalidArgument, Unavailable
 from runtime.errors import from_rpc_error
 
@@ -56,6 +56,38 @@ class PaymentClient:
         """Raises NotFound."""
         request = payment_pb2.GetPaymentRequest(checkout_id=checkout_id)
         return (await _called(self._payment.GetPayment(request))).payment
+
+    async def get_page(self, page_key: str) -> payment_pb2.Payment:
+        """The payment of a buyer's page. Raises NotFound, the same for every wrong key."""
+        request = payment_pb2.GetCheckoutPageRequest(page_key=page_key)
+        return (await _called(self._payment.GetCheckoutPage(request))).payment
+
+    async def list_findings(self, query: FindingQuery) -> finding_pb2.ListFindingsResponse:
+        """One page, newest first."""
+        request = finding_pb2.ListFindingsRequest(
+            page_size=query.page_size,
+            page_token=query.page_token,
+            open_only=query.open_only,
+            kind=finding_pb2.FindingKind.Value(f"FINDING_KIND_{query.kind}") if query.kind else 0,  # type: ignore[arg-type]
+            psp=query.psp,
+            seller_account=query.seller_account,
+            subject=finding_pb2.FindingSubject.Value(f"FINDING_SUBJECT_{query.subject}") if query.subject else 0,  # type: ignore[arg-type]
+            reference=query.reference,
+            checkout_id=query.checkout_id,
+            start_time=query.start_time,
+            end_time=query.end_time,
+        )
+        return await _called(self._payment.ListFindings(request))
+
+    async def resolve_finding(self, finding_id: str, resolution: Resolution, resolved_by: str) -> finding_pb2.Finding:
+        """Raises NotFound, FailedPrecondition for one that is resolved already, AlreadyExists for another use of the key."""
+        request = finding_pb2.ResolveFindingRequest(
+            finding_id=finding_id,
+            reason=resolution.reason,
+            request_id=resolution.request_id,
+            resolved_by=resolved_by,
+        )
+        return (await _called(self._payment.ResolveFinding(request))).finding
 
     async def create_payout(self, payout: PayoutRequest) -> tuple[payout_pb2.Payout, bool]:
         """The payout, and whether it was there before. Raises AlreadyExists where its content was another one."""

@@ -5,17 +5,36 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ducat.payment.v1 import payment_pb2, payout_pb2
+from ducat.payment.v1 import finding_pb2, payment_pb2, payout_pb2
 from gateway.domain import decimal_text
 from gateway.domain.payout_request import ADDRESS_FIELDS, BANK_IDENTIFIERS
 
-__all__ = ["ORDER_STATES", "PAYOUT_STATES", "encode", "payment_view", "payout_view"]
+__all__ = [
+    "FINDING_KINDS",
+    "FINDING_SUBJECTS",
+    "ORDER_STATES",
+    "PAYOUT_STATES",
+    "REFUND_STATES",
+    "encode",
+    "finding_view",
+    "payment_view",
+    "payout_view",
+]
 
 ORDER_STATES: dict[int, str] = {
     number: name.removeprefix("PAYMENT_ORDER_STATE_") for name, number in payment_pb2.PaymentOrderState.items()
 }
 PAYOUT_STATES: dict[int, str] = {
     number: name.removeprefix("PAYOUT_STATE_") for name, number in payout_pb2.PayoutState.items()
+}
+REFUND_STATES: dict[int, str] = {
+    number: name.removeprefix("REFUND_STATE_") for name, number in payment_pb2.RefundState.items()
+}
+FINDING_KINDS: dict[int, str] = {
+    number: name.removeprefix("FINDING_KIND_") for name, number in finding_pb2.FindingKind.items()
+}
+FINDING_SUBJECTS: dict[int, str] = {
+    number: name.removeprefix("FINDING_SUBJECT_") for name, number in finding_pb2.FindingSubject.items()
 }
 """Numbers of the .proto → names without prefix. A number that is newer than this program is UNSPECIFIED."""
 
@@ -37,6 +56,7 @@ def payment_view(payment: payment_pb2.Payment) -> dict[str, Any]:
         "checkout_url": payment.checkout_url,
         "buyer_info": {"buyer_id": buyer.buyer_id, "name": buyer.name, "email": buyer.email},
         "payment_orders": [_order_view(order) for order in payment.payment_orders],
+        "findings": [finding_view(finding) for finding in payment.findings],
         "create_time": payment.create_time.ToJsonString(),
         "update_time": payment.update_time.ToJsonString(),
     }
@@ -55,6 +75,49 @@ def _order_view(order: payment_pb2.PaymentOrder) -> dict[str, Any]:
         "psp_token": order.psp_token,
         "hosted_page_url": order.hosted_page_url,
         "failure_reason": order.failure_reason,
+        "refunded": decimal_text(order.refunded.amount_minor, amount.currency_code),
+        "refunded_minor": order.refunded.amount_minor,
+        "refunds": [_refund_view(refund) for refund in order.refunds],
+        "attention": order.attention,
+    }
+
+
+def _refund_view(refund: payment_pb2.Refund) -> dict[str, Any]:
+    amount = refund.amount
+    return {
+        "refund_id": refund.refund_id,
+        "amount": decimal_text(amount.amount_minor, amount.currency_code),
+        "amount_minor": amount.amount_minor,
+        "claimed_minor": refund.claimed.amount_minor,
+        "state": REFUND_STATES.get(refund.state, "UNSPECIFIED"),
+        "psp": refund.psp,
+        "psp_refund_id": refund.psp_refund_id,
+        "made_at_psp": refund.made_at_psp,
+        "reason": refund.reason,
+        "failure_reason": refund.failure_reason,
+        "create_time": refund.create_time.ToJsonString(),
+        "update_time": refund.update_time.ToJsonString(),
+    }
+
+
+def finding_view(finding: finding_pb2.Finding) -> dict[str, Any]:
+    """The JSON of a finding."""
+    return {
+        "finding_id": finding.finding_id,
+        "kind": FINDING_KINDS.get(finding.kind, "UNSPECIFIED"),
+        "subject": FINDING_SUBJECTS.get(finding.subject, "UNSPECIFIED"),
+        "reference": finding.reference,
+        "checkout_id": finding.checkout_id,
+        "seller_account": finding.seller_account,
+        "psp": finding.psp,
+        "psp_event_id": finding.psp_event_id,
+        "text": finding.text,
+        "ours": dict(finding.ours),
+        "theirs": dict(finding.theirs),
+        "create_time": finding.create_time.ToJsonString(),
+        "resolve_time": finding.resolve_time.ToJsonString() if finding.HasField("resolve_time") else None,
+        "resolved_by": finding.resolved_by,
+        "reason": finding.reason,
     }
 
 
@@ -72,6 +135,8 @@ def payout_view(payout: payout_pb2.Payout) -> dict[str, Any]:
         "psp": payout.psp,
         "psp_payout_id": payout.psp_payout_id,
         "failure_reason": payout.failure_reason,
+        "findings": [finding_view(finding) for finding in payout.findings],
+        "attention": payout.attention,
         "create_time": payout.create_time.ToJsonString(),
         "update_time": payout.update_time.ToJsonString(),
     }

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
+import uuid
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from ops.demo import EventRefused, Outcome, order_state, payout_state, run_checkout
+from ducat.ledger.v1 import ledger_pb2
+from ducat.payment.v1 import payment_pb2
+from ops.demo import EventRefused, Outcome, _wait, order_state, payout_state, run_checkout
 from ops.platform import DataFolderBusy, Platform
 from tests.e2e.checkouts import checkout
 
@@ -48,7 +51,8 @@ async def test_the_first_example_of_the_client_page_runs(
     code = code.replace("wallet.internal:443", platform.grpc_address("wallet"))
     code = "\n".join(line for line in code.splitlines() if "tls=" not in line).replace("token=token", 'token=""')
     await asyncio.to_thread(exec, code, {})
-    assert capsys.readouterr().out == f"{platform.gateway_url}/checkout/CHK-1\n"
+    base, _, key = capsys.readouterr().out.strip().rpartition("/")
+    assert (base, len(key)) == (f"{platform.gateway_url}/checkout", 32)
 
 
 async def test_forty_orders_in_four_currencies_over_two_psps(platform: Platform) -> None:
@@ -111,3 +115,32 @@ async def test_a_second_up_on_the_same_data_is_refused(platform: Platform) -> No
         await Platform(platform.data_dir, free_ports=True).start()
     async with aiohttp.ClientSession() as http:
         assert (await http.get(f"{platform.gateway_url}/readyz")).status == 200
+
+
+async def test_a_refund_in_the_dashboard_leaves_the_wallet_before_the_next_payout(platform: Platform) -> None:
+    """Risk: the buyer has the money back, and the seller is paid out the same money."""
+    seller = f"SELL-{uuid.uuid4()}"
+    body = json.loads(checkout(1))
+    body["payment_orders"][0]["seller_account"] = seller
+    outcome = await run_checkout(platform, json.dumps(body).encode(), log=print, pay_out=False)
+    order = outcome.payment.payment_orders[0]
+    async with platform.http_session() as http, platform.client() as client:
+        request = {"psp": order.psp, "payment_order_id": order.payment_order_id, "amount": 7000}
+        async with http.post(f"{platform.sandbox_url}/_control/refunds", json=request, headers=OPERATOR) as answer:
+            assert answer.status == 200
+        wallet = f"seller/{seller}/USD"
+
+        async def is_booked() -> bool:
+            got = (
+                await client.payments.get_payment(payment_pb2.GetPaymentRequest(checkout_id=body["checkout_id"]))
+            ).payment
+            account = await client.ledger.get_account(ledger_pb2.GetAccountRequest(name=wallet))
+            return (
+                order_state(got.payment_orders[0].state) == "PARTIALLY_REFUNDED"
+                and account.account.balance_minor == 500
+            )
+
+        await _wait(is_booked, "the refund to be booked in the ledger")
+        again = await run_checkout(platform, json.dumps(body).encode(), log=print, pay_out=False)
+        assert again.as_json()["wallets"][wallet] == 500
+        assert again.invariants() == {"wallet_zero_sum": True, "ledger_balanced": True, "wallet_matches_ledger": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
@@ -10,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from ducat.payment.v1 import payment_pb2, payment_service_pb2_grpc, payout_pb2
+from ducat.payment.v1 import finding_pb2, payment_pb2, payment_service_pb2_grpc, payout_pb2
 from gateway.adapters.app import GatewayApp
 from gateway.adapters.http_protocol import CONNECTIONS_MAX, BoundedHttpProtocol
 from gateway.adapters.payment import SERVICE_NAME, PaymentClient
@@ -30,6 +31,8 @@ class FakePayment(payment_service_pb2_grpc.PaymentServiceServicer):
         self.payments: dict[str, payment_pb2.Payment] = {}
         self.payouts: dict[str, payout_pb2.Payout] = {}
         self.requests: dict[str, Any] = {}
+        self.findings: dict[str, finding_pb2.Finding] = {}
+        self.finding_queries: list[finding_pb2.ListFindingsRequest] = []
         self.notifications: list[payment_pb2.RecordNotificationRequest] = []
         self.failure: DucatError | None = None
 
@@ -45,6 +48,27 @@ class FakePayment(payment_service_pb2_grpc.PaymentServiceServicer):
         if request.checkout_id not in self.payments:
             raise NotFound(f"no payment {request.checkout_id!r}")
         return payment_pb2.GetPaymentResponse(payment=self.payments[request.checkout_id])
+
+    async def GetCheckoutPage(self, request: payment_pb2.GetCheckoutPageRequest, context: Any) -> Any:
+        self._fail()
+        for payment in self.payments.values():
+            if payment.checkout_url.endswith(f"/{request.page_key}"):
+                return payment_pb2.GetCheckoutPageResponse(payment=payment)
+        raise NotFound("no page has this address")
+
+    async def ListFindings(self, request: finding_pb2.ListFindingsRequest, context: Any) -> Any:
+        self._fail()
+        self.finding_queries.append(request)
+        return finding_pb2.ListFindingsResponse(findings=self.findings.values(), next_page_token="next")
+
+    async def ResolveFinding(self, request: finding_pb2.ResolveFindingRequest, context: Any) -> Any:
+        self._fail()
+        finding = self.findings.get(request.finding_id)
+        if finding is None:
+            raise NotFound(f"no finding {request.finding_id!r}")
+        finding.reason, finding.resolved_by = request.reason, request.resolved_by
+        finding.resolve_time.FromMilliseconds(1_753_056_000_000)
+        return finding_pb2.ResolveFindingResponse(finding=finding)
 
     async def CreatePayout(self, request: payout_pb2.CreatePayoutRequest, context: Any) -> Any:
         self._fail()
@@ -79,11 +103,16 @@ class FakePayment(payment_service_pb2_grpc.PaymentServiceServicer):
         return known is not request
 
 
+def page_key_of(checkout_id: str) -> str:
+    """The real one is random."""
+    return hashlib.sha256(checkout_id.encode()).hexdigest()[:32]
+
+
 def _payment_of(request: payment_pb2.CreatePaymentRequest) -> payment_pb2.Payment:
     payment = payment_pb2.Payment(
         checkout_id=request.checkout_id,
         buyer_info=request.buyer_info,
-        checkout_url=f"http://127.0.0.1:8080/checkout/{request.checkout_id}",
+        checkout_url=f"http://127.0.0.1:8080/checkout/{page_key_of(request.checkout_id)}",
         payment_orders=[
             payment_pb2.PaymentOrder(
                 payment_order_id=spec.payment_order_id,

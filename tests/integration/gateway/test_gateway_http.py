@@ -15,7 +15,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from ducat.payment.v1 import finding_pb2
 from gateway.adapters import exchange, http_protocol
+from gateway.adapters.routes import ROUTES
 from kernel.errors import (
     DeadlineExceeded,
     FieldViolation,
@@ -27,7 +29,7 @@ from kernel.errors import (
 )
 from runtime.security import create_token
 from tests.integration.gateway import fake_payment
-from tests.integration.gateway.fake_payment import GOOD_SIGNATURE, FakePayment, serving
+from tests.integration.gateway.fake_payment import GOOD_SIGNATURE, FakePayment, page_key_of, serving
 
 EVENT: dict[str, Any] = json.loads(
     (Path(__file__).resolve().parents[3] / "docs" / "examples" / "payment_event.json").read_bytes()
@@ -45,6 +47,7 @@ PAYOUT: dict[str, Any] = {
     "your_reference_id": "PAYOUT-ABC-789",
 }
 CHECKOUT_ID = EVENT["checkout_id"]
+PAGE = f"/checkout/{page_key_of(CHECKOUT_ID)}"
 SIGNED = {"Sandbox-Signature": GOOD_SIGNATURE}
 
 
@@ -98,7 +101,12 @@ async def test_a_payment_is_created_replayed_and_refused(http: aiohttp.ClientSes
         "psp_token": "",
         "hosted_page_url": "",
         "failure_reason": "",
+        "refunded": "0.00",
+        "refunded_minor": 0,
+        "refunds": [],
+        "attention": "",
     }
+    assert payment["findings"] == []
 
     replayed = await http.post("/v1/payments", json=EVENT)
     assert replayed.status == 200
@@ -544,7 +552,7 @@ async def test_tokens_guard_the_api_and_leave_buyers_and_psps_alone(tmp_path: Pa
         assert (await problem_in(answer))["reason"] == "SCOPE_MISSING"
         assert (await http.post("/v1/payments", json=EVENT, headers=bearer(writer))).status == 201
         assert (await http.get(f"/v1/payments/{CHECKOUT_ID}", headers=bearer(reader))).status == 200
-        assert (await http.get(f"/checkout/{CHECKOUT_ID}")).status == 200
+        assert (await http.get(PAGE)).status == 200
         assert (await http.post("/webhooks/sandbox", data=b"{}", headers=SIGNED)).status == 200
         assert (await http.get("/healthz")).status == 200
 
@@ -562,7 +570,7 @@ async def test_the_checkout_page_shows_where_to_pay_each_order(http: aiohttp.Cli
     payment = fake.payments[CHECKOUT_ID]
     first, second = payment.payment_orders
     first.state, first.hosted_page_url = "PAYMENT_ORDER_STATE_EXECUTING", "http://psp.example/pay/pi_1?a=1&b=2"
-    answer = await http.get(f"/checkout/{CHECKOUT_ID}")
+    answer = await http.get(PAGE)
     page = await answer.text()
     assert answer.status == 200
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -576,7 +584,7 @@ async def test_the_checkout_page_shows_where_to_pay_each_order(http: aiohttp.Cli
     first.state = "PAYMENT_ORDER_STATE_SUCCESS"
     second.state, second.failure_reason = "PAYMENT_ORDER_STATE_FAILED", "Card <b>declined</b>"
     payment.is_payment_done = True
-    page = await (await http.get(f"/checkout/{CHECKOUT_ID}")).text()
+    page = await (await http.get(PAGE)).text()
     assert "1 of 2 orders paid" in page
     assert "Card &lt;b&gt;declined&lt;/b&gt;" in page
     assert "refresh" not in page
@@ -596,7 +604,7 @@ async def test_the_headline_tells_each_end_apart(http: aiohttp.ClientSession, fa
     ):
         for order, state in zip(payment.payment_orders, states, strict=True):
             order.state = f"PAYMENT_ORDER_STATE_{state}"
-        assert headline in await (await http.get(f"/checkout/{CHECKOUT_ID}")).text()
+        assert headline in await (await http.get(PAGE)).text()
 
 
 async def test_a_page_never_links_to_anything_but_the_web(http: aiohttp.ClientSession, fake: FakePayment) -> None:
@@ -604,13 +612,13 @@ async def test_a_page_never_links_to_anything_but_the_web(http: aiohttp.ClientSe
     for url in ("javascript:alert(1)", "data:text/html,x", "//evil", "http://", "http://[", ""):
         for order in fake.payments[CHECKOUT_ID].payment_orders:
             order.state, order.hosted_page_url = "PAYMENT_ORDER_STATE_EXECUTING", url
-        page = await (await http.get(f"/checkout/{CHECKOUT_ID}")).text()
+        page = await (await http.get(PAGE)).text()
         assert "href=" not in page, url
 
 
 async def test_style_and_script_are_allowed_by_their_hashes_only(http: aiohttp.ClientSession) -> None:
     await http.post("/v1/payments", json=EVENT)
-    answer = await http.get(f"/checkout/{CHECKOUT_ID}")
+    answer = await http.get(PAGE)
     page = await answer.text()
     policy = answer.headers["content-security-policy"]
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
@@ -625,7 +633,7 @@ async def test_the_return_page_reads_the_state_and_changes_nothing(
     http: aiohttp.ClientSession, fake: FakePayment
 ) -> None:
     await http.post("/v1/payments", json=EVENT)
-    path = f"/payment/return?checkout_id={CHECKOUT_ID}&payment_order_id=ORD-123-A&payment_intent=pi_1"
+    path = f"/payment/return?key={page_key_of(CHECKOUT_ID)}&payment_order_id=ORD-123-A&payment_intent=pi_1"
     before = fake.payments[CHECKOUT_ID].SerializeToString()
     fake.payments[CHECKOUT_ID].payment_orders[0].state = "PAYMENT_ORDER_STATE_EXECUTING"
     waiting = await (await http.get(path)).text()
@@ -637,7 +645,7 @@ async def test_the_return_page_reads_the_state_and_changes_nothing(
     assert "Paid" in paid
     assert "75.00 USD for order ORD-123-A" in paid
     assert "1 more order to pay" in paid
-    assert f'href="/checkout/{CHECKOUT_ID}"' in paid
+    assert f'href="{PAGE}"' in paid
     assert "data-live" not in paid
 
     refused = fake.payments[CHECKOUT_ID].payment_orders[0]
@@ -652,7 +660,18 @@ async def test_the_return_page_reads_the_state_and_changes_nothing(
 
 @pytest.mark.parametrize(
     "query",
-    ["", "?", "?checkout_id=", "?checkout_id=nobody", "?checkout_id=a%00b", "?payment_order_id=ORD-1", "?%ff=%ff"],
+    [
+        "",
+        "?",
+        "?checkout_id=",
+        "?checkout_id=nobody",
+        "?key=",
+        "?key=a%00b",
+        "?key=nobody",
+        f"?checkout_id={CHECKOUT_ID}",
+        "?payment_order_id=ORD-1",
+        "?%ff=%ff",
+    ],
 )
 async def test_the_return_page_works_without_anything_known(http: aiohttp.ClientSession, query: str) -> None:
     answer = await http.get(f"/payment/return{query}")
@@ -665,8 +684,185 @@ async def test_buyers_see_pages_and_not_problem_documents(http: aiohttp.ClientSe
     assert answer.status == 404
     assert "There is no such checkout" in await answer.text()
     fake.failure = Unavailable("down")
-    for path in ("/checkout/x", "/payment/return?checkout_id=x"):
+    for path in ("/checkout/x", "/payment/return?key=x"):
         answer = await http.get(path)
         assert answer.status == 503
         assert "refresh" in await answer.text()
         assert "retry-after" in answer.headers
+
+
+async def test_nothing_that_can_be_guessed_shows_a_checkout(http: aiohttp.ClientSession, fake: FakePayment) -> None:
+    """Risk: whoever knows or guesses an order number sees sellers, amounts and pay links. Walks every route without a scope."""
+    await http.post("/v1/payments", json=EVENT)
+    order = fake.payments[CHECKOUT_ID].payment_orders[0]
+    order.state, order.hosted_page_url = "PAYMENT_ORDER_STATE_EXECUTING", "http://psp.example/pay/pi_1"
+    order.psp_token = "pi_1"
+    assert order.seller_account in await (await http.get(PAGE)).text()
+    guesses = [
+        CHECKOUT_ID,
+        order.payment_order_id,
+        "pi_1",
+        page_key_of(CHECKOUT_ID)[:-1],
+        page_key_of(CHECKOUT_ID).upper(),
+    ]
+    secrets = [order.seller_account, "Checkout CH", "psp.example", "2 orders"]
+    names = ("key", "checkout_id", "payment_order_id", "payment_intent", "order")
+    open_routes = [route for route in ROUTES if not route.scope and route.method == "GET"]
+    assert {route.operation for route in open_routes} >= {"show_checkout", "show_return"}
+    for route in open_routes:
+        for guess in guesses:
+            path = re.sub(r"\{\w+\}", guess, route.path)
+            for query in ("", *(f"?{name}={guess}" for name in names)):
+                text = await (await http.get(path + query)).text()
+                assert not [each for each in secrets if each in text], (path, query)
+
+
+async def test_the_old_address_answers_like_a_wrong_key(http: aiohttp.ClientSession) -> None:
+    await http.post("/v1/payments", json=EVENT)
+    answers = set()
+    for key in (CHECKOUT_ID, "nobody", "0" * 32, "a" * 200, "%00"):
+        answer = await http.get(f"/checkout/{key}")
+        kept = {name: value for name, value in answer.headers.items() if name.lower() not in _OF_ONE_ANSWER}
+        answers.add((answer.status, await answer.text(), str(sorted(kept.items()))))
+    assert len(answers) == 1
+    assert answers.pop()[0] == 404
+
+
+async def test_pages_are_neither_kept_nor_indexed_nor_told_to_others(http: aiohttp.ClientSession) -> None:
+    await http.post("/v1/payments", json=EVENT)
+    for path in (PAGE, f"/payment/return?key={page_key_of(CHECKOUT_ID)}", "/checkout/nobody"):
+        answer = await http.get(path)
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["x-robots-tag"] == "noindex, nofollow"
+        assert '<meta name="robots" content="noindex, nofollow">' in await answer.text()
+
+
+_OF_ONE_ANSWER = ("date", "traceparent", "x-trace-id")
+
+
+# --- findings
+
+
+def a_finding() -> finding_pb2.Finding:
+    finding = finding_pb2.Finding(
+        finding_id="f1",
+        kind="FINDING_KIND_AMOUNT_MISMATCH",
+        subject="FINDING_SUBJECT_ORDER",
+        reference="ORD-123-A",
+        checkout_id=CHECKOUT_ID,
+        text="sandbox says paid 100 USD",
+        ours={"amount_minor": "7500"},
+        theirs={"amount_minor": "100"},
+    )
+    finding.create_time.FromMilliseconds(1_753_056_000_000)
+    return finding
+
+
+async def test_findings_are_listed_by_their_filters(http: aiohttp.ClientSession, fake: FakePayment) -> None:
+    fake.findings["f1"] = a_finding()
+    query = {
+        "page_size": "7",
+        "page_token": "t",
+        "open_only": "true",
+        "kind": "AMOUNT_MISMATCH",
+        "subject": "ORDER",
+        "psp": "sandbox",
+        "seller_account": "S",
+        "reference": "R",
+        "checkout_id": "C",
+        "start_time": "2026-01-31T12:00:00Z",
+        "end_time": "2026-01-31T13:00:00+01:00",
+    }
+    answer = await http.get("/v1/findings", params=query)
+    assert answer.status == 200
+    found = await answer.json()
+    assert found["next_page_token"] == "next"
+    assert found["findings"][0]["kind"] == "AMOUNT_MISMATCH"
+    assert (found["findings"][0]["ours"], found["findings"][0]["resolve_time"]) == ({"amount_minor": "7500"}, None)
+    (asked,) = fake.finding_queries
+    assert (asked.page_size, asked.page_token, asked.open_only, asked.psp) == (7, "t", True, "sandbox")
+    assert (asked.kind, asked.subject) == (1, 1)
+    assert (asked.seller_account, asked.reference, asked.checkout_id) == ("S", "R", "C")
+    assert asked.start_time == asked.end_time
+    assert (await http.get("/v1/findings")).status == 200
+    assert fake.finding_queries[1] == finding_pb2.ListFindingsRequest()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "page_size=0",
+        "page_size=501",
+        "page_size=x",
+        "page_size=%D9%A3",
+        "open_only=yes",
+        "kind=NOTHING",
+        "kind=UNSPECIFIED",
+        "subject=x",
+        "start_time=yesterday",
+        "start_time=2026-01-31",
+        "end_time=0001-01-01T00:00:00%2B14:00",
+        "opn_only=true",
+        "psp=" + "x" * 65,
+        "psp=%ff",
+        "psp=",
+        "start_time=20260131T120000Z",
+        "&".join(f"a{number}=1" for number in range(40)),
+        "psp=" + "x" * 5000,
+    ],
+)
+async def test_a_filter_that_is_not_understood_is_refused_not_left_out(
+    http: aiohttp.ClientSession, fake: FakePayment, query: str
+) -> None:
+    answer = await http.get(f"/v1/findings?{query}")
+    assert answer.status == 400
+    await problem_in(answer)
+    assert fake.finding_queries == []
+
+
+async def test_a_finding_is_resolved_with_a_reason_in_the_name_of_the_caller(fake: FakePayment, tmp_path: Path) -> None:
+    tokens = str(tmp_path / "tokens.toml")
+    writer = create_token(tokens, "jane", ["payments.write"])
+    reader = create_token(tokens, "joe", ["payments.read"])
+    fake.findings["f1"] = a_finding()
+    body = {"reason": "a test of the PSP", "request_id": "R-1"}
+    async with serving(fake, auth_tokens_file=tokens) as url, aiohttp.ClientSession(url) as http:
+        assert (await http.post("/v1/findings/f1:resolve", json=body)).status == 401
+        assert (await http.post("/v1/findings/f1:resolve", json=body, headers=_bearer(reader))).status == 403
+        assert (await http.get("/v1/findings", headers=_bearer(writer))).status == 403
+        answer = await http.post("/v1/findings/f1:resolve", json=body, headers=_bearer(writer))
+        assert answer.status == 200
+        found = await answer.json()
+        assert (found["resolved_by"], found["reason"]) == ("jane", "a test of the PSP")
+        assert found["resolve_time"] == "2025-07-21T00:00:00Z"
+        assert (await http.post("/v1/findings/f2:resolve", json=body, headers=_bearer(writer))).status == 404
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[]",
+        "{}",
+        "null",
+        '{"reason": "", "request_id": "R"}',
+        '{"reason": " ", "request_id": "R"}',
+        '{"reason": 5, "request_id": "R"}',
+        '{"reason": "x", "request_id": 5}',
+        '{"reason": "x", "request_id": "a b"}',
+        '{"reason": "x", "request_id": "R", "resolved_by": "me"}',
+        '{"reason": "x", "reason": "y", "request_id": "R"}',
+    ],
+)
+async def test_a_resolution_that_is_not_whole_is_refused(
+    http: aiohttp.ClientSession, fake: FakePayment, body: str
+) -> None:
+    fake.findings["f1"] = a_finding()
+    answer = await http.post("/v1/findings/f1:resolve", data=body, headers={"content-type": "application/json"})
+    assert answer.status == 400
+    await problem_in(answer)
+    assert not fake.findings["f1"].HasField("resolve_time")
+
+
+def _bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
