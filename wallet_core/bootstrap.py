@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ducat.wallet.v1 import relay_pb2_grpc, wallet_service_pb2_grpc
 from kernel.clock import Clock, SystemClock
-from kernel.errors import DucatError
+from kernel.errors import DucatError, FailedPrecondition
 from runtime import logs, metrics
 from runtime.bus import is_transient
-from runtime.postgres import connect
+from runtime.postgres import Pool, connect
 from runtime.private_folder import close_folder
 from runtime.process import Process
 from runtime.settings import Settings, SettingsInvalid, split_address
@@ -22,9 +22,11 @@ from wallet_core.adapters.bus import GROUP, PaymentEvents
 from wallet_core.adapters.directory import PostgresDirectory
 from wallet_core.adapters.grpc import SCOPES, UNSHIELDED, ShardServicer, WalletServicer
 from wallet_core.adapters.peers import AllShards, Peers
+from wallet_core.adapters.presence import Presence, adopt, known_shards
 from wallet_core.adapters.read_model import REBUILD_CHANNEL, PostgresStore, ReadModelReader, ValkeyStore
 from wallet_core.adapters.relay import Relay, RelayServicer, forget_numbers, parse_peers, peer_shards
 from wallet_core.adapters.snapshot_base import SnapshotBase, newest_base
+from wallet_core.event_log import EventLogError
 from wallet_core.service.balance_check import check_balances
 from wallet_core.service.chain_rules import ChainMark
 from wallet_core.service.chains import Chains
@@ -33,7 +35,10 @@ from wallet_core.service.history import History
 from wallet_core.service.port import ShardLink
 from wallet_core.service.projector import Projector, Store
 from wallet_core.service.wallet import Wallet
-from wallet_core.shard import Progress, ShardHostConfig, WalletHost
+from wallet_core.shard import Progress, ShardHostConfig, ShardHostError, WalletHost
+from wallet_core.shard.identity import read_identity
+from wallet_core.shard.port import shard_folder
+from wallet_core.snapshot import SnapshotDamaged
 
 if TYPE_CHECKING:
     from wallet_core.event_log.kafka import KafkaLogConfig
@@ -51,19 +56,20 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
     settings = Settings.load(overrides)
     async with Process.start("wallet", settings) as process:
         config = host_config(settings)
-        if config.data_dir.exists():  # it may be older than the rule
-            close_folder(config.data_dir)
-        host = await WalletHost.open(config, progress=_log_progress)
+        pool = None if settings.wallet_alone else await process.postgres("wallet")
+        host = await _open_host(config, pool)
         host.on_snapshot_failure = _log_snapshot_failure
         host.on_rewound = _tell_rewound()
         process.spawn(_watch_clock(host), name="clock")
         process.on_close("shards", host.close)
         process.spawn(_stop_on_failure(host), name="shards")
+        if pool is not None:
+            await _note_presence(process, host, pool)
         clock = SystemClock()
         history = History(host, FileArchive(config), clock)
         wallet = Wallet(host, NoDirectory(), NoReadModel())
-        if not settings.wallet_alone:
-            wallet = await _join(process, host, config, clock)
+        if pool is not None:
+            wallet = await _join(process, host, config, clock, pool)
         peers = _peers(settings, config)
         relay = Relay(host, peers, process.channel) if peers else None
         if relay is not None:
@@ -122,10 +128,40 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         )
 
 
-async def _join(process: Process, host: WalletHost, config: ShardHostConfig, clock: Clock) -> Wallet:
+async def _open_host(config: ShardHostConfig, pool: Pool | None) -> WalletHost:
+    """The shards, if they are those that PostgreSQL and the data folder know, and reach as far. Raises FailedPrecondition, which says
+    what was expected, where, what is there, and the ways out."""
+    try:
+        if config.data_dir.exists():  # it may be older than the rule
+            close_folder(config.data_dir)
+        known = await known_shards(pool) if pool is not None else None
+        return await WalletHost.open(config, progress=_log_progress, known=known)
+    except (ShardHostError, EventLogError, SnapshotDamaged) as error:
+        raise FailedPrecondition(f"the wallet does not start: {error}") from error
+    except OSError as error:
+        place = error.filename or config.data_dir
+        raise FailedPrecondition(
+            f"the wallet does not start: {place}: {error.strerror or error}. The wallet needs its data folder {config.data_dir} to read "
+            f"and to write: look at the mount, its options and the folder's owner"
+        ) from error
+
+
+async def _note_presence(process: Process, host: WalletHost, pool: Pool) -> Presence:
+    """PostgreSQL learns of the shards that were opened, and hears from now on how far they are."""
+    own = {shard: read_identity(shard_folder(host.config.data_dir, shard)) for shard in host.shard_ids}
+    presence = Presence(host, pool, {shard: one.identity for shard, one in own.items() if one is not None})
+    try:
+        await adopt(pool, presence.positions())
+    except ShardHostError as error:
+        raise FailedPrecondition(f"the wallet does not start: {error}") from error
+    process.on_close("presence", presence.close)
+    process.spawn(presence.keep(), name="presence")
+    return presence
+
+
+async def _join(process: Process, host: WalletHost, config: ShardHostConfig, clock: Clock, pool: Pool) -> Wallet:
     """Names, read model and bus: the wallet as a part of the platform."""
     settings = process.settings
-    pool = await process.postgres("wallet")
     valkey = await process.valkey()
     bus = await process.bus()
     directory = PostgresDirectory(pool)
@@ -380,5 +416,8 @@ def _log_snapshot_failure(shard: int, error: Exception) -> None:
 def _log_progress(progress: Progress) -> None:
     if progress.stage == "damaged":
         _log.warning("damaged files were set aside", shard=progress.shard, problem=progress.problem)
+        return
+    if progress.stage == "cut":
+        _log.warning("a torn tail was cut off", shard=progress.shard, problem=progress.problem)
         return
     _log.debug("recovering", shard=progress.shard, stage=progress.stage, done=progress.done, total=progress.total)

@@ -32,7 +32,7 @@ from wallet_core.service.chains import Chains
 from wallet_core.service.port import EventPage
 from wallet_core.shard import WalletHost
 from wallet_core.shard.port import shard_folder
-from wallet_core.shard.recovery import write_whole
+from wallet_core.shard.identity import read_numbers, write_whole
 
 __all__ = ["Dial", "Relay", "RelayServicer", "forget_numbers", "parse_peers", "peer_shards", "read_events"]
 
@@ -203,7 +203,7 @@ class _Numbers:
 
     def __init__(self, host: WalletHost, shard: int, peers: Iterable[int]) -> None:
         self._path = shard_folder(host.config.data_dir, shard) / "sent.json"
-        self._kept: dict[str, int] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        self._kept: dict[str, int] = read_numbers(self._path)
         self._numbers: dict[int, int] = {}
         links = {link.peer: link for link in host.links(shard)}
         for peer in peers:

@@ -23,15 +23,16 @@ from typing import Any
 from kernel.errors import FailedPrecondition, NotFound
 from wallet_core.event_log import EventLogError, LogDamaged
 from wallet_core.event_log.file import make_folder, sync_folder
-from wallet_core.shard.port import ShardHostConfig, ShardHostError, shard_folder
-from wallet_core.shard.recovery import (
-    Progress,
+from wallet_core.shard.identity import (
+    DataFileDamaged,
     ShardsMismatch,
     check_manifest,
-    rebuild,
-    recover_shard,
-    write_manifest,
+    new_identity,
+    record_identities,
+    write_identity,
 )
+from wallet_core.shard.port import ShardHostConfig, ShardHostError, shard_folder
+from wallet_core.shard.recovery import Progress, rebuild, recover_shard
 from wallet_core.snapshot import SnapshotDamaged, check
 
 __all__ = ["restore_shard"]
@@ -58,7 +59,7 @@ def restore_shard(
     """Restores one shard into `config.data_dir`, or says what that would do.
 
     Returns {"steps": lines for people, "shard", "snapshot", "segments", "copied_bytes", "sequence_number",
-    "digest"}. Raises NotFound (nothing to restore from), FailedPrecondition (the target is not empty, or the
+    "digest", "identity", "time_ns"}: the last two are for `rebind`, without which the wallet's database refuses the shard. Raises NotFound (nothing to restore from), FailedPrecondition (the target is not empty, or the
     source does not lead to a state).
     """
     target = shard_folder(config.data_dir, shard)
@@ -68,7 +69,7 @@ def restore_shard(
     for data_dir in (source, source.absolute().parent, config.data_dir):
         try:
             check_manifest(data_dir, config.shard_count)
-        except ShardsMismatch as error:
+        except (ShardsMismatch, DataFileDamaged) as error:
             raise FailedPrecondition(str(error)) from error
     steps: list[str] = []
     snapshot = _choose_snapshot(found, shard, steps, note)
@@ -86,11 +87,14 @@ def restore_shard(
         if dry_run:
             staging.link(snapshot, segments, found.mark)
             sequence, digest = _replay_in_place(staged, shard, steps, note)
+            identity, time_ns = "", 0
         else:
             staging.copy(snapshot, segments, found.mark, lambda at: note("copy", at, size))
-            sequence, digest = _recover(staged, shard, steps, note)
+            sequence, digest, time_ns = _recover(staged, shard, steps, note)
+            identity = new_identity()  # the disk that was lost may turn up again: it is not this shard any more
+            write_identity(staged, shard, identity)
             staging.publish(target)
-            write_manifest(config.data_dir, config.shard_count)
+            record_identities(config.data_dir, config.shard_count, {shard: identity}, others_unknown=True)
     replayed = sequence - begin + 1
     steps.append(f"replay {replayed:,} events, up to event {sequence}: state digest {digest.hex()}")
     return {
@@ -102,6 +106,8 @@ def restore_shard(
         "copied_bytes": 0 if dry_run else size,
         "sequence_number": sequence,
         "digest": digest.hex(),
+        "identity": identity,
+        "time_ns": time_ns,
     }
 
 
@@ -229,7 +235,7 @@ class _Staging:
         sync_folder(target.parent)
 
 
-def _recover(config: ShardHostConfig, shard: int, steps: list[str], note: Note) -> tuple[int, bytes]:
+def _recover(config: ShardHostConfig, shard: int, steps: list[str], note: Note) -> tuple[int, bytes, int]:
     try:
         recovered = recover_shard(config, shard, progress=_noting(note))
     except (EventLogError, ShardHostError, SnapshotDamaged) as error:
@@ -237,7 +243,8 @@ def _recover(config: ShardHostConfig, shard: int, steps: list[str], note: Note) 
     recovered.log.close()
     if recovered.tail_kept:
         steps.append(f"cut a torn tail that was never acknowledged, kept as {Path(recovered.tail_kept).name}")
-    return recovered.engine.status().sequence, recovered.engine.state_digest()
+    status = recovered.engine.status()
+    return status.sequence, recovered.engine.state_digest(), status.now_ns
 
 
 def _replay_in_place(config: ShardHostConfig, shard: int, steps: list[str], note: Note) -> tuple[int, bytes]:

@@ -2,6 +2,14 @@
 
 from wallet_core.shard._host import ShardClock, ShardHost
 from wallet_core.shard.host import WalletHost
+from wallet_core.shard.identity import (
+    DataFileDamaged,
+    KnownShard,
+    ShardBehind,
+    ShardForeign,
+    ShardMissing,
+    ShardsMismatch,
+)
 from wallet_core.shard.port import (
     BatchInvalid,
     HostBusy,
@@ -11,19 +19,24 @@ from wallet_core.shard.port import (
     ShardHostConfig,
     ShardHostError,
 )
-from wallet_core.shard.recovery import Progress, ShardsMismatch, open_host, rebuild, recover_shard
+from wallet_core.shard.recovery import Progress, open_host, rebuild, recover_shard
 
 __all__ = [
     "BatchInvalid",
+    "DataFileDamaged",
     "HostBusy",
     "HostClosed",
+    "KnownShard",
     "Progress",
     "RecoveryFailed",
+    "ShardBehind",
     "ShardClock",
     "ShardFailed",
+    "ShardForeign",
     "ShardHost",
     "ShardHostConfig",
     "ShardHostError",
+    "ShardMissing",
     "ShardsMismatch",
     "WalletHost",
     "open_host",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -31,6 +31,7 @@ from wallet_core.engine.codes import AccountFlags, AccountResult, TransferFlags,
 from wallet_core.event_log import DiskNearlyFull, LogGap, LogTail, delete_segments_below, segments
 from wallet_core.service.chain_rules import MARKS, RESERVED, ChainMark
 from wallet_core.shard._host import AccountsRead, ShardClock, ShardHost
+from wallet_core.shard.identity import KnownShard
 from wallet_core.shard.port import (
     MESSAGE_BYTES_MAX,
     ROWS_MAX,
@@ -125,10 +126,11 @@ class WalletHost:
         clock: ShardClock | None = None,
         progress: Callable[[Progress], None] | None = None,
         on_failure: Callable[[Exception], None] | None = None,
+        known: Mapping[int, KnownShard] | None = None,
     ) -> WalletHost:
-        """Recover all shards (in threads; `progress` is called there) and start."""
+        """Recover all shards (in threads; `progress` is called there) and start. `known`: see `open_host`."""
         native = await asyncio.get_running_loop().run_in_executor(
-            None, lambda: open_host(config, clock=clock, progress=progress)
+            None, lambda: open_host(config, clock=clock, progress=progress, known=known)
         )
         host = cls(native, config)
         host.on_failure = on_failure

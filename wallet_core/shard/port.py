@@ -5,7 +5,9 @@ ShardHostError
 ├── HostBusy                        the bound on rows or bytes under way is reached; wait for completions
 ├── HostClosed                      not started, closed, or stopped by a poisoned shard
 ├── ShardFailed(shard, reason)      an engine gave up; the process must stop and recover
-└── RecoveryFailed(file, offset, sequence_number, reason)   snapshot and log do not give their state
+├── RecoveryFailed(file, offset, sequence_number, reason)   snapshot and log do not give their state
+└── (identity.py) ShardMissing, ShardForeign, ShardBehind, ShardsMismatch, DataFileDamaged(file, reason): the data folder is not the one
+    that it should be; nothing is opened
 """
 
 from __future__ import annotations

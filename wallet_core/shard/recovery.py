@@ -12,10 +12,9 @@ retention does not count on it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from wallet_core.event_log import (
     settle_end,
 )
 from wallet_core.event_log._file import read_mark
-from wallet_core.event_log.file import RECORD_BYTES, LogEnd, make_folder, open_reader, sync_folder
+from wallet_core.event_log.file import RECORD_BYTES, LogEnd, make_folder, open_reader, segment_file
 from wallet_core.shard._host import (
     MemoryThread,
     ShardClock,
@@ -42,10 +41,16 @@ from wallet_core.shard._host import (
     load_image_piece,
     replay_frames,
 )
+from wallet_core.shard.identity import (
+    KnownShard,
+    check_partition,
+    check_reach,
+    prepare_shards,
+    record_identities,
+)
 from wallet_core.shard.port import (
     RecoveryFailed,
     ShardHostConfig,
-    ShardHostError,
     default_shard_map,
     shard_folder,
 )
@@ -61,7 +66,7 @@ from wallet_core.snapshot import (
 if TYPE_CHECKING:
     from wallet_core.event_log.kafka import KafkaLogConfig
 
-__all__ = ["Progress", "RecoveredShard", "ShardsMismatch", "load_snapshot", "open_host", "rebuild", "recover_shard"]
+__all__ = ["Progress", "RecoveredShard", "load_snapshot", "open_host", "rebuild", "recover_shard"]
 
 _REPLAY_STEP_BYTES = 64 * 1024 * 1024
 
@@ -69,8 +74,8 @@ _REPLAY_STEP_BYTES = 64 * 1024 * 1024
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a recovery is. `stage`: "snapshot" (done and total are bytes), "replay" (events done; total
-    0 = unknown), "fetch" (events copied from the log's store), or "damaged" (a snapshot, or a copy of the log, was set aside;
-    `problem` says why)."""
+    0 = unknown), "fetch" (events copied from the log's store), "damaged" (a snapshot, or a copy of the log, was set aside;
+    `problem` says why), or "cut" (a torn tail was cut off a segment: from byte `done` to `total`; `problem` says it whole)."""
 
     shard: int
     stage: str
@@ -91,10 +96,6 @@ class RecoveredShard:
     seconds: float
     tail_kept: str | None
     skipped: tuple[str, ...]
-
-
-class ShardsMismatch(ShardHostError):
-    """The folder was made with another number of shards."""
 
 
 def new_engine(config: ShardHostConfig, shard: int) -> Engine:
@@ -196,11 +197,15 @@ def _replay(
 
 
 def recover_shard(
-    config: ShardHostConfig, shard: int, *, progress: Callable[[Progress], None] | None = None
+    config: ShardHostConfig,
+    shard: int,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    check: Callable[[int], None] = lambda sequence: None,
 ) -> RecoveredShard:
     """Lock, load, replay, settle the tail, open for appending. With a log in Kafka the shard is taken over first, and the folder
-    brought up to date with the partition. Raises LogLocked, LogDamaged, LogGap, LogFenced, StoreUnusable, RecoveryFailed,
-    DiskNearlyFull, OSError."""
+    brought up to date with the partition. `check` takes the number of the last event before anything is opened for appending, and
+    may refuse it. Raises LogLocked, LogDamaged, LogGap, LogFenced, StoreUnusable, RecoveryFailed, DiskNearlyFull, OSError."""
     began = time.monotonic()
     folder = shard_folder(config.data_dir, shard)
     make_folder(folder / "log")
@@ -236,6 +241,9 @@ def recover_shard(
             raise RecoveryFailed(
                 str(folder), 0, end.next_sequence, f"the log ends there, the engine is at {engine.status().sequence}"
             )
+        if progress is not None and end.tail_kept:
+            progress(_cut(shard, folder / "log", end))
+        check(engine.status().sequence)
         set_aside(start.damaged)
         if progress is not None:
             for reason in start.skipped:
@@ -261,6 +269,16 @@ def recover_shard(
     return RecoveredShard(
         *(shard, engine, log, header.sequence if header else 0, events, time.monotonic() - began),
         *(end.tail_kept, start.skipped),
+    )
+
+
+def _cut(shard: int, log: Path, end: LogEnd) -> Progress:
+    kept = end.tail_kept or ""
+    size = os.stat(kept).st_size
+    return Progress(
+        *(shard, "cut", end.offset, end.offset + size),
+        f"{segment_file(log, end.segment_first)} at byte {end.offset}: {size} bytes behind event {end.next_sequence - 1} were not "
+        f"whole and never acknowledged; they were cut off and are kept as {kept}",
     )
 
 
@@ -314,11 +332,13 @@ def rebuild(
     upto_sequence: int = 2**64 - 1,
     upto_timestamp_ns: int = 2**64 - 1,
     from_scratch: bool = False,
+    as_found: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Engine, LogEnd]:
     """A shard's state as of a sequence number or a time (unix ns), from snapshot and log, without locking or
     changing anything: for balances as of then, for `verify` (from_scratch=True replays every frame that is
-    kept), for tools beside a live server. The state is that of the last whole frame at or before the bound.
+    kept), for tools beside a live server. The state is that of the last whole frame at or before the bound. as_found: of a shard that
+    nobody runs, to the last frame that reads back, whatever the durable mark says.
     Raises as `recover_shard` does."""
     folder = shard_folder(config.data_dir, shard)
     bound = (upto_sequence, upto_timestamp_ns)
@@ -338,10 +358,10 @@ def rebuild(
     if reader is None:
         return engine, LogEnd(engine.status().sequence + 1, bytes(16), 0, 0, 0, 0, None)
     mark = read_mark(folder / "log")
-    if mark is not None:  # beside a live server: what is not durable yet may be half written
+    if mark is not None and not as_found:  # beside a live server: what is not durable yet may be half written
         bound = (min(upto_sequence, mark[0]), upto_timestamp_ns)
     _replay(engine, reader, shard, progress, *bound)
-    if reader.damage is not None:
+    if reader.damage is not None and not as_found:
         raise LogDamaged(reader.file, reader.offset, reader.damage)
     end = LogEnd(
         *(reader.next_sequence, reader.last_hash or bytes(16), reader.epoch, reader.timestamp_ns),
@@ -355,12 +375,15 @@ def open_host(
     *,
     clock: ShardClock | None = None,
     progress: Callable[[Progress], None] | None = None,
+    known: Mapping[int, KnownShard] | None = None,
 ) -> ShardHost:
-    """Recover this process's shards, several at a time, and make a host of them (not started yet). Raises
-    what `recover_shard` raises, StoreUnusable and ShardsMismatch."""
+    """Recover this process's shards, several at a time, and make a host of them (not started yet). `known`: what PostgreSQL knows of
+    them; a shard that is missing, foreign or behind is refused before anything is opened. Raises what `recover_shard` and
+    `prepare_shards` raise, and StoreUnusable."""
     shard_ids = config.shard_ids or tuple(range(config.shard_count))
-    write_manifest(config.data_dir, config.shard_count)
-    check_manifest(config.data_dir, config.shard_count)
+    look = check_partition if config.kafka is not None else _check_log
+    checks = {shard: look(config, shard, (known or {}).get(shard)) for shard in shard_ids}
+    identities = prepare_shards(config, known)
     if config.kafka is not None:
         from wallet_core.event_log.kafka import ensure_topic
 
@@ -368,7 +391,9 @@ def open_host(
     recovered: list[RecoveredShard] = []
     try:
         with ThreadPoolExecutor(max_workers=min(len(shard_ids), os.cpu_count() or 1)) as pool:
-            futures = [pool.submit(recover_shard, config, shard, progress=progress) for shard in shard_ids]
+            futures = [
+                pool.submit(recover_shard, config, shard, progress=progress, check=checks[shard]) for shard in shard_ids
+            ]
             errors = []
             for future in futures:
                 try:
@@ -377,6 +402,7 @@ def open_host(
                     errors.append(error)
         if errors:
             raise errors[0]
+        record_identities(config.data_dir, config.shard_count, identities)
         host = ShardHost(
             [(one.shard, one.engine, one.log) for one in recovered],
             shard_count=config.shard_count,
@@ -395,29 +421,5 @@ def open_host(
     return host
 
 
-def write_manifest(data_dir: Path, shard_count: int) -> None:
-    """`wallet.json` keeps the number of shards that the folder was made for: slots must not move under existing data."""
-    make_folder(data_dir)
-    path = data_dir / "wallet.json"
-    if not path.exists():
-        write_whole(path, json.dumps({"format": 1, "shard_count": shard_count}) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A small file, durable, and never seen in part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-    sync_folder(path.parent)
-
-
-def check_manifest(data_dir: Path, shard_count: int) -> None:
-    """Nothing where there is no manifest. Raises ShardsMismatch."""
-    path = data_dir / "wallet.json"
-    found = json.loads(path.read_text()).get("shard_count") if path.is_file() else shard_count
-    if found != shard_count:
-        raise ShardsMismatch(
-            f"{data_dir} was made for {found} shards, {shard_count} are configured; the number is fixed once data exist"
-        )
+def _check_log(config: ShardHostConfig, shard: int, known: KnownShard | None) -> Callable[[int], None]:
+    return check_reach(shard, shard_folder(config.data_dir, shard), known)
