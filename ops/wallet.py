@@ -8,6 +8,7 @@
     check                       add up all balances and the money in flight, live
     verify                      replay the log beside the live state and compare digests
     restore                     a shard's folder from a snapshot and log segments elsewhere (the wallet is stopped)
+    accept                      go on with a shard whose log is older than what was seen of it, or missing (the wallet is stopped)
     rebuild                     fill the read model again from the logs
     serve                       run a wallet process here
 
@@ -18,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -28,7 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernel.errors import DucatError, InvalidArgument, NotFound, OutOfRange
+from kernel.errors import DucatError, FailedPrecondition, InvalidArgument, NotFound, OutOfRange
 from kernel.ids import account_id
 from kernel.money import Money
 from runtime.settings import Settings
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 _LIMIT = 50
+_WALLET_GONE_S = 15.0
 _NS = 1_000_000_000
 
 
@@ -88,6 +92,9 @@ def add_parser(subparsers: Any) -> None:
     restore.add_argument("--from", dest="source", type=Path, required=True, help="folder with snapshots and segments")
     restore.add_argument("--to", dest="target", type=Path, help="data folder (default: the settings' data_dir/wallet)")
     restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    accept = add("accept", "go on with a shard as its folder is now, older or empty; the wallet must be stopped")
+    accept.add_argument("--shard", type=int, required=True)
+    accept.add_argument("--yes", action="store_true", help="do it; without it only what would be lost is said")
     rebuild = add("rebuild", "fill the read model again from the logs")
     rebuild.add_argument("--no-wait", action="store_true", help="do not wait until it has caught up")
     serve = add("serve", "run a wallet process")
@@ -103,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         return _serve(args)
     if args.wallet_command == "restore":
         return _restore(args, settings)
+    if args.wallet_command == "accept":
+        return asyncio.run(_accept(args, settings))
     return asyncio.run(_run_session(args, settings))
 
 
@@ -569,12 +578,133 @@ def _restore(args: argparse.Namespace, settings: Settings) -> int:
     report = restore_shard(config, args.source, args.shard, dry_run=args.dry_run, note=note)
     if progress is not None:
         progress.end()
+    if not args.dry_run and config.data_dir.absolute() == host_config(settings).data_dir.absolute():
+        told = asyncio.run(
+            _rebind(
+                settings,
+                args.shard,
+                config.data_dir,
+                identity=report["identity"],
+                sequence=report["sequence_number"],
+                time_ns=report["time_ns"],
+            )
+        )
+        report["steps"] += told["steps"]
     if args.json:
         print(json.dumps(report))
     else:
         for line in report["steps"]:
             print(("would " if args.dry_run else "") + line)
     return 0
+
+
+async def _accept(args: argparse.Namespace, settings: Settings) -> int:
+    """Says what would be lost; with --yes the shard goes on with what its folder has."""
+    from ops.database import database
+    from wallet_core.adapters.accept import accept_shard, check_stopped, look_at
+    from wallet_core.adapters.presence import known_shards
+    from wallet_core.bootstrap import host_config
+
+    config = host_config(settings)
+    found = look_at(config, args.shard)
+    check_stopped(config, args.shard)
+    seen: int | None = None
+    transfers = 0
+    if not settings.wallet_alone:
+        async with database(settings, "wallet") as connection:
+            if connection is not None:
+                known = (await known_shards(connection)).get(args.shard)
+                seen = known.sequence if known else 0
+                transfers = await connection.fetchval(
+                    "SELECT count(*) FROM wallet.transfer WHERE shard = $1 AND sequence_number > $2",
+                    args.shard,
+                    found.sequence,
+                )
+    when = _time_text(found.time_ns) if found.time_ns else "never"
+    lines = [
+        f"shard {args.shard} goes on with {found.what} of {found.folder}: it ends with event {found.sequence} ({when})",
+        "no database: nothing says how far the shard was"
+        if seen is None
+        else f"PostgreSQL has seen event {seen}: {max(seen - found.sequence, 0)} events are not in it, {transfers} of the read model's rows",
+        "transfers that came from payments are applied again by themselves once the wallet runs; those that are older than the wallet's id "
+        f"window ({settings.wallet_id_window_ms // 3_600_000} h, DUCAT_WALLET_ID_WINDOW_MS) are refused: set it longer for that start",
+        "transfers that were made over gRPC and are not in this log are lost",
+        "a folder of this shard that turns up later is refused: keep it aside, it is the only copy of what is lost",
+    ]
+    record = {
+        "shard": args.shard,
+        "sequence_number": found.sequence,
+        "seen": seen,
+        "transfers": transfers,
+        "accepted": args.yes,
+    }
+    if args.yes:
+        done = accept_shard(config, found)
+        told = await _rebind(
+            *(settings, args.shard, config.data_dir),
+            identity=done.identity,
+            sequence=done.sequence,
+            time_ns=done.time_ns,
+        )
+        lines += told["steps"]
+        record |= {"identity": done.identity, "lost_file": told["lost_file"], "messages": told["messages"]}
+    else:
+        lines.append(f"nothing was changed; `ducat wallet accept --shard {args.shard} --yes` does it")
+    print(json.dumps(record) if args.json else "\n".join(lines))
+    return 0
+
+
+async def _rebind(
+    settings: Settings, shard: int, data_dir: Path, *, identity: str, sequence: int, time_ns: int
+) -> dict[str, Any]:
+    """PostgreSQL goes on with a shard's log that ends with event `sequence`. What the read model had behind it goes to a file."""
+    from ops.database import database
+    from wallet_core.adapters.presence import lost_transfers, rebind
+
+    told: dict[str, Any] = {"steps": [], "lost_file": None, "messages": 0}
+    if settings.wallet_alone:
+        return told
+    async with database(settings, "wallet") as connection:
+        if connection is None:
+            told["steps"].append("there is no database yet that could know the shard")
+            return told
+        await _wait_for_no_wallet(connection)
+        lost = data_dir / f"shard-{shard:04d}.lost-after-{sequence}.jsonl"
+        count = 0
+        with contextlib.ExitStack() as opened:
+            async for record in lost_transfers(connection, shard, sequence):
+                if not count:
+                    file = opened.enter_context(open(lost, "w", opener=_private))
+                file.write(json.dumps(record) + "\n")
+                count += 1
+        done = await rebind(connection, shard, identity=identity, sequence=sequence, time_ns=time_ns)
+    if count:
+        told["lost_file"] = str(lost)
+        told["steps"].append(f"write the {count} transfers that the read model had behind event {sequence} to {lost}")
+    told["messages"] = done.messages
+    told["steps"].append(
+        f"tell PostgreSQL that shard {shard} ends with event {sequence} (it had seen {done.seen_sequence}); {done.messages} messages "
+        f"will be looked for in the feed again"
+    )
+    return told
+
+
+async def _wait_for_no_wallet(connection: Any) -> None:
+    """All processes of the wallet share the inbox and the feed's cursor. One that is refused and started again and again comes and goes."""
+    from wallet_core.adapters.presence import other_wallets
+
+    deadline = time.monotonic() + _WALLET_GONE_S
+    while await other_wallets(connection):
+        if time.monotonic() > deadline:
+            raise FailedPrecondition(
+                "a process of the wallet is connected to PostgreSQL; stop all of them (also those of other shards), then "
+                "`ducat wallet accept` again"
+            )
+        await asyncio.sleep(0.1)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _serve(args: argparse.Namespace) -> int:

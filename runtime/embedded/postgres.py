@@ -20,6 +20,7 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -159,6 +160,18 @@ class EmbeddedPostgres(EmbeddedServer):
                 if is_port_taken:
                     self._port = kept_port(self.folder / "port")
             time.sleep(0.1)
+
+    def running_dsn(self) -> str:
+        """The DSN of the server that another process of ours runs on this folder; empty where none does, or it does not accept yet."""
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+            port, folder = int(lines[3]), Path(lines[4])
+            with socket.socket(socket.AF_UNIX) as probe:  # the file is left behind by a server that was killed
+                probe.connect(str(folder / f".s.PGSQL.{port}"))
+            if lines[7].strip() == "ready":
+                self._port, self._socket_folder = port, folder
+                return self.dsn
+        return ""
 
     def stop(self) -> None:
         """Stop the `fast` way: open transactions roll back, what is committed is on disk. No effect when it does not run."""

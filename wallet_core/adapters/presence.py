@@ -14,20 +14,31 @@ Numbers here only ever grow, but for `rebind`. Valkey is no witness: it is a rea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import structlog
 
+from wallet_core.engine.codes import EventKind, TransferResult
 from wallet_core.shard.identity import KnownShard, ShardForeign
 
 if TYPE_CHECKING:
     from runtime.postgres import Connection, Pool
     from wallet_core.shard import WalletHost
 
-__all__ = ["REBIND_MARGIN", "Presence", "Rebound", "adopt", "known_shards", "note_seen", "rebind"]
+__all__ = [
+    "REBIND_MARGIN",
+    "Presence",
+    "Rebound",
+    "adopt",
+    "known_shards",
+    "lost_transfers",
+    "note_seen",
+    "other_wallets",
+    "rebind",
+]
 
 CONSUMER = "wallet"
 """The wallet's name in its inbox and feed cursors; all its processes share it."""
@@ -62,6 +73,14 @@ _DROP_TRANSFERS = "DELETE FROM wallet.transfer WHERE shard = $1 AND sequence_num
 _LOWER_PROJECTION = """
 UPDATE wallet.projection SET sequence_number = $2, update_time = now() WHERE shard = $1 AND sequence_number > $2
 """
+_LOST = """
+SELECT sequence_number, transfer_id, debit_account_id, credit_account_id, amount_minor, kind, result, code, time_ns
+FROM wallet.transfer WHERE shard = $1 AND sequence_number > $2 ORDER BY sequence_number
+"""
+_WALLETS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'ducat-wallet' AND pid <> pg_backend_pid()
+"""
 _HAS_TABLE = "SELECT to_regclass($1) IS NOT NULL"
 _FORGET = """
 WITH gone AS (DELETE FROM wallet.inbox WHERE consumer = $1 AND create_time >= $2 RETURNING position)
@@ -83,7 +102,7 @@ class Rebound(NamedTuple):
     messages: int
 
 
-async def known_shards(pool: Pool) -> dict[int, KnownShard]:
+async def known_shards(pool: Pool | Connection) -> dict[int, KnownShard]:
     """Every shard that the database has heard of."""
     return {row["shard"]: KnownShard(row["identity"], row["sequence_number"]) for row in await pool.fetch(_KNOWN)}
 
@@ -153,15 +172,35 @@ class Presence:
         return [one for one in self.positions() if one[2] > self._noted.get(one[0], -1)]
 
 
+async def other_wallets(connection: Connection) -> int:
+    """Connections of wallet processes to this database."""
+    found: int = await connection.fetchval(_WALLETS)
+    return found
+
+
+async def lost_transfers(connection: Connection, shard: int, after: int) -> AsyncIterator[dict[str, Any]]:
+    """What the read model has of a shard behind event `after`: what `rebind` removes from it."""
+    async with connection.transaction():
+        async for row in connection.cursor(_LOST, shard, after):
+            yield {
+                "shard": shard,
+                **{name: value.hex() if isinstance(value, bytes) else value for name, value in row.items()},
+                "kind": EventKind(row["kind"]).name.lower(),
+                "result": TransferResult(row["result"]).name,
+            }
+
+
 async def rebind(connection: Connection, shard: int, *, identity: str, sequence: int, time_ns: int) -> Rebound:
     """Go on with a shard's log that ends with event `sequence`, of the time `time_ns` (0: an empty one), under a new identity.
 
     In one transaction: the row of the shard, the read model's rows and cursor go back to the log's end; where events were lost, the
     messages that the wallet recorded since shortly before that time are forgotten, and its feed cursors begin again, so that they are
-    applied again. Transfer ids are derived, so those that the log has already change nothing. The wallet must not run meanwhile (who
-    calls this holds the shard's lock). Transfers that came over gRPC are not brought back by anything.
+    applied again. Transfer ids are derived, so those that the log has already change nothing. No process of the wallet may run meanwhile
+    (`other_wallets`): they share the inbox and the cursors. Transfers that came over gRPC are not brought back by anything.
     """
-    since = datetime.fromtimestamp(time_ns // 10**9, UTC) - REBIND_MARGIN if time_ns else datetime(1970, 1, 1, tzinfo=UTC)
+    since = (
+        datetime.fromtimestamp(time_ns // 10**9, UTC) - REBIND_MARGIN if time_ns else datetime(1970, 1, 1, tzinfo=UTC)
+    )
     async with connection.transaction():
         seen: int = await connection.fetchval(_SEEN, shard) or 0
         dropped = _count(await connection.execute(_DROP_TRANSFERS, shard, sequence, timeout=REBIND_TIMEOUT_S))

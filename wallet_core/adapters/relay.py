@@ -31,8 +31,8 @@ from wallet_core.service.balance_check import saga_accounts
 from wallet_core.service.chains import Chains
 from wallet_core.service.port import EventPage
 from wallet_core.shard import WalletHost
-from wallet_core.shard.port import shard_folder
 from wallet_core.shard.identity import read_numbers, write_whole
+from wallet_core.shard.port import shard_folder
 
 __all__ = ["Dial", "Relay", "RelayServicer", "forget_numbers", "parse_peers", "peer_shards", "read_events"]
 

@@ -59,8 +59,9 @@ def restore_shard(
     """Restores one shard into `config.data_dir`, or says what that would do.
 
     Returns {"steps": lines for people, "shard", "snapshot", "segments", "copied_bytes", "sequence_number",
-    "digest", "identity", "time_ns"}: the last two are for `rebind`, without which the wallet's database refuses the shard. Raises NotFound (nothing to restore from), FailedPrecondition (the target is not empty, or the
-    source does not lead to a state).
+    "digest", "identity", "time_ns"}; the last two are for `rebind`, without which the wallet's database refuses the
+    shard. Raises NotFound (nothing to restore from), FailedPrecondition (the target is not empty, or the source does
+    not lead to a state).
     """
     target = shard_folder(config.data_dir, shard)
     if target.exists() and any(path.is_file() for path in target.rglob("*")):

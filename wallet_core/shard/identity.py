@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from wallet_core.event_log import segments
 from wallet_core.event_log._file import read_mark
@@ -126,17 +126,13 @@ def new_identity() -> str:
 def read_manifest(data_dir: Path) -> Manifest | None:
     """None where there is none. Raises DataFileDamaged."""
     path = data_dir / MANIFEST_FILE
-    way_out = (
-        "Put the file back from a copy, or move it away: the next start makes it anew from the shards' folders if they are all there"
-    )
+    way_out = "Put the file back from a copy, or move it away: the next start makes it anew from the shards' folders if they are all there"
     found = _read_json(path, way_out)
     if found is None:
         return None
     count, listed = found.get("shard_count"), found.get("shards", None)
     if found.get("format") != 1 or not _is_number(count) or not 1 <= count <= _SHARDS_MAX:
-        raise DataFileDamaged(
-            path, f'expected {{"format": 1, "shard_count": N, …}}, got {_short(found)}', way_out
-        )
+        raise DataFileDamaged(path, f'expected {{"format": 1, "shard_count": N, …}}, got {_short(found)}', way_out)
     if listed is None:  # of the version before identities
         return Manifest(count, dict.fromkeys(range(count)))
     shards: dict[int, str | None] = {}
@@ -163,7 +159,9 @@ def read_identity(folder: Path) -> ShardIdentity | None:
     """Of a shard's folder; None where it has none. Raises DataFileDamaged."""
     path = folder / IDENTITY_FILE
     number = folder.name.removeprefix("shard-").lstrip("0") or "0"
-    way_out = f"Put it back from a copy; if this is the right folder, `ducat wallet accept --shard {number}` writes it anew"
+    way_out = (
+        f"Put it back from a copy; if this is the right folder, `ducat wallet accept --shard {number}` writes it anew"
+    )
     found = _read_json(path, way_out)
     if found is None:
         return None
@@ -304,7 +302,10 @@ class _Look:
                 f"shard {self.shard}: {self.folder} is the folder of shard {own.shard} ({IDENTITY_FILE} says so): it was moved or "
                 f"renamed. Nothing was changed. Give the folders their right names"
             )
-        expected = [("the manifest wallet.json", self.listed), ("PostgreSQL", self.known.identity if self.known else None)]
+        expected = [
+            ("the manifest wallet.json", self.listed),
+            ("PostgreSQL", self.known.identity if self.known else None),
+        ]
         for where, identity in expected:
             if not identity:
                 continue
@@ -340,7 +341,9 @@ def check_partition(config: ShardHostConfig, shard: int, known: KnownShard | Non
     folder = shard_folder(config.data_dir, shard)
     manifest = read_manifest(config.data_dir)
     log = folder / "log"
-    is_lost = known is None and manifest is not None and shard in manifest.shards and not (log.is_dir() and segments(log))
+    is_lost = (
+        known is None and manifest is not None and shard in manifest.shards and not (log.is_dir() and segments(log))
+    )
     reach = check_reach(shard, folder, known)
 
     def check(sequence: int) -> None:
@@ -358,7 +361,11 @@ def _shards_there(data_dir: Path) -> bool:
     """Any shard's folder with something in it."""
     with suppress(FileNotFoundError):
         for folder in data_dir.glob("shard-*"):
-            if any(folder.glob("log/*.seg")) or any(folder.glob("snapshots/*.snap")) or (folder / IDENTITY_FILE).is_file():
+            if (
+                any(folder.glob("log/*.seg"))
+                or any(folder.glob("snapshots/*.snap"))
+                or (folder / IDENTITY_FILE).is_file()
+            ):
                 return True
     return False
 
@@ -394,11 +401,11 @@ def _read_json(path: Path, way_out: str) -> dict[str, Any] | None:
     return found
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_identity(value: object) -> bool:
+def _is_identity(value: object) -> TypeGuard[str]:
     try:
         return isinstance(value, str) and str(uuid.UUID(value)) == value
     except ValueError:
