@@ -25,18 +25,17 @@ async def database(settings: Settings, schema: str) -> AsyncIterator[Connection 
     url = settings.database_url
     try:
         if not url:
-            folder = Path(settings.data_dir).absolute() / "postgres"
-            if not (folder / "data" / "PG_VERSION").is_file():
+            server = _embedded(settings)
+            if server is None:
                 yield None
                 return
-            server = EmbeddedPostgres(folder)
             url = server.running_dsn()
             if not url:
                 embedded = server
                 try:
                     url = await asyncio.to_thread(server.start)
                 except (ServerFailed, OSError) as error:
-                    raise Unavailable(f"the embedded PostgreSQL of {folder} does not start: {error}") from error
+                    raise Unavailable(f"the embedded PostgreSQL of {server.folder} does not start: {error}") from error
         connection = await connect(url, schema, application_name="ducat-ops", wait_s=CONNECT_WAIT_S)
         try:
             yield connection
@@ -45,3 +44,8 @@ async def database(settings: Settings, schema: str) -> AsyncIterator[Connection 
     finally:
         if embedded is not None:
             await asyncio.to_thread(embedded.stop)
+
+
+def _embedded(settings: Settings) -> EmbeddedPostgres | None:
+    folder = Path(settings.data_dir).absolute() / "postgres"
+    return EmbeddedPostgres(folder) if (folder / "data" / "PG_VERSION").is_file() else None

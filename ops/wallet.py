@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import sys
@@ -29,7 +28,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kernel.errors import DucatError, FailedPrecondition, InvalidArgument, NotFound, OutOfRange
 from kernel.ids import account_id
@@ -168,6 +167,7 @@ async def _shards(session: _Session) -> int:
 
     rows = []
     problems: list[str] = []
+    damage: list[str] = []
     for shard in answer.shards:
         state = shard_pb2.ShardState.Name(shard.state).removeprefix("SHARD_STATE_").lower()
         record = {
@@ -184,16 +184,21 @@ async def _shards(session: _Session) -> int:
             "log_mib": round(shard.log_bytes / 2**20, 1),
             "epoch": shard.epoch,
             "digest": shard.digest.hex(),
+            "scrubbed": _time_text(shard.scrub_time.ToNanoseconds())[:19] if shard.HasField("scrub_time") else "never",
         }
+        damage += [f"shard {shard.shard}: {problem}" for problem in shard.scrub_problems]
         problems += [f"shard {shard.shard}: {link.problem}" for link in shard.links if link.problem]
         if session.args.json:
             record["problems"] = [link.problem for link in shard.links if link.problem]
+            record["scrub_problems"] = list(shard.scrub_problems)
         rows.append(record)
     _table(session, rows)
     if not session.args.json:
         for problem in problems:
             print(f"{problem}: it was restored from an old copy (docs/wallet.md, A shard went back in time)")
-    return 1 if problems else 0
+        for problem in damage:
+            print(f"{problem}: damage on the disk (docs/wallet.md, Damage on the disk)")
+    return 1 if problems or damage else 0
 
 
 async def _balance(session: _Session) -> int:
@@ -625,7 +630,7 @@ async def _accept(args: argparse.Namespace, settings: Settings) -> int:
         f"shard {args.shard} goes on with {found.what} of {found.folder}: it ends with event {found.sequence} ({when})",
         "no database: nothing says how far the shard was"
         if seen is None
-        else f"PostgreSQL has seen event {seen}: {max(seen - found.sequence, 0)} events are not in it, {transfers} of the read model's rows",
+        else f"seen: event {seen}; {max(seen - found.sequence, 0)} events are not in it ({transfers} rows of the read model)",
         "transfers that came from payments are applied again by themselves once the wallet runs; those that are older than the wallet's id "
         f"window ({settings.wallet_id_window_ms // 3_600_000} h, DUCAT_WALLET_ID_WINDOW_MS) are refused: set it longer for that start",
         "transfers that were made over gRPC and are not in this log are lost",
@@ -670,17 +675,15 @@ async def _rebind(
             return told
         await _wait_for_no_wallet(connection)
         lost = data_dir / f"shard-{shard:04d}.lost-after-{sequence}.jsonl"
-        count = 0
-        with contextlib.ExitStack() as opened:
+        with _Lines(lost) as lines:
             async for record in lost_transfers(connection, shard, sequence):
-                if not count:
-                    file = opened.enter_context(open(lost, "w", opener=_private))
-                file.write(json.dumps(record) + "\n")
-                count += 1
+                lines.add(record)
         done = await rebind(connection, shard, identity=identity, sequence=sequence, time_ns=time_ns)
-    if count:
+    if lines.count:
         told["lost_file"] = str(lost)
-        told["steps"].append(f"write the {count} transfers that the read model had behind event {sequence} to {lost}")
+        told["steps"].append(
+            f"write the {lines.count} transfers that the read model had behind event {sequence} to {lost}"
+        )
     told["messages"] = done.messages
     told["steps"].append(
         f"tell PostgreSQL that shard {shard} ends with event {sequence} (it had seen {done.seen_sequence}); {done.messages} messages "
@@ -703,8 +706,28 @@ async def _wait_for_no_wallet(connection: Any) -> None:
         await asyncio.sleep(0.1)
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+class _Lines:
+    """A private file of JSON lines, which is not made where there are none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        self.count = 0
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def add(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            self._file = open(self._path, "w", opener=lambda path, flags: os.open(path, flags, 0o600))
+        self._file.write(json.dumps(record) + "\n")
+        self.count += 1
 
 
 def _serve(args: argparse.Namespace) -> int:

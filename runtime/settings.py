@@ -233,6 +233,14 @@ class Settings(BaseSettings):
         ge=0,
         description="how often the wallet adds up the balances of all shards (it looks at every account); 0 = never",
     )
+    wallet_scrub_bytes_per_s: int = Field(
+        4 * 1024 * 1024,
+        ge=0,
+        description="how fast segments and snapshots are read and checked in the background; 0 = never",
+    )
+    wallet_scrub_interval_h: float = Field(
+        24.0, gt=0, description="how often all of them are; longer where the rate is too low"
+    )
     wallet_snapshot_events: int = Field(
         5_000_000, ge=0, description="events of a shard after which a snapshot is taken; 0 = only when asked for"
     )

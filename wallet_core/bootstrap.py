@@ -35,7 +35,15 @@ from wallet_core.service.history import History
 from wallet_core.service.port import ShardLink
 from wallet_core.service.projector import Projector, Store
 from wallet_core.service.wallet import Wallet
-from wallet_core.shard import Progress, ShardHostConfig, ShardHostError, WalletHost
+from wallet_core.shard import (
+    Damage,
+    Progress,
+    Scrubber,
+    ScrubStatus,
+    ShardHostConfig,
+    ShardHostError,
+    WalletHost,
+)
 from wallet_core.shard.identity import read_identity
 from wallet_core.shard.port import shard_folder
 from wallet_core.snapshot import SnapshotDamaged
@@ -93,6 +101,10 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         if settings.wallet_check_interval_s and 0 in config.shard_ids:
             process.spawn(_keep_checking(host, shards, settings.wallet_check_interval_s), name="balance-check")
 
+        scrubber = _scrubber(host, settings)
+        if settings.wallet_scrub_bytes_per_s:
+            process.spawn(scrubber.run(), name="scrub")
+
         servicer = WalletServicer(host, wallet, history)
         addresses = sorted(set(peers.values()))
         shard_servicer = ShardServicer(
@@ -102,6 +114,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
             lambda: _address(settings, process.address),
             lambda: peer_shards(addresses, process.channel),
             lambda: check_balances(shards),
+            scrubbed=scrubber.status,
         )
         await process.serve_grpc(
             settings.wallet_listen,
@@ -375,6 +388,42 @@ async def _watch_clock(host: WalletHost) -> None:
             _log.warning("the machine's clock is back")
         told = bool(step_s)
         await asyncio.sleep(_CLOCK_LOOK_S)
+
+
+def _scrubber(host: WalletHost, settings: Settings) -> Scrubber:
+    damaged = metrics.gauge(
+        "ducat_wallet_scrub_damage", "Places in segments and snapshots of the shard that do not read back.", ["shard"]
+    )
+    ended = metrics.gauge(
+        "ducat_wallet_scrub_timestamp_seconds",
+        "When all segments and snapshots of the shard had last been read.",
+        ["shard"],
+    )
+    for shard in host.shard_ids:
+        damaged.labels(str(shard)).set(0)
+
+    def tell_damage(shard: int, damage: Damage) -> None:
+        damaged.labels(str(shard)).inc()
+        _log.error(
+            "damage on the disk: a segment or snapshot does not read back; restore it from a copy while there is one "
+            "(docs/wallet.md, Damage on the disk)",
+            shard=shard,
+            file=damage.file,
+            offset=damage.offset,
+            problem=damage.reason,
+        )
+
+    def tell_round(shard: int, status: ScrubStatus) -> None:
+        damaged.labels(str(shard)).set(len(status.damage))
+        ended.labels(str(shard)).set(status.end_time_ns / 1e9)
+
+    return Scrubber(
+        host,
+        bytes_per_s=settings.wallet_scrub_bytes_per_s,
+        interval_s=settings.wallet_scrub_interval_h * 3600,
+        on_damage=tell_damage,
+        on_round=tell_round,
+    )
 
 
 def _log_blocked(mark: ChainMark, seconds: float) -> None:

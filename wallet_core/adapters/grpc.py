@@ -32,6 +32,7 @@ from wallet_core.service.balance_check import BalanceReport
 from wallet_core.service.history import History
 from wallet_core.service.port import ROW_COUNT_MAX, Host, ShardStatus, SnapshotInfo, TransferItem, TransferRow
 from wallet_core.service.wallet import AccountSpec, AccountView, Wallet
+from wallet_core.shard import ScrubStatus
 
 __all__ = ["SCOPES", "UNSHIELDED", "ShardServicer", "WalletServicer"]
 
@@ -355,9 +356,11 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
         address: Callable[[], str],
         peers: Callable[[], Awaitable[Sequence[shard_pb2.Shard]]] | None = None,
         check: Callable[[], Awaitable[BalanceReport]] | None = None,
+        scrubbed: Callable[[int], ScrubStatus] | None = None,
     ) -> None:
-        """`address`: of this process. `peers`: the shards of the other processes. `check` adds up the balances of all shards."""
-        self._peers, self._check = peers, check
+        """`address`: of this process. `peers`: the shards of the other processes. `check` adds up the balances of all shards.
+        `scrubbed`: what the last reading of a shard's files found."""
+        self._peers, self._check, self._scrubbed = peers, check, scrubbed
         self._host = host
         self._wallet = wallet
         self._history = history
@@ -397,7 +400,17 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
             log_bytes=status.log_bytes,
             first_slot=-(-status.shard * _SLOT_COUNT // count),
             end_slot=-(-(status.shard + 1) * _SLOT_COUNT // count),
+            **self._scrub_fields(status.shard),
         )
+
+    def _scrub_fields(self, shard: int) -> dict[str, Any]:
+        scrub = self._scrubbed(shard) if self._scrubbed is not None else None
+        if scrub is None:
+            return {}
+        fields: dict[str, Any] = {"scrub_problems": [str(one) for one in scrub.damage]}
+        if scrub.end_time_ns:
+            fields["scrub_time"] = _timestamp(scrub.end_time_ns)
+        return fields
 
     async def CreateSnapshot(
         self, request: shard_pb2.CreateSnapshotRequest, context: Any

@@ -156,6 +156,7 @@ cdef class FrameReader:
     cdef int _damage_code
     cdef int _io_errno
     cdef bint _live                          # reads the tail piece by piece
+    cdef bint _small                         # small reads only, beside a writer
     # the pieces behind the buffered one, read and checked by threads of their own while this one is being replayed
     cdef pthread_mutex_t _mutex
     cdef pthread_cond_t _changed

@@ -275,6 +275,10 @@ cdef class FrameReader:
             wanted = self._capacity
         if self._live and wanted > 262144 and _align_up(offset + length - base) <= 262144:
             wanted = 262144
+        if self._small and wanted > 262144:
+            wanted = _align_up(offset + length - base)
+            if wanted < 262144:
+                wanted = 262144
         if self._next_sequence < self._from_sequence:
             wanted = _align_up(offset + length - base)      # only headers are wanted yet
         if wanted > self._capacity:
@@ -488,6 +492,20 @@ cdef class FrameReader:
         if code < 0:
             self.describe()
         return code == 0
+
+    def skip(self, uint64_t limit_sequence, uint64_t bytes_max):
+        """Read and check frames up to `limit_sequence`, until about `bytes_max` bytes were read from the disk; True where there may be
+        more, False at the end or at damage (see `damage`)."""
+        cdef FrameView view
+        cdef int code = 1
+        cdef uint64_t until = self.bytes_read + bytes_max
+        self._small = True          # one frame, or 256 KiB, at once
+        with nogil:
+            while code == 1 and self.bytes_read < until:
+                code = self.next(&view, limit_sequence)
+        if code < 0:
+            self.describe()
+        return code == 1
 
     def read(self, uint64_t limit_sequence=UINT64_MAX):
         """The next frame as (first_sequence, count, timestamp_ns, durable_sequence, epoch, record_bytes, previous_hash,

@@ -20,15 +20,19 @@ from wallet_core.shard.port import (
     ShardHostError,
 )
 from wallet_core.shard.recovery import Progress, open_host, rebuild, recover_shard
+from wallet_core.shard.scrub import Damage, Scrubber, ScrubStatus
 
 __all__ = [
     "BatchInvalid",
+    "Damage",
     "DataFileDamaged",
     "HostBusy",
     "HostClosed",
     "KnownShard",
     "Progress",
     "RecoveryFailed",
+    "ScrubStatus",
+    "Scrubber",
     "ShardBehind",
     "ShardClock",
     "ShardFailed",

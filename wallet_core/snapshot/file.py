@@ -287,6 +287,53 @@ def check(path: Path, progress: Callable[[int, int], None] | None = None) -> Sna
     return header
 
 
+def check_slowly(path: Path, bytes_max: int) -> Iterator[int]:
+    """As `check`, at the caller's pace: yields after each `bytes_max` bytes at most, without a thread and without keeping the file in
+    the page cache. Raises SnapshotDamaged, OSError."""
+    header = read_header(path)
+    name, size = str(path), path.stat().st_size
+    if size != header.file_bytes:
+        raise SnapshotDamaged(name, min(size, header.file_bytes), f"{size} bytes, the header says {header.file_bytes}")
+    pieces_crc = 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(HEADER_BYTES)
+        at = HEADER_BYTES
+
+        def take(length: int) -> bytes:
+            nonlocal at
+            data = file.read(length)
+            if len(data) != length:
+                raise SnapshotDamaged(name, at, "the file ends inside a piece")
+            os.posix_fadvise(file.fileno(), at - at % _BLOCK, length, os.POSIX_FADV_DONTNEED)
+            at += length
+            return data
+
+        for _ in range(header.piece_count):
+            begin = at
+            length, crc = PIECE_HEADER.unpack(take(PIECE_HEADER.size))
+            if not 0 < length <= PIECE_BYTES_MAX or at + length + TRAILER_BYTES > size:
+                raise SnapshotDamaged(name, begin, f"a piece of {length} bytes cannot be")
+            found, left = 0, length
+            while left:
+                part = take(min(left, bytes_max))
+                found = crc32c(part, found)
+                left -= len(part)
+                yield len(part)
+            if found != crc:
+                raise SnapshotDamaged(name, begin, "a piece does not match its checksum")
+            if any(take(-length % 8)):
+                raise SnapshotDamaged(name, begin, "padding that is not zero")
+            pieces_crc = crc32c(crc.to_bytes(4, "little"), pieces_crc)
+        end = at
+        if (
+            pieces_crc != header.pieces_crc
+            or take(TRAILER_BYTES) != pack_trailer(header.piece_count, header.file_bytes, pieces_crc)
+            or at != size
+        ):
+            raise SnapshotDamaged(name, end, "the trailer does not match the pieces")
+    yield TRAILER_BYTES
+
+
 def set_aside(damaged: Sequence[Path]) -> None:
     """Rename snapshots that did not load to `<sequence>.damaged`: they are kept for whoever wants to know why, but no longer
     count as something to fall back to. Only for the owner of the shard."""
