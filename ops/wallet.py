@@ -689,7 +689,30 @@ async def _rebind(
         f"tell PostgreSQL that shard {shard} ends with event {sequence} (it had seen {done.seen_sequence}); {done.messages} messages "
         f"will be looked for in the feed again"
     )
+    told["steps"].append(await _empty_valkey(settings))
     return told
+
+
+async def _empty_valkey(settings: Settings) -> str:
+    """Balances in Valkey are sums over shards, so all of them begin again."""
+    from redis.asyncio import Redis
+    from redis.exceptions import RedisError
+
+    from runtime.embedded import EmbeddedValkey
+    from wallet_core.adapters.read_model import reset_valkey
+
+    later = "once the wallet runs, run `ducat wallet rebuild`: Valkey could not be emptied"
+    url = settings.redis_url or await asyncio.to_thread(EmbeddedValkey(f"{settings.data_dir}/valkey").running_url)
+    if not url:
+        return f"{later} (none answers)"
+    client = Redis.from_url(url, socket_connect_timeout=5, socket_timeout=60)
+    try:
+        count = await reset_valkey(client)
+    except (RedisError, OSError) as error:
+        return f"{later} ({error})"
+    finally:
+        await client.aclose()
+    return f"empty the read model in Valkey ({count} keys); the wallet fills it again from its logs"
 
 
 async def _wait_for_no_wallet(connection: Any) -> None:
@@ -725,7 +748,7 @@ class _Lines:
 
     def add(self, record: dict[str, Any]) -> None:
         if self._file is None:
-            self._file = open(self._path, "w", opener=lambda path, flags: os.open(path, flags, 0o600))
+            self._file = os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w")
         self._file.write(json.dumps(record) + "\n")
         self.count += 1
 

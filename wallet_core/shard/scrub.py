@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import structlog
+
 from wallet_core.event_log import FrameReader, segments
 from wallet_core.event_log.file import segment_file
 from wallet_core.shard.port import ShardHostConfig, shard_folder
@@ -29,6 +31,8 @@ __all__ = ["Damage", "ScrubStatus", "Scrubber", "read_shard"]
 PIECE_BYTES = 256 * 1024
 """Read at once (a frame that is larger: whole); a log's sync passes between two of them."""
 ROUND_PAUSE_S_MIN = 1.0
+
+_log = structlog.get_logger("wallet.scrub")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,10 @@ class Scrubber:
             while True:
                 began = loop.time()
                 for shard in self._host.shard_ids:
-                    await self._round(shard, thread)
+                    try:
+                        await self._round(shard, thread)
+                    except Exception:  # of the scrub alone: shards go on
+                        _log.exception("a round of the scrub failed; the next one tries again", shard=shard)
                 await asyncio.sleep(max(ROUND_PAUSE_S_MIN, began + self._interval_s - loop.time()))
 
     async def _round(self, shard: int, thread: ThreadPoolExecutor) -> None:
@@ -120,7 +127,9 @@ def read_shard(folder: Path, shard: int, durable: int, *, start: float = 0.0) ->
     to begin, from 0 to 1. Files that retention removes meanwhile are passed over."""
     log = folder / "log"
     firsts = [first for first in segments(log) if first <= durable]
-    ends = [*(first - 1 for first in firsts[1:]), durable]
+    if durable and not firsts:
+        yield Damage(str(log), 0, f"there are no segments, events up to {durable} are durable")
+    ends = [*(first - 1 for first in firsts[1:]), durable][: len(firsts)]
     parts: list[tuple[int, int] | Path] = [*zip(firsts, ends, strict=True)]
     parts += [one.path for one in snapshot_files(folder / "snapshots")]
     turn = int(start * len(parts))

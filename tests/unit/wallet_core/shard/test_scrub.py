@@ -97,6 +97,15 @@ def test_a_missing_segment_in_the_middle_is_found(driver: Driver, tmp_path: Path
     assert f"ends with event {second - 1}" in damage.reason
 
 
+def test_an_empty_log_and_a_log_that_is_gone(tmp_path: Path) -> None:
+    open_host(config(tmp_path, 1)).close()
+    assert scrub(tmp_path, 0) == (0, [])
+    for path in (tmp_path / "shard-0000" / "log").glob("*.seg"):
+        path.unlink()
+    assert scrub(tmp_path, 0) == (0, [])
+    assert [one.reason for one in scrub(tmp_path, 7)[1]] == ["there are no segments, events up to 7 are durable"]
+
+
 def test_segments_that_retention_removes_meanwhile_are_no_damage(driver: Driver, tmp_path: Path) -> None:
     durable = driver.host.durable_sequence(0)
     pieces = read_shard(shard_folder(tmp_path, 0), 0, durable)
