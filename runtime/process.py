@@ -48,6 +48,8 @@ __all__ = ["Process", "ProcessCrashed", "run"]
 
 DEPENDENCY_WAIT_S = 60.0
 """How long a process waits for a database or a Valkey that does not answer yet before it gives up."""
+VALKEY_TIMEOUT_S = 5.0
+"""How long one command may wait for a Valkey that has stopped."""
 BACKOFF_MIN_S = 0.05
 BACKOFF_MAX_S = 2.0
 TASK_STOP_S = 5.0
@@ -263,17 +265,30 @@ class Process:
 
     async def valkey(self) -> redis.asyncio.Redis:
         """A Valkey client; waits for the server."""
-        import redis.asyncio
         import redis.exceptions
 
-        client = redis.asyncio.Redis.from_url(self._need("redis_url"), socket_connect_timeout=5)
-        self.on_close("valkey", client.aclose)
+        client = self.valkey_client()
         async for attempt in _attempts("Valkey"):
             try:
                 await client.ping()
                 break
             except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
                 await attempt(error)
+        return client
+
+    def valkey_client(self) -> redis.asyncio.Redis:
+        """A Valkey client that connects when it is used."""
+        import redis.asyncio
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        client = redis.asyncio.Redis.from_url(
+            self._need("redis_url"),
+            socket_connect_timeout=VALKEY_TIMEOUT_S,
+            socket_timeout=VALKEY_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 1),  # a connection that was cut; who calls has its own backoff
+        )
+        self.on_close("valkey", client.aclose)
         return client
 
     async def channel(self, address: str) -> grpc.aio.Channel:

@@ -11,7 +11,6 @@ import pytest
 import redis.asyncio
 
 from kernel.ids import account_id, derived_transfer_id
-from runtime.bus import is_transient
 from runtime.postgres import Pool, create_pool
 from tests.unit.wallet_core.service.memory_host import MemoryHost
 from tests.unit.wallet_core.service.test_projection import NAMES, busy_host, live_sums, until_caught_up
@@ -52,7 +51,7 @@ def no_base(shard: int, sequence: int | None) -> None:
 
 
 def follower(host: MemoryHost, pool: Pool, valkey: redis.asyncio.Redis) -> Projector:
-    return Projector(host, [PostgresStore(pool), ValkeyStore(valkey, no_base)], is_transient=is_transient, gather_s=0)
+    return Projector(host, [PostgresStore(pool), ValkeyStore(valkey, no_base)], gather_s=0)
 
 
 async def balances_in(valkey: redis.asyncio.Redis) -> dict[bytes, list[int]]:
@@ -74,8 +73,7 @@ async def test_both_stores_equal_the_shards_and_a_rebuild_equals_them_again(
     rows = await pool.fetch("SELECT * FROM wallet.transfer ORDER BY shard, sequence_number")
     assert len(rows) > 100
 
-    async with pool.acquire() as connection:
-        await reset_postgres(connection, host.shard_ids)
+    await reset_postgres(pool, host.shard_ids)
     assert await reset_valkey(valkey) > len(NAMES)
     await until_caught_up(follower(host, pool, valkey), host)
     assert await balances_in(valkey) == live_sums(host)
@@ -91,7 +89,7 @@ async def test_a_trimmed_log_is_rebuilt_from_its_snapshot_and_old_statements_sta
     try:
         await busy_shard(host, rounds=40)
         stores = [PostgresStore(pool), ValkeyStore(valkey, lambda shard, at: newest_base(config, shard, sequence=at))]
-        projector = Projector(host, stores, is_transient=is_transient, gather_s=0)
+        projector = Projector(host, stores, gather_s=0)
         host.retain = projector.projected
         await host.snapshot(0)
         assert host.first_sequence(0) == 1
@@ -109,10 +107,9 @@ async def test_a_trimmed_log_is_rebuilt_from_its_snapshot_and_old_statements_sta
         assert len(holds) > 10
         rows = await pool.fetch("SELECT * FROM wallet.transfer ORDER BY sequence_number")
 
-        async with pool.acquire() as connection:
-            await reset_postgres(connection, [0])
+        await reset_postgres(pool, [0])
         await reset_valkey(valkey)
-        await until_caught_up(projector_again := Projector(host, stores, is_transient=is_transient, gather_s=0), host)
+        await until_caught_up(projector_again := Projector(host, stores, gather_s=0), host)
         assert await balances_in(valkey) == before
         assert await valkey.hgetall("wallet:0:holds") == holds
         assert await pool.fetch("SELECT * FROM wallet.transfer ORDER BY sequence_number") == rows
@@ -125,7 +122,7 @@ async def test_a_trimmed_log_is_rebuilt_from_its_snapshot_and_old_statements_sta
         assert base is not None
         first = next(base.steps())
         assert await stores[1]._write(first, "0", f"{base.sequence}/1")  # type: ignore[union-attr]
-        await until_caught_up(Projector(host, stores, is_transient=is_transient, gather_s=0), host)
+        await until_caught_up(Projector(host, stores, gather_s=0), host)
         assert await balances_in(valkey) == before
     finally:
         await host.close()
