@@ -57,5 +57,7 @@ async def keep_running(name: str, work: Callable[[], Awaitable[object]]) -> None
             count += 1
             text = f"{type(error).__name__}: {error}"
             if failures.is_due(text):
-                _log.error("a task failed and runs again", task=name, error=text, retry_s=round(delay_s, 2), exc_info=error)
+                _log.error(
+                    "a task failed and runs again", task=name, error=text, retry_s=round(delay_s, 2), exc_info=error
+                )
         await asyncio.sleep(delay_s)

@@ -145,13 +145,11 @@ async def _join(
 
     stores: list[Store] = [PostgresStore(pool), ValkeyStore(valkey, find_base)] if settings.wallet_projection else []
     projector = _projector(host, stores)
-    reset = ReadModelReset(pool, valkey, range(config.shard_count)) if stores else None
+    reset = ReadModelReset(pool, valkey, range(config.shard_count), projector) if stores else None
     if stores:
         host.retain = projector.projected
         process.spawn(keep_running("projector", projector.run), name="projector")
-        process.spawn(
-            keep_running("rebuild", lambda: follow_resets(settings.database_url, projector.reload)), name="rebuild"
-        )
+        process.spawn(keep_running("rebuild", lambda: follow_resets(settings.database_url, projector)), name="rebuild")
     flows = Flows(host, directory)
     events = PaymentEvents(flows, bus, clock, group=_group(config))
     process.spawn(keep_running("payment-events", events.run), name="payment-events")

@@ -58,7 +58,11 @@ class Patience:
             raise self._unavailable("did not answer a moment ago")
         try:
             return await answered_within(self._timeout_s, work)
-        except (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError) as error:  # TimeoutError is an OSError
+        except (
+            OSError,
+            asyncpg.PostgresConnectionError,
+            asyncpg.InterfaceError,
+        ) as error:  # TimeoutError is an OSError
             self._closed_until_s = loop.time() + self._pause_s
             raise self._unavailable(f"does not answer ({type(error).__name__}: {error})") from error
         except asyncpg.DataError:

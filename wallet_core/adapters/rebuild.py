@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import asyncpg
 from redis.asyncio import Redis
@@ -14,6 +14,7 @@ from runtime.bus import RetryLater
 from runtime.postgres import Pool, connect
 from wallet_core.adapters.patience import answered_within
 from wallet_core.adapters.read_model import REBUILD_CHANNEL, reset_postgres, reset_valkey
+from wallet_core.service.projector import Projector
 
 __all__ = ["ReadModelReset", "follow_resets"]
 
@@ -28,8 +29,8 @@ LOOK_TIMEOUT_S = 5.0
 class ReadModelReset:
     """Both stores, all shards: a striped account's balance in Valkey is a sum over the shards of all processes."""
 
-    def __init__(self, pool: Pool, valkey: Redis, shards: Sequence[int]) -> None:
-        self._pool, self._valkey, self._shards = pool, valkey, tuple(shards)
+    def __init__(self, pool: Pool, valkey: Redis, shards: Sequence[int], projector: Projector) -> None:
+        self._pool, self._valkey, self._shards, self._projector = pool, valkey, tuple(shards), projector
 
     async def reset(self) -> int:
         """Valkey first: the projectors, told by PostgreSQL, then find both empty. How many Valkey keys there were. Raises Unavailable where
@@ -43,6 +44,7 @@ class ReadModelReset:
             await answered_within(POSTGRES_TIMEOUT_S, reset_postgres(self._pool, self._shards))
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
             raise _unavailable("PostgreSQL", error) from error
+        self._projector.reload(is_empty=True)  # the other processes are told by PostgreSQL
         return count
 
 
@@ -53,15 +55,15 @@ def _unavailable(store: str, error: Exception) -> Unavailable:
     )
 
 
-async def follow_resets(dsn: str, on_reset: Callable[[], None]) -> None:
-    """Calls `on_reset` when the read model was emptied by any process, and after each connection, for one may have been missed.
+async def follow_resets(dsn: str, projector: Projector) -> None:
+    """Tells the projector when the read model was emptied by any process, and after each connection, for one may have been missed.
     Runs until the database does not answer, and raises then."""
     lost = asyncio.Event()
     connection = await connect(dsn, "wallet", application_name="ducat-wallet-rebuild")
     try:
         connection.add_termination_listener(lambda _: lost.set())
-        await connection.add_listener(REBUILD_CHANNEL, lambda *_: on_reset())
-        on_reset()
+        await connection.add_listener(REBUILD_CHANNEL, lambda *_: projector.reload(is_empty=True))
+        projector.reload()
         while not lost.is_set():
             try:
                 async with asyncio.timeout(LOOK_S):

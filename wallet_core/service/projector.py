@@ -137,11 +137,13 @@ class Projector:
                         await moved.wait()
         return self.projected(shard, store) >= sequence
 
-    def reload(self) -> None:
-        """The stores may have been reset: their cursors are read again before the next batch."""
+    def reload(self, *, is_empty: bool = False) -> None:
+        """The stores may have been reset, or certainly were: their cursors are read again before the next batch."""
         for followers in self._followers.values():
             for one in followers:
                 one.is_reset = True
+                if is_empty:
+                    one.cursor = 0
                 one.wanted.set()
 
     async def run(self) -> None:
@@ -172,7 +174,9 @@ class Projector:
         now_s = asyncio.get_running_loop().time()
         if problem != one.problem or now_s - one.told_s >= LOG_INTERVAL_S:
             one.told_s = now_s
-            log = _log.error if isinstance(error, FailedPrecondition) or one.failures > READER_PATIENCE else _log.warning
+            log = (
+                _log.error if isinstance(error, FailedPrecondition) or one.failures > READER_PATIENCE else _log.warning
+            )
             log("read model waits", store=one.store.name, shard=one.shard, problem=problem, retry_s=delay_s)
         one.problem = problem
         self._on_failure(one.shard, one.store.name, problem)
@@ -217,6 +221,8 @@ class Projector:
         changes = await self._next_changes(one.shard, one.cursor)
         if not await one.store.apply(changes):
             one.is_reset = True
+            return
+        if one.is_reset:
             return
         one.cursor = changes.upto
         self._note_progress(one)

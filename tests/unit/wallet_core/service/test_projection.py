@@ -189,7 +189,7 @@ async def test_a_reset_under_a_running_projector_is_noticed() -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
 
 
