@@ -423,7 +423,10 @@ async def _set_as_of(session: _Session, request: wallet_pb2.GetBalanceRequest, a
             request.position.shard = int(shard)
             request.position.sequence_number = int(number)
         else:
-            request.time.FromNanoseconds(_time_ns(at))
+            time_ns = _time_ns(at)
+            if time_ns < 0:
+                raise _wrong_moment(at)
+            request.time.FromNanoseconds(time_ns)
             return None
     except (ValueError, OverflowError):  # beyond what the message can carry
         raise _wrong_moment(at) from None

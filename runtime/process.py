@@ -48,8 +48,6 @@ __all__ = ["Process", "ProcessCrashed", "run"]
 
 DEPENDENCY_WAIT_S = 60.0
 """How long a process waits for a database or a Valkey that does not answer yet before it gives up."""
-VALKEY_TIMEOUT_S = 5.0
-"""How long one command may wait for a Valkey that has stopped."""
 BACKOFF_MIN_S = 0.05
 BACKOFF_MAX_S = 2.0
 TASK_STOP_S = 5.0
@@ -282,10 +280,11 @@ class Process:
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
+        timeout_s = self.settings.redis_timeout_ms / 1000
         client = redis.asyncio.Redis.from_url(
             self._need("redis_url"),
-            socket_connect_timeout=VALKEY_TIMEOUT_S,
-            socket_timeout=VALKEY_TIMEOUT_S,
+            socket_connect_timeout=timeout_s,
+            socket_timeout=timeout_s,
             retry=Retry(NoBackoff(), 1),  # a connection that was cut; who calls has its own backoff
         )
         self.on_close("valkey", client.aclose)
