@@ -281,7 +281,7 @@ async def _shards(session: _Session) -> int:
     answer = await session.shard_map()
     from ducat.wallet.v1 import shard_pb2
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     lines: list[str] = []
     for shard in answer.shards:
         state = shard_pb2.ShardState.Name(shard.state).removeprefix("SHARD_STATE_").lower()
@@ -606,7 +606,7 @@ def _event_record(event: wallet_pb2.WalletEvent) -> dict[str, Any]:
 async def _snapshot(session: _Session) -> int:
     from ducat.wallet.v1 import shard_pb2
 
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     async def write(shard: shard_pb2.Shard) -> int:
         begin = time.monotonic()
@@ -623,7 +623,7 @@ async def _snapshot(session: _Session) -> int:
 async def _snapshots(session: _Session) -> int:
     from ducat.wallet.v1 import shard_pb2
 
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     async def look(shard: shard_pb2.Shard) -> int:
         request = shard_pb2.ListSnapshotsRequest(shard=shard.shard)

@@ -11,6 +11,7 @@ import pytest
 import redis.asyncio
 
 from kernel.ids import account_id, derived_transfer_id
+from runtime.bus import RetryLater
 from runtime.postgres import Pool, create_pool
 from tests.unit.wallet_core.service.memory_host import MemoryHost
 from tests.unit.wallet_core.service.test_projection import NAMES, busy_host, live_sums, until_caught_up
@@ -242,3 +243,41 @@ async def test_a_name_that_postgresql_cannot_keep_is_refused_row_by_row(pool: Po
     assert [view.name for view in views] == ["seller/b/USD"]
     assert await wallet.list_accounts("seller/\0", "", 10) == ([], "")
     await host.close()
+
+
+async def test_a_reset_beside_running_followers_loses_no_part_of_a_sum(
+    pool: Pool, valkey: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are removed one batch after the other; a follower that begins again in between would add to what goes next."""
+    monkeypatch.setattr("wallet_core.adapters.read_model._REMOVE_COUNT", 1)
+    monkeypatch.setattr("wallet_core.service.projector.RETRY_S", (0.001,))
+    host = await busy_host(6)
+    running = follower(host, pool, valkey)
+    task = asyncio.ensure_future(running.run())
+    try:
+        for _ in range(5):
+            results = await asyncio.gather(*(reset_valkey(valkey) for _ in range(3)), return_exceptions=True)
+            assert any(isinstance(one, int) for one in results)  # the others were overtaken, and say so
+            assert all(isinstance(one, int | RetryLater) for one in results)
+            await reset_postgres(pool, host.shard_ids)
+            running.reload(is_empty=True)
+            await asyncio.sleep(0.01)
+        for shard in host.shard_ids:
+            assert await running.wait(shard, host.durable_sequence(shard), 20)
+        assert await balances_in(valkey) == live_sums(host)
+    finally:
+        task.cancel()
+
+
+async def test_a_reset_whose_process_died_is_ended_by_a_follower(
+    pool: Pool, valkey: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wallet_core.adapters.read_model.RESET_TAKEOVER_S", 0.05)
+    monkeypatch.setattr("wallet_core.service.projector.RETRY_S", (0.01,))
+    host = await busy_host(6)
+    await until_caught_up(follower(host, pool, valkey), host)
+    await valkey.set("wallet:resetting", "somebody who died")
+    await valkey.delete("wallet:0:cursor", f"wallet:balance:{account_id(NAMES[0]).hex()}")
+    await until_caught_up(follower(host, pool, valkey), host)
+    assert await balances_in(valkey) == live_sums(host)
+    assert not await valkey.exists("wallet:resetting")

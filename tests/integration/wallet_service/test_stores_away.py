@@ -203,7 +203,7 @@ async def test_a_postgresql_that_cuts_refuses_or_locks_stops_nothing(
     await operator.close()
     await follows(wallet)
     async with asyncio.timeout(10):
-        while (found := await listed_or_none(wallet)) is None:
+        while (found := await listed_or_none(wallet)) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert found == min(load.count, 1000)
     assert await wallet.stop() == 0
