@@ -676,8 +676,13 @@ async def _verify(session: _Session) -> int:
 async def _check(session: _Session) -> int:
     """0: all money is there. 1: it is not."""
     while True:
-        if code := await _check_once(session):
-            return code
+        try:
+            if code := await _check_once(session):
+                return code
+        except _NO_ANSWER as error:  # a process that is started again is no reason to stop looking
+            if not session.args.watch:
+                raise
+            session.lacks(f"{_time_text(time.time_ns())}  {error.message}")
         if not session.args.watch:
             return 0
         await asyncio.sleep(max(session.args.every, 0.1))

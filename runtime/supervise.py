@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
+from kernel.errors import DucatError
 from runtime.logs import get_logger
 from runtime.metrics import counter
 
