@@ -58,7 +58,8 @@ async def keep_running(name: str, work: Callable[[], Awaitable[object]]) -> None
             count += 1
             text = f"{type(error).__name__}: {error}"
             if failures.is_due(text):
+                trace = None if isinstance(error, DucatError | OSError) else error  # the text of those says all
                 _log.error(
-                    "a task failed and runs again", task=name, error=text, retry_s=round(delay_s, 2), exc_info=error
+                    "a task failed and runs again", task=name, error=text, retry_s=round(delay_s, 2), exc_info=trace
                 )
         await asyncio.sleep(delay_s)
