@@ -78,6 +78,7 @@ class _ShardsMethods:
     list_snapshots = Unary(shard_pb2.ListSnapshotsRequest, shard_pb2.ListSnapshotsResponse)
     verify_shard = ServerStream(shard_pb2.VerifyShardRequest, shard_pb2.VerifyShardResponse)
     check_balances = Unary(shard_pb2.CheckBalancesRequest, shard_pb2.CheckBalancesResponse)
+    rebuild_read_model = Unary(shard_pb2.RebuildReadModelRequest, shard_pb2.RebuildReadModelResponse)
 
 
 class _LedgerMethods:

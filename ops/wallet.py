@@ -13,6 +13,9 @@
     serve                       run a wallet process here
 
 ACCOUNT is a name such as seller/SELL-XYZ-1/USD, or an id of 32 hexadecimal digits.
+
+Where several processes share the shards, any of them is asked for the shard map, and then the owner of each shard. A shard whose
+owner does not answer is named, and the exit code is 1: what is shown is then not all.
 """
 
 from __future__ import annotations
@@ -30,7 +33,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kernel.errors import DucatError, FailedPrecondition, InvalidArgument, NotFound, OutOfRange
+from kernel.errors import (
+    DeadlineExceeded,
+    DucatError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    Unavailable,
+)
 from kernel.ids import account_id
 from kernel.money import Money
 from runtime.settings import Settings
@@ -43,6 +54,11 @@ __all__ = ["add_parser", "run"]
 _LIMIT = 50
 _WALLET_GONE_S = 15.0
 _NS = 1_000_000_000
+_MAP_TIMEOUT_S = 5.0
+_LONG_TIMEOUT_S = 600.0
+_STUCK_S = 30.0
+"""So long the read model may have a problem and make no progress before `rebuild` gives up waiting."""
+_NO_ANSWER = (Unavailable, DeadlineExceeded)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -67,12 +83,14 @@ def add_parser(subparsers: Any) -> None:
     )
     history = add("history", "every event of an account with the balance after it", account=True)
     history.add_argument(
-        "--limit", type=int, default=_LIMIT, help=f"only the newest so many (default {_LIMIT}, 0 = all)"
+        "--limit", type=_count, default=_LIMIT, help=f"only the newest so many (default {_LIMIT}, 0 = all)"
     )
     events = add("events", "the events of a shard")
-    events.add_argument("--shard", type=int, default=0)
-    events.add_argument("--from", dest="from_sequence", type=int, default=1, help="the first event wanted (default 1)")
-    events.add_argument("--limit", type=int, default=0, help="end after so many")
+    events.add_argument("--shard", type=_shard_number, default=0)
+    events.add_argument(
+        "--from", dest="from_sequence", type=_count, default=1, help="the first event wanted (default 1)"
+    )
+    events.add_argument("--limit", type=_count, default=0, help="end after so many")
     events.add_argument("--account", help="only of this account")
     events.add_argument("--follow", action="store_true", help="go on with new ones")
     for name, text in (
@@ -80,19 +98,19 @@ def add_parser(subparsers: Any) -> None:
         ("snapshots", "the snapshots of a shard"),
         ("verify", "replay the log and compare every digest"),
     ):
-        add(name, text).add_argument("--shard", type=int, help="default: every shard")
+        add(name, text).add_argument("--shard", type=_shard_number, help="default: every shard")
     check = add("check", "add up all balances and the money in flight of all shards: every currency must come to 0")
     check.add_argument(
         "--watch", action="store_true", help="go on until interrupted; ends at once where money is missing"
     )
-    check.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="with --watch (default 5)")
+    check.add_argument("--every", type=_seconds, default=5.0, metavar="SECONDS", help="with --watch (default 5)")
     restore = add("restore", "make a shard's folder from a snapshot and log segments; the wallet must be stopped")
-    restore.add_argument("--shard", type=int, required=True)
+    restore.add_argument("--shard", type=_shard_number, required=True)
     restore.add_argument("--from", dest="source", type=Path, required=True, help="folder with snapshots and segments")
     restore.add_argument("--to", dest="target", type=Path, help="data folder (default: the settings' data_dir/wallet)")
     restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
     accept = add("accept", "go on with a shard as its folder is now, older or empty; the wallet must be stopped")
-    accept.add_argument("--shard", type=int, required=True)
+    accept.add_argument("--shard", type=_shard_number, required=True)
     accept.add_argument("--yes", action="store_true", help="do it; without it only what would be lost is said")
     rebuild = add("rebuild", "fill the read model again from the logs")
     rebuild.add_argument("--no-wait", action="store_true", help="do not wait until it has caught up")
@@ -107,34 +125,70 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings.load()
     if args.wallet_command == "serve":
         return _serve(args)
-    if args.wallet_command == "restore":
-        return _restore(args, settings)
-    if args.wallet_command == "accept":
-        return asyncio.run(_accept(args, settings))
-    return asyncio.run(_run_session(args, settings))
+    try:
+        if args.wallet_command == "restore":
+            return _restore(args, settings)
+        if args.wallet_command == "accept":
+            return asyncio.run(_accept(args, settings))
+        return asyncio.run(_run_session(args, settings))
+    except BrokenPipeError:  # whoever read this has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"ducat wallet {args.wallet_command}: {error}", file=sys.stderr)
+        return 1
 
 
 async def _run_session(args: argparse.Namespace, settings: Settings) -> int:
     session = _Session(args, settings)
     try:
-        return await _COMMANDS[args.wallet_command](session)
+        code = await _COMMANDS[args.wallet_command](session)
     finally:
-        await session.channel.close()
+        await session.close()
+    return code or (1 if session.is_incomplete else 0)
 
 
 class _Session:
-    """One command with its connection."""
+    """One command: the process that is asked first, and the owners of the shards that it names."""
 
     def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
-        from ducat.wallet.v1 import wallet_service_pb2_grpc
-        from runtime.channel import open_channel
-
         self.args = args
         self.settings = settings
-        self.address: str = args.address or settings.wallet_address
-        self.channel = open_channel(self.address, settings)
-        self.wallet = wallet_service_pb2_grpc.WalletServiceStub(self.channel)
-        self.shards = wallet_service_pb2_grpc.ShardServiceStub(self.channel)
+        self._candidates = [args.address] if args.address else _addresses(settings)
+        self.address: str = self._candidates[0]
+        """Of the process that knows the map; the first one that answers."""
+        self.is_incomplete = False
+        """Something that was asked for is not shown."""
+        self._channels: dict[str, Any] = {}
+        self._map: shard_pb2.ListShardsResponse | None = None
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    def _channel(self, address: str) -> Any:
+        from runtime.channel import open_channel
+
+        if address not in self._channels:
+            self._channels[address] = open_channel(address, self.settings)
+        return self._channels[address]
+
+    def wallet_at(self, address: str) -> Any:
+        """The WalletService of a process."""
+        from ducat.wallet.v1 import wallet_service_pb2_grpc
+
+        return wallet_service_pb2_grpc.WalletServiceStub(self._channel(address))
+
+    def shards_at(self, address: str) -> Any:
+        """The ShardService of a process."""
+        from ducat.wallet.v1 import wallet_service_pb2_grpc
+
+        return wallet_service_pb2_grpc.ShardServiceStub(self._channel(address))
+
+    @property
+    def shards(self) -> Any:
+        """The ShardService of the process that knows the map."""
+        return self.shards_at(self.address)
 
     async def call(self, awaitable: Awaitable[Any]) -> Any:
         from runtime.errors import typed_rpc_errors
@@ -142,35 +196,103 @@ class _Session:
         with typed_rpc_errors():
             return await awaitable
 
-    async def shard_map(self) -> shard_pb2.ListShardsResponse:
+    async def shard_map(self, *, again: bool = False) -> shard_pb2.ListShardsResponse:
+        """All shards, from the first process that answers. Raises Unavailable where none does."""
+        if self._map is not None and not again:
+            return self._map
+        problems: list[str] = []
+        for address in self._candidates:
+            try:
+                self._map = await self._ask_for_map(address)
+            except _NO_ANSWER as error:
+                problems.append(f"{address} ({error.message})")
+                continue
+            self.address = address
+            return self._map
+        raise Unavailable(
+            f"no wallet answers at {', '.join(problems)}; start one, or name the address of one that runs with --address"
+        )
+
+    async def _ask_for_map(self, address: str) -> shard_pb2.ListShardsResponse:
         from ducat.wallet.v1 import shard_pb2
 
-        found: shard_pb2.ListShardsResponse = await self.call(self.shards.ListShards(shard_pb2.ListShardsRequest()))
+        stub = self.shards_at(address)
+        found: shard_pb2.ListShardsResponse = await self.call(
+            stub.ListShards(shard_pb2.ListShardsRequest(), timeout=_MAP_TIMEOUT_S)
+        )
+        own = await self.call(stub.ListShards(shard_pb2.ListShardsRequest(local_only=True), timeout=_MAP_TIMEOUT_S))
+        here = {shard.shard for shard in own.shards}
+        for shard in found.shards:
+            if shard.shard in here:
+                shard.address = address  # it answered there, whatever it calls itself
         return found
 
-    async def wanted_shards(self) -> list[shard_pb2.Shard]:
-        found = list((await self.shard_map()).shards)
-        if self.args.shard is None:
-            return found
-        found = [shard for shard in found if shard.shard == self.args.shard]
-        if not found:
-            raise NotFound(f"{self.address} knows no shard {self.args.shard}")
-        return found
+    async def owner(self, number: int) -> shard_pb2.Shard:
+        """The entry of a shard whose owner answers. Raises NotFound, and Unavailable where the owner does not answer."""
+        for shard in (await self.shard_map()).shards:
+            if shard.shard == number:
+                if _is_unreachable(shard):
+                    raise Unavailable(f"shard {number} is unreachable: {shard.problem}")
+                return shard
+        raise NotFound(f"{self.address} knows no shard {number}")
+
+    async def each_shard(self, work: Callable[[shard_pb2.Shard], Awaitable[int]]) -> int:
+        """Does `work` for the shards that are asked for, one after the other; says which ones could not be done."""
+        wanted = self.args.shard
+        numbers = [shard.shard for shard in (await self.shard_map()).shards] if wanted is None else [wanted]
+        code = 0
+        for number in numbers:
+            try:
+                code = await work(await self.owner(number)) or code
+            except NotFound:
+                raise
+            except DucatError as error:
+                self.lacks(f"shard {number}: {error} ({error.reason})")
+        return code
+
+    def lacks(self, what: str) -> None:
+        """Says what is not shown, and ends the command with exit code 1."""
+        self.is_incomplete = True
+        print(what, file=sys.stderr)
 
     def show(self, record: dict[str, Any], line: str) -> None:
         print(json.dumps(record) if self.args.json else line)
+
+
+def _addresses(settings: Settings) -> list[str]:
+    """Where wallets are, as far as the settings say: this one's, then its peers'."""
+    peers = [part.partition("=")[2] for part in settings.wallet_peers.split()]
+    return list(dict.fromkeys([settings.wallet_address, *filter(None, peers)]))
+
+
+def _is_unreachable(shard: shard_pb2.Shard) -> bool:
+    from ducat.wallet.v1 import shard_pb2
+
+    return shard.state == shard_pb2.SHARD_STATE_UNREACHABLE
+
+
+_NOTHING_KNOWN = (
+    "accounts",
+    "sequence_number",
+    "durable",
+    "snapshot",
+    "projected",
+    "lag",
+    "log_mib",
+    "epoch",
+    "digest",
+)
 
 
 async def _shards(session: _Session) -> int:
     answer = await session.shard_map()
     from ducat.wallet.v1 import shard_pb2
 
-    rows = []
-    problems: list[str] = []
-    damage: list[str] = []
+    rows: list[dict[str, Any]] = []
+    lines: list[str] = []
     for shard in answer.shards:
         state = shard_pb2.ShardState.Name(shard.state).removeprefix("SHARD_STATE_").lower()
-        record = {
+        record: dict[str, Any] = {
             "shard": shard.shard,
             "state": state,
             "address": shard.address,
@@ -180,85 +302,157 @@ async def _shards(session: _Session) -> int:
             "durable": shard.durable_sequence_number,
             "snapshot": shard.snapshot_sequence_number,
             "projected": shard.projected_sequence_number,
-            "lag": shard.durable_sequence_number - shard.projected_sequence_number,
+            "lag": max(0, shard.durable_sequence_number - shard.projected_sequence_number),
             "log_mib": round(shard.log_bytes / 2**20, 1),
             "epoch": shard.epoch,
             "digest": shard.digest.hex(),
             "scrubbed": _time_text(shard.scrub_time.ToNanoseconds())[:19] if shard.HasField("scrub_time") else "never",
+            "read_model": "problem" if shard.read_model_problem else "ok",
         }
-        damage += [f"shard {shard.shard}: {problem}" for problem in shard.scrub_problems]
-        problems += [f"shard {shard.shard}: {link.problem}" for link in shard.links if link.problem]
+        if _is_unreachable(shard):
+            record |= dict.fromkeys((*_NOTHING_KNOWN, "read_model"))
+        problems = _problems(shard)
+        lines += [f"shard {shard.shard}: {problem}" for problem in problems]
         if session.args.json:
-            record["problems"] = [link.problem for link in shard.links if link.problem]
+            record["problems"] = problems
             record["scrub_problems"] = list(shard.scrub_problems)
         rows.append(record)
     _table(session, rows)
     if not session.args.json:
-        for problem in problems:
-            print(f"{problem}: it was restored from an old copy (docs/wallet.md, A shard went back in time)")
-        for problem in damage:
-            print(f"{problem}: damage on the disk (docs/wallet.md, Damage on the disk)")
-    return 1 if problems or damage else 0
+        for line in lines:
+            print(line)
+    is_poisoned = any(shard.state == shard_pb2.SHARD_STATE_POISONED for shard in answer.shards)
+    return 1 if lines or is_poisoned else 0
+
+
+def _problems(shard: shard_pb2.Shard) -> list[str]:
+    from ducat.wallet.v1 import shard_pb2
+
+    hint = ""
+    if shard.state == shard_pb2.SHARD_STATE_REWOUND:
+        hint = ": it was restored from an old copy (docs/wallet.md, A shard went back in time)"
+    links = [link.problem for link in shard.links if link.problem]
+    problems = [f"{problem}{hint}" for problem in links or filter(None, [shard.problem])]
+    problems += [
+        f"{problem}: damage on the disk (docs/wallet.md, Damage on the disk)" for problem in shard.scrub_problems
+    ]
+    if shard.read_model_problem:
+        problems.append(f"the read model waits, the shard goes on: {shard.read_model_problem}")
+    return problems
 
 
 async def _balance(session: _Session) -> int:
-    from ducat.wallet.v1 import wallet_pb2
-
-    request = wallet_pb2.GetBalanceRequest(**_account(session.args.account))
-    if session.args.at:
-        await _set_as_of(session, request)
-    answer = await session.call(session.wallet.GetBalance(request, timeout=600))
-    account = answer.account
-    record = {
-        "account_id": account.account_id.hex(),
-        "name": account.name,
-        "currency": account.currency_code,
-        "balance_minor": account.balance_minor,
-        "held_out_minor": account.held_out_minor,
-        "held_in_minor": account.held_in_minor,
-        "available_minor": account.available_minor,
-        "positions": {str(position.shard): position.sequence_number for position in account.positions},
-    }
+    record = await _whole_balance(session, session.args.at)
     if session.args.json:
-        print(json.dumps(record))
+        print(json.dumps({name: value for name, value in record.items() if name != "flags"}))
         return 0
-    flags = [name for name in ("frozen", "closed", "may_overdraw", "striped") if getattr(account, name)]
-    lines = [("account", account.name or account.account_id.hex()), ("id", account.account_id.hex())]
-    for label, minor in (
-        ("balance", account.balance_minor),
-        ("held out", account.held_out_minor),
-        ("held in", account.held_in_minor),
-        ("available", account.available_minor),
-    ):
-        lines.append((label, str(Money(account.currency_code, minor))))
-    lines.append(("as of", ", ".join(f"shard {p.shard} event {p.sequence_number}" for p in account.positions)))
-    if flags:
-        lines.append(("flags", ", ".join(flags)))
+    lines = [("account", record["name"] or record["account_id"]), ("id", record["account_id"])]
+    for label in ("balance", "held_out", "held_in", "available"):
+        lines.append((label.replace("_", " "), str(Money(record["currency"], record[f"{label}_minor"]))))
+    where = (f"shard {shard} event {sequence}" for shard, sequence in record["positions"].items())
+    lines.append(("as of", ", ".join(where)))
+    if record["flags"]:
+        lines.append(("flags", ", ".join(record["flags"])))
     for label, text in lines:
         print(f"{label:>10}  {text}")
     return 0
 
 
-async def _set_as_of(session: _Session, request: wallet_pb2.GetBalanceRequest) -> None:
-    at: str = session.args.at
+async def _whole_balance(session: _Session, at: str | None) -> dict[str, Any]:
+    """What an account holds: asked of the owner of its shard; the parts of a striped one, of every process, added up. Says which shards
+    are not in the sum. Raises NotFound, and Unavailable where nobody who could know answers."""
+    from ducat.wallet.v1 import wallet_pb2
+
+    request = wallet_pb2.GetBalanceRequest(**_account(session.args.account))
+    only = await _set_as_of(session, request, at) if at else None
+    home = await _home(session)
+    if only is not None:
+        owner = await session.owner(only)
+        return _added_up([await _balance_at(session, owner.address, request)])
+    shards = (await session.shard_map()).shards
+    addresses = list(dict.fromkeys(shard.address for shard in shards if not _is_unreachable(shard)))
+    addresses.sort(key=lambda address: address != home.address)
+    away = [shard for shard in shards if _is_unreachable(shard)]
+    parts: list[wallet_pb2.Account] = []
+    not_found: NotFound | None = None
+    for address in addresses:
+        try:
+            part = await _balance_at(session, address, request)
+        except NotFound as error:
+            not_found = error if address == home.address else not_found
+        except FailedPrecondition as error:
+            if error.reason != "WRONG_SHARD":
+                raise
+        except _NO_ANSWER as error:
+            lost = [shard for shard in shards if shard.address == address]
+            if home in lost:
+                raise
+            for shard in lost:
+                shard.problem = error.message
+            away += lost
+        else:
+            if not part.striped:
+                return _added_up([part])
+            parts.append(part)
+    if parts:
+        for shard in away:
+            session.lacks(f"without the part on shard {shard.shard}, which is unreachable: {shard.problem}")
+        return _added_up(parts)
+    if _is_unreachable(home):
+        raise Unavailable(f"the account is on shard {home.shard}, which is unreachable: {home.problem}")
+    raise not_found or NotFound(f"no account {session.args.account}")
+
+
+async def _balance_at(session: _Session, address: str, request: wallet_pb2.GetBalanceRequest) -> wallet_pb2.Account:
+    answer = await session.call(session.wallet_at(address).GetBalance(request, timeout=_LONG_TIMEOUT_S))
+    account: wallet_pb2.Account = answer.account
+    return account
+
+
+def _added_up(parts: Sequence[wallet_pb2.Account]) -> dict[str, Any]:
+    first = parts[0]
+    return {
+        "account_id": first.account_id.hex(),
+        "name": next((part.name for part in parts if part.name), ""),
+        "currency": first.currency_code,
+        "balance_minor": sum(part.balance_minor for part in parts),
+        "held_out_minor": sum(part.held_out_minor for part in parts),
+        "held_in_minor": sum(part.held_in_minor for part in parts),
+        "available_minor": sum(part.available_minor for part in parts),
+        "positions": {str(one.shard): one.sequence_number for part in parts for one in part.positions},
+        "flags": [name for name in ("frozen", "closed", "may_overdraw", "striped") if getattr(first, name)],
+    }
+
+
+async def _set_as_of(session: _Session, request: wallet_pb2.GetBalanceRequest, at: str) -> int | None:
+    """Sets the moment; the shard that alone can tell, where it is a position."""
     shard, colon, number = at.partition(":")
-    if at.isdigit():
-        request.position.shard = await _home_shard(session)
-        request.position.sequence_number = int(at)
-    elif colon and shard.isdigit() and number.isdigit():
-        request.position.shard = int(shard)
-        request.position.sequence_number = int(number)
-    else:
-        request.time.FromNanoseconds(_time_ns(at))
+    try:
+        if at.isdecimal():
+            request.position.shard = (await _home(session)).shard
+            request.position.sequence_number = int(at)
+        elif colon and shard.isdecimal() and number.isdecimal():
+            request.position.shard = int(shard)
+            request.position.sequence_number = int(number)
+        else:
+            time_ns = _time_ns(at)
+            if time_ns < 0:
+                raise _wrong_moment(at)
+            request.time.FromNanoseconds(time_ns)
+            return None
+    except (ValueError, OverflowError):  # beyond what the message can carry
+        raise _wrong_moment(at) from None
+    return int(request.position.shard)
 
 
-async def _home_shard(session: _Session) -> int:
+async def _home(session: _Session) -> shard_pb2.Shard:
+    """The shard of the account, as the map has it, be its owner there or not."""
     key = _account_key(session.args.account)
     answer = await session.shard_map()
     slot = ((key[14] << 8) | key[15]) & (answer.slot_count - 1)
     for shard in answer.shards:
         if shard.first_slot <= slot < shard.end_slot:
-            return int(shard.shard)
+            return shard
     raise NotFound(f"{session.address} does not know the shard of slot {slot}")
 
 
@@ -268,18 +462,22 @@ async def _history(session: _Session) -> int:
 
     key = _account_key(session.args.account)
     fields = _account(session.args.account)
-    live = (await session.call(session.wallet.GetBalance(wallet_pb2.GetBalanceRequest(**fields)))).account
-    shards = [shard for shard in (await session.shard_map()).shards if shard.durable_sequence_number]
-    if not live.striped:
-        home = await _home_shard(session)
-        shards = [shard for shard in shards if shard.shard == home]
+    live = await _whole_balance(session, None)
+    shards = [
+        shard
+        for shard in (await session.shard_map()).shards
+        if shard.durable_sequence_number and not _is_unreachable(shard)
+    ]
+    if "striped" not in live["flags"]:
+        home = await _home(session)
+        shards = [shard for shard in shards if shard.shard == home.shard]
     balance = 0
     found: list[wallet_pb2.WalletEvent] = []
     for shard in shards:
-        oldest = await _oldest(session, shard.shard)
+        oldest = await _oldest(session, shard)
         if oldest > 1:
-            oldest = await _oldest_state(session, shard.shard, oldest) + 1
-            balance += await _balance_after(session, fields, shard.shard, oldest - 1)
+            oldest = await _oldest_state(session, shard, oldest) + 1
+            balance += await _balance_after(session, fields, shard, oldest - 1)
         progress = _Progress(f"shard {shard.shard}", shard.durable_sequence_number, quiet=session.args.json)
         request = wallet_pb2.WatchEventsRequest(
             shard=shard.shard,
@@ -287,7 +485,7 @@ async def _history(session: _Session) -> int:
             end_sequence_number=shard.durable_sequence_number,
             account_id=key,
         )
-        stream = session.wallet.WatchEvents(request)
+        stream = session.wallet_at(shard.address).WatchEvents(request)
         while answer := await session.call(stream.read()):
             found += answer.events
             progress.at(answer.events[-1].sequence_number)
@@ -306,18 +504,18 @@ async def _history(session: _Session) -> int:
             record["transfer_id"], record["other"] = record["transfer_id"][:18], record["other"][:12]
         rows.append(record)
     _table(session, list(rows))
-    if balance != live.balance_minor and not session.args.json:
-        moved = live.balance_minor - balance
+    if balance != live["balance_minor"] and not session.args.json:
+        moved = live["balance_minor"] - balance
         print(f"the account moved by {moved} minor units more while this was read", file=sys.stderr)
     return 0
 
 
-async def _oldest(session: _Session, shard: int) -> int:
+async def _oldest(session: _Session, shard: shard_pb2.Shard) -> int:
     """The number of the oldest event that the shard's log still has."""
     from ducat.wallet.v1 import wallet_pb2
 
-    request = wallet_pb2.WatchEventsRequest(shard=shard, from_sequence_number=1, end_sequence_number=1)
-    stream = session.wallet.WatchEvents(request)
+    request = wallet_pb2.WatchEventsRequest(shard=shard.shard, from_sequence_number=1, end_sequence_number=1)
+    stream = session.wallet_at(shard.address).WatchEvents(request)
     try:
         await session.call(stream.read())
     except OutOfRange as error:
@@ -325,25 +523,25 @@ async def _oldest(session: _Session, shard: int) -> int:
     return 1
 
 
-async def _oldest_state(session: _Session, shard: int, oldest: int) -> int:
+async def _oldest_state(session: _Session, shard: shard_pb2.Shard, oldest: int) -> int:
     """The event of the oldest snapshot that the log, which begins with event `oldest`, leads on from."""
     from ducat.wallet.v1 import shard_pb2
 
-    answer = await session.call(session.shards.ListSnapshots(shard_pb2.ListSnapshotsRequest(shard=shard)))
+    request = shard_pb2.ListSnapshotsRequest(shard=shard.shard)
+    answer = await session.call(session.shards_at(shard.address).ListSnapshots(request))
     found = [one.sequence_number for one in answer.snapshots if one.sequence_number + 1 >= oldest]
     return int(min(found, default=oldest - 1))
 
 
-async def _balance_after(session: _Session, fields: dict[str, Any], shard: int, sequence: int) -> int:
+async def _balance_after(session: _Session, fields: dict[str, Any], shard: shard_pb2.Shard, sequence: int) -> int:
     from ducat.wallet.v1 import wallet_pb2
 
-    position = wallet_pb2.ShardPosition(shard=shard, sequence_number=sequence)
+    position = wallet_pb2.ShardPosition(shard=shard.shard, sequence_number=sequence)
+    request = wallet_pb2.GetBalanceRequest(**fields, position=position)
     try:
-        request = wallet_pb2.GetBalanceRequest(**fields, position=position)
-        answer = await session.call(session.wallet.GetBalance(request, timeout=600))
+        return int((await _balance_at(session, shard.address, request)).balance_minor)
     except NotFound:
         return 0
-    return int(answer.account.balance_minor)
 
 
 def _delta(event: wallet_pb2.WalletEvent, key: bytes) -> int:
@@ -363,11 +561,9 @@ async def _events(session: _Session) -> int:
 
     args = session.args
     end = 0
+    owner = await session.owner(args.shard)
     if not args.follow:
-        status = {shard.shard: shard for shard in (await session.shard_map()).shards}.get(args.shard)
-        if status is None:
-            raise NotFound(f"{session.address} knows no shard {args.shard}")
-        end = status.durable_sequence_number
+        end = owner.durable_sequence_number
         if end < args.from_sequence:
             return 0
     request = wallet_pb2.WatchEventsRequest(
@@ -376,7 +572,7 @@ async def _events(session: _Session) -> int:
         end_sequence_number=end,
         account_id=_account_key(args.account) if args.account else b"",
     )
-    stream = session.wallet.WatchEvents(request)
+    stream = session.wallet_at(owner.address).WatchEvents(request)
     count = 0
     while answer := await session.call(stream.read()):
         for event in answer.events:
@@ -422,25 +618,34 @@ def _event_record(event: wallet_pb2.WalletEvent) -> dict[str, Any]:
 async def _snapshot(session: _Session) -> int:
     from ducat.wallet.v1 import shard_pb2
 
-    rows = []
-    for shard in await session.wanted_shards():
+    rows: list[dict[str, Any]] = []
+
+    async def write(shard: shard_pb2.Shard) -> int:
         begin = time.monotonic()
         request = shard_pb2.CreateSnapshotRequest(shard=shard.shard)
-        answer = await session.call(session.shards.CreateSnapshot(request, timeout=3600))
+        answer = await session.call(session.shards_at(shard.address).CreateSnapshot(request, timeout=3600))
         rows.append({**_snapshot_record(answer.snapshot), "seconds": round(time.monotonic() - begin, 2)})
+        return 0
+
+    code = await session.each_shard(write)
     _table(session, rows)
-    return 0
+    return code
 
 
 async def _snapshots(session: _Session) -> int:
     from ducat.wallet.v1 import shard_pb2
 
-    rows = []
-    for shard in await session.wanted_shards():
-        answer = await session.call(session.shards.ListSnapshots(shard_pb2.ListSnapshotsRequest(shard=shard.shard)))
-        rows += [_snapshot_record(snapshot) for snapshot in answer.snapshots]
+    rows: list[dict[str, Any]] = []
+
+    async def look(shard: shard_pb2.Shard) -> int:
+        request = shard_pb2.ListSnapshotsRequest(shard=shard.shard)
+        answer = await session.call(session.shards_at(shard.address).ListSnapshots(request))
+        rows.extend(_snapshot_record(snapshot) for snapshot in answer.snapshots)
+        return 0
+
+    code = await session.each_shard(look)
     _table(session, rows)
-    return 0
+    return code
 
 
 def _snapshot_record(snapshot: shard_pb2.Snapshot) -> dict[str, Any]:
@@ -457,9 +662,8 @@ def _snapshot_record(snapshot: shard_pb2.Snapshot) -> dict[str, Any]:
 async def _verify(session: _Session) -> int:
     from ducat.wallet.v1 import shard_pb2
 
-    code = 0
-    for shard in await session.wanted_shards():
-        stream = session.shards.VerifyShard(shard_pb2.VerifyShardRequest(shard=shard.shard))
+    async def verify(shard: shard_pb2.Shard) -> int:
+        stream = session.shards_at(shard.address).VerifyShard(shard_pb2.VerifyShardRequest(shard=shard.shard))
         progress: _Progress | None = None
         while answer := await session.call(stream.read()):
             if progress is None:
@@ -475,15 +679,22 @@ async def _verify(session: _Session) -> int:
                 }
                 verdict = "every digest agrees" if answer.ok else f"FAILED {answer.problem}"
                 session.show(record, f"shard {shard.shard}: events up to {answer.sequence_number}: {verdict}")
-                code = code if answer.ok else 1
-    return code
+                return 0 if answer.ok else 1
+        raise Unavailable(f"{shard.address} ended before there was a verdict")
+
+    return await session.each_shard(verify)
 
 
 async def _check(session: _Session) -> int:
     """0: all money is there. 1: it is not."""
     while True:
-        if code := await _check_once(session):
-            return code
+        try:
+            if code := await _check_once(session):
+                return code
+        except _NO_ANSWER as error:  # a process that is started again is no reason to stop looking
+            if not session.args.watch:
+                raise
+            session.lacks(f"{_time_text(time.time_ns())}  {error.message}")
         if not session.args.watch:
             return 0
         await asyncio.sleep(max(session.args.every, 0.1))
@@ -493,7 +704,12 @@ async def _check_once(session: _Session) -> int:
     from ducat.wallet.v1 import shard_pb2
 
     begin = time.monotonic()
-    answer = await session.call(session.shards.CheckBalances(shard_pb2.CheckBalancesRequest(), timeout=600))
+    away = [shard for shard in (await session.shard_map(again=True)).shards if _is_unreachable(shard)]
+    if away:
+        problems = "; ".join(f"shard {shard.shard}: {shard.problem}" for shard in away)
+        raise Unavailable(f"no verdict, for money may be on shards that are unreachable: {problems}")
+    request = shard_pb2.CheckBalancesRequest()
+    answer = await session.call(session.shards.CheckBalances(request, timeout=_LONG_TIMEOUT_S))
     seconds = time.monotonic() - begin
     positions = {str(position.shard): position.sequence_number for position in answer.positions}
     if session.args.json:
@@ -535,31 +751,43 @@ async def _check_once(session: _Session) -> int:
 
 
 async def _rebuild(session: _Session) -> int:
-    """Resets the stores; a running wallet notices at once, a stopped one at its next start."""
-    from wallet_core.adapters.rebuild import reset_read_model
+    """Empties the stores; every running wallet notices at once, a stopped one at its next start."""
+    from ducat.wallet.v1 import shard_pb2
 
-    count = await reset_read_model(session.settings)
-    session.show({"reset": True, "valkey_keys": count}, "the read model is empty; the wallet fills it from its logs")
+    await session.shard_map()
+    answer = await session.call(
+        session.shards.RebuildReadModel(shard_pb2.RebuildReadModelRequest(), timeout=_LONG_TIMEOUT_S)
+    )
+    record = {"reset": True, "valkey_keys": answer.removed_key_count}
+    session.show(record, "the read model is empty; each wallet fills it from the logs of its shards")
+    shards = (await session.shard_map(again=True)).shards
+    for shard in shards:
+        if _is_unreachable(shard):
+            session.lacks(f"shard {shard.shard} is filled when its owner is back: {shard.problem}")
     if session.args.no_wait:
         return 0
-    try:
-        shards = list((await session.shard_map()).shards)
-    except DucatError:
-        print("no wallet answers now; it rebuilds when it starts", file=sys.stderr)
-        return 0
-    ends = {shard.shard: shard.durable_sequence_number for shard in shards}
+    await asyncio.sleep(0.3)  # the other processes are told by PostgreSQL
+    ends = {shard.shard: shard.durable_sequence_number for shard in shards if not _is_unreachable(shard)}
     progress = _Progress("read model", sum(ends.values()), quiet=session.args.json)
-    await asyncio.sleep(0.3)
+    most, most_s = -1, time.monotonic()
     while True:
-        done = {
-            shard.shard: min(shard.projected_sequence_number, ends.get(shard.shard, 0))
-            for shard in (await session.shard_map()).shards
-        }
-        progress.at(sum(done.values()))
-        if all(done[shard] >= end for shard, end in ends.items()):
+        shards = (await session.shard_map(again=True)).shards
+        done = {shard.shard: min(shard.projected_sequence_number, ends.get(shard.shard, 0)) for shard in shards}
+        count = sum(done.values())
+        progress.at(count)
+        if all(done.get(shard, 0) >= end for shard, end in ends.items()):
             progress.end()
             session.show({"done": True, "events": sum(ends.values())}, "the read model has caught up")
             return 0
+        if count > most:
+            most, most_s = count, time.monotonic()
+        problems = [f"shard {shard.shard}: {problem}" for shard in shards for problem in _problems(shard)]
+        if problems and time.monotonic() - most_s > _STUCK_S:
+            progress.end()
+            session.lacks(
+                f"the read model does not get on; it goes on by itself once this is mended: {'; '.join(problems)}"
+            )
+            return 1
         await asyncio.sleep(0.5)
 
 
@@ -782,26 +1010,59 @@ _COMMANDS: dict[str, Callable[[_Session], Awaitable[int]]] = {
 def _account_key(text: str) -> bytes:
     if len(text) == 32 and all(digit in "0123456789abcdefABCDEF" for digit in text):
         return bytes.fromhex(text)
-    return account_id(text)
+    try:
+        return account_id(text)
+    except ValueError:
+        raise InvalidArgument(f"ACCOUNT {text!a}: expected a name, or 32 hexadecimal digits") from None
 
 
 def _account(text: str) -> dict[str, Any]:
     """The fields of a request that name an account."""
     key = _account_key(text)
-    return {"account_id": key} if key != account_id(text) else {"name": text}
+    return {"account_id": key} if len(text) == 32 and key.hex() == text.lower() else {"name": text}
+
+
+def _count(text: str) -> int:
+    """0, 1, 2, …: what an argument that counts events may be."""
+    return _number(text, 2**63 - 1)
+
+
+def _shard_number(text: str) -> int:
+    """The number of a shard."""
+    return _number(text, 2**16 - 1)
+
+
+def _number(text: str, most: int) -> int:
+    if not text.isdecimal() or int(text[:20]) > most:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to {most}, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds, at most a day, got {text!r}")
+    return seconds
 
 
 def _time_ns(text: str) -> int:
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidArgument(
-            f"--at {text}: expected a time such as 2026-01-31T12:00:00Z, an event's number, or SHARD:NUMBER"
-        ) from None
-    if moment.tzinfo is None:
-        moment = moment.astimezone()
+        if moment.tzinfo is None:
+            moment = moment.astimezone()
+    except (ValueError, OverflowError):
+        raise _wrong_moment(text) from None
     since = moment - datetime(1970, 1, 1, tzinfo=UTC)
     return (since.days * 86_400 + since.seconds) * _NS + since.microseconds * 1000
+
+
+def _wrong_moment(text: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"--at {text}: expected a time such as 2026-01-31T12:00:00Z, an event's number, or SHARD:NUMBER"
+    )
 
 
 def _time_text(time_ns: int) -> str:
@@ -817,7 +1078,7 @@ def _table(session: _Session, rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         print("nothing")
         return
-    texts = [[str(value) for value in row.values()] for row in rows]
+    texts = [["-" if value is None else str(value) for value in row.values()] for row in rows]
     heads = [name.replace("_", " ") for name in rows[0]]
     widths = [max(len(text) for text in column) for column in zip(heads, *texts, strict=True)]
     numbers = [isinstance(value, int | float) for value in rows[0].values()]

@@ -225,10 +225,10 @@ def _is_dependency_down(error: BaseException) -> bool:
     if asyncpg is not None and isinstance(
         error,
         asyncpg.PostgresConnectionError
-        | asyncpg.CannotConnectNowError
-        | asyncpg.TooManyConnectionsError
-        | asyncpg.AdminShutdownError
-        | asyncpg.CrashShutdownError
+        | asyncpg.InsufficientResourcesError
+        | asyncpg.OperatorInterventionError
+        | asyncpg.PostgresSystemError
+        | asyncpg.ReadOnlySQLTransactionError
         | asyncpg.InterfaceError,
     ):
         return not isinstance(error, asyncpg.InterfaceError) or "clos" in str(error)

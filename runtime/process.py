@@ -263,17 +263,31 @@ class Process:
 
     async def valkey(self) -> redis.asyncio.Redis:
         """A Valkey client; waits for the server."""
-        import redis.asyncio
         import redis.exceptions
 
-        client = redis.asyncio.Redis.from_url(self._need("redis_url"), socket_connect_timeout=5)
-        self.on_close("valkey", client.aclose)
+        client = self.valkey_client()
         async for attempt in _attempts("Valkey"):
             try:
                 await client.ping()
                 break
             except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
                 await attempt(error)
+        return client
+
+    def valkey_client(self) -> redis.asyncio.Redis:
+        """A Valkey client that connects when it is used."""
+        import redis.asyncio
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        timeout_s = self.settings.redis_timeout_ms / 1000
+        client = redis.asyncio.Redis.from_url(
+            self._need("redis_url"),
+            socket_connect_timeout=timeout_s,
+            socket_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 1),  # a connection that was cut; who calls has its own backoff
+        )
+        self.on_close("valkey", client.aclose)
         return client
 
     async def channel(self, address: str) -> grpc.aio.Channel:

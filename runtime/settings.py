@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     data_dir: str = Field(".ducat", description="folder of logs, snapshots and embedded servers")
     database_url: str = Field("", repr=False, description="PostgreSQL URL; empty = the embedded one of `ducat up`")
     redis_url: str = Field("", repr=False, description="Valkey or Redis URL; empty = the embedded one of `ducat up`")
+    redis_timeout_ms: int = Field(
+        5_000, ge=50, description="how long one command of the read model waits for a Valkey that does not answer"
+    )
     bus: Literal["valkey", "kafka"] = Field("valkey", description="engine of the bus")
     kafka_bootstrap: str = Field("", description="host:port,… of Kafka; needed with bus = kafka and wallet_log = kafka")
 

@@ -11,11 +11,12 @@ from ducat.wallet.v1 import relay_pb2_grpc, wallet_service_pb2_grpc
 from kernel.clock import Clock, SystemClock
 from kernel.errors import DucatError, FailedPrecondition
 from runtime import logs, metrics
-from runtime.bus import is_transient
-from runtime.postgres import Pool, connect
+from runtime.bus.late import LateBus
+from runtime.postgres import Pool
 from runtime.private_folder import close_folder
 from runtime.process import Process
 from runtime.settings import Settings, SettingsInvalid, split_address
+from runtime.supervise import keep_running
 from wallet_core.adapters.alone import NoDirectory, NoReadModel
 from wallet_core.adapters.archive import FileArchive
 from wallet_core.adapters.bus import GROUP, PaymentEvents
@@ -23,7 +24,8 @@ from wallet_core.adapters.directory import PostgresDirectory
 from wallet_core.adapters.grpc import SCOPES, UNSHIELDED, ShardServicer, WalletServicer
 from wallet_core.adapters.peers import AllShards, Peers
 from wallet_core.adapters.presence import Presence, adopt, known_shards
-from wallet_core.adapters.read_model import REBUILD_CHANNEL, PostgresStore, ReadModelReader, ValkeyStore
+from wallet_core.adapters.read_model import PostgresStore, ReadModelReader, ValkeyStore
+from wallet_core.adapters.rebuild import ReadModelReset, follow_resets
 from wallet_core.adapters.relay import Relay, RelayServicer, forget_numbers, parse_peers, peer_shards
 from wallet_core.adapters.snapshot_base import SnapshotBase, newest_base
 from wallet_core.event_log import EventLogError
@@ -68,20 +70,20 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         host = await _open_host(config, pool)
         host.on_snapshot_failure = _log_snapshot_failure
         host.on_rewound = _tell_rewound()
-        process.spawn(_watch_clock(host), name="clock")
+        process.spawn(keep_running("clock", lambda: _watch_clock(host)), name="clock")
         process.on_close("shards", host.close)
         process.spawn(_stop_on_failure(host), name="shards")
         if pool is not None:
             await _note_presence(process, host, pool)
         clock = SystemClock()
         history = History(host, FileArchive(config), clock)
-        wallet = Wallet(host, NoDirectory(), NoReadModel())
+        wallet, reset = Wallet(host, NoDirectory(), NoReadModel()), None
         if pool is not None:
-            wallet = await _join(process, host, config, clock, pool)
+            wallet, reset = await _join(process, host, config, clock, pool)
         peers = _peers(settings, config)
         relay = Relay(host, peers, process.channel) if peers else None
         if relay is not None:
-            process.spawn(relay.run(), name="relay")
+            process.spawn(keep_running("relay", relay.run), name="relay")
         elif len(host.shard_ids) == config.shard_count:
             forget_numbers(host)
         elsewhere = Peers(peers, process.channel)
@@ -96,14 +98,17 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         )
         if config.shard_count > 1:
             host.coordinate(chains.run)
-            process.spawn(chains.watch(), name="chains")
+            process.spawn(keep_running("chains", chains.watch), name="chains")
         shards = AllShards(host, elsewhere)
         if settings.wallet_check_interval_s and 0 in config.shard_ids:
-            process.spawn(_keep_checking(host, shards, settings.wallet_check_interval_s), name="balance-check")
+            interval_s = settings.wallet_check_interval_s
+            process.spawn(
+                keep_running("balance-check", lambda: _keep_checking(host, shards, interval_s)), name="balance-check"
+            )
 
         scrubber = _scrubber(host, settings)
         if settings.wallet_scrub_bytes_per_s:
-            process.spawn(scrubber.run(), name="scrub")
+            process.spawn(keep_running("scrub", scrubber.run), name="scrub")
 
         servicer = WalletServicer(host, wallet, history)
         addresses = sorted(set(peers.values()))
@@ -115,6 +120,8 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
             lambda: peer_shards(addresses, process.channel),
             lambda: check_balances(shards),
             scrubbed=scrubber.status,
+            owners=peers,
+            reset=reset.reset if reset is not None else None,
         )
         await process.serve_grpc(
             settings.wallet_listen,
@@ -168,36 +175,63 @@ async def _note_presence(process: Process, host: WalletHost, pool: Pool) -> Pres
     except ShardHostError as error:
         raise FailedPrecondition(f"the wallet does not start: {error}") from error
     process.on_close("presence", presence.close)
-    process.spawn(presence.keep(), name="presence")
+    process.spawn(keep_running("presence", presence.keep), name="presence")
     return presence
 
 
-async def _join(process: Process, host: WalletHost, config: ShardHostConfig, clock: Clock, pool: Pool) -> Wallet:
-    """Names, read model and bus: the wallet as a part of the platform."""
+async def _join(
+    process: Process, host: WalletHost, config: ShardHostConfig, clock: Clock, pool: Pool
+) -> tuple[Wallet, ReadModelReset | None]:
+    """Names, read model and bus: the wallet as a part of the platform. None of it stops the shards, and neither Valkey nor the bus has to
+    answer for them to serve."""
     settings = process.settings
-    valkey = await process.valkey()
-    bus = await process.bus()
+    valkey = process.valkey_client()
+    bus = LateBus(process.bus)
+    process.spawn(keep_running("bus", bus.run), name="bus")
     directory = PostgresDirectory(pool)
-    lag = metrics.gauge("ducat_wallet_projection_lag_events", "Durable events that the read model lacks.", ["shard"])
 
     def find_base(shard: int, sequence: int | None) -> SnapshotBase | None:
         return newest_base(config, shard, sequence=sequence)
 
     stores: list[Store] = [PostgresStore(pool), ValkeyStore(valkey, find_base)] if settings.wallet_projection else []
-    projector = Projector(
-        host,
-        stores,
-        is_transient=is_transient,
-        is_busy=lambda: host.native.rows_in_flight > 0,
-        on_progress=lambda shard, at, durable: lag.labels(str(shard)).set(durable - at),
-    )
+    projector = _projector(host, stores)
+    reset = ReadModelReset(pool, valkey, range(config.shard_count), projector) if stores else None
     if stores:
         host.retain = projector.projected
-        process.spawn(projector.run(), name="projector")
-        process.spawn(_follow_rebuilds(settings, projector), name="rebuild")
+        process.spawn(keep_running("projector", projector.run), name="projector")
+        process.spawn(keep_running("rebuild", lambda: follow_resets(settings.database_url, projector)), name="rebuild")
     flows = Flows(host, directory)
-    process.spawn(PaymentEvents(flows, bus, clock, group=_group(config)).run(), name="payment-events")
-    return Wallet(host, directory, ReadModelReader(pool, projector))
+    events = PaymentEvents(flows, bus, clock, group=_group(config))
+    process.spawn(keep_running("payment-events", events.run), name="payment-events")
+    return Wallet(host, directory, ReadModelReader(pool, projector)), reset
+
+
+def _projector(host: WalletHost, stores: list[Store]) -> Projector:
+    lag = metrics.gauge("ducat_wallet_projection_lag_events", "Durable events that the read model lacks.", ["shard"])
+    problem = metrics.gauge(
+        "ducat_wallet_read_model_problem",
+        "1: the read model in that store does not follow the shard; `ducat wallet shards` says why.",
+        ["shard", "store"],
+    )
+    failed = metrics.counter(
+        "ducat_wallet_read_model_failures_total", "Tries of the read model that failed.", ["shard", "store"]
+    )
+
+    def note_failure(shard: int, store: str, _: str) -> None:
+        problem.labels(str(shard), store).set(1)
+        failed.labels(str(shard), store).inc()
+
+    for shard in host.shard_ids:
+        for store in stores:
+            problem.labels(str(shard), store.name).set(0)
+    return Projector(
+        host,
+        stores,
+        is_busy=lambda: host.native.rows_in_flight > 0,
+        on_progress=lambda shard, at, durable: lag.labels(str(shard)).set(durable - at),
+        on_failure=note_failure,
+        on_well=lambda shard, store: problem.labels(str(shard), store).set(0),
+    )
 
 
 def host_config(settings: Settings) -> ShardHostConfig:
@@ -281,22 +315,6 @@ async def _stop_on_failure(host: WalletHost) -> None:
 
     host.on_failure = fail
     await failed
-
-
-async def _follow_rebuilds(settings: Settings, projector: Projector) -> None:
-    """Tells the projector when `ducat wallet rebuild` has emptied the stores."""
-    dsn = settings.database_url
-    while True:
-        lost = asyncio.Event()
-        connection = await connect(dsn, "wallet", application_name="ducat-wallet-rebuild")
-        try:
-            connection.add_termination_listener(lambda _, lost=lost: lost.set())
-            await connection.add_listener(REBUILD_CHANNEL, lambda *_: projector.reload())
-            projector.reload()
-            await lost.wait()
-        finally:
-            if not connection.is_closed():
-                await connection.close()
 
 
 async def _keep_checking(host: WalletHost, shards: AllShards, interval_s: float) -> None:

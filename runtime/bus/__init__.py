@@ -168,13 +168,12 @@ _TRANSIENT: tuple[type[BaseException], ...] = (
     ConnectionError,
     asyncio.TimeoutError,
     asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.DiskFullError,
-    asyncpg.SerializationError,
-    asyncpg.DeadlockDetectedError,
+    asyncpg.InsufficientResourcesError,  # connections, memory, disk
+    asyncpg.OperatorInterventionError,  # shutdown, a cancelled statement
+    asyncpg.PostgresSystemError,
+    asyncpg.TransactionRollbackError,  # serialization, deadlock
+    asyncpg.SyntaxOrAccessError,  # a table or a right that is missing: no message can be at fault
+    asyncpg.ReadOnlySQLTransactionError,
     asyncpg.LockNotAvailableError,
     asyncpg.InternalClientError,
 )

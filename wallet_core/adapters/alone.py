@@ -44,6 +44,10 @@ class NoReadModel:
         """Nothing is projected."""
         return 0
 
+    def problem(self, shard: int) -> str:
+        """None."""
+        return ""
+
     async def wait(self, shard: int, sequence: int, timeout_s: float) -> bool:
         """Raises Unimplemented."""
         _refuse("the read model")

@@ -13,7 +13,7 @@ import base64
 import hashlib
 import struct
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -63,6 +63,7 @@ SCOPES = {
     f"{_SHARD}ListSnapshots": "wallet.read",
     f"{_SHARD}VerifyShard": "wallet.admin",
     f"{_SHARD}CheckBalances": "wallet.admin",
+    f"{_SHARD}RebuildReadModel": "wallet.admin",
     **{
         f"/ducat.wallet.v1.RelayService/{method}": "wallet.relay"
         for method in ("Deliver", "ApplyStep", "ReadCurrencies", "ListChainMarks", "ReadCut", "ReadEvents")
@@ -357,10 +358,16 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
         peers: Callable[[], Awaitable[Sequence[shard_pb2.Shard]]] | None = None,
         check: Callable[[], Awaitable[BalanceReport]] | None = None,
         scrubbed: Callable[[int], ScrubStatus] | None = None,
+        *,
+        owners: Mapping[int, str] | None = None,
+        reset: Callable[[], Awaitable[int]] | None = None,
     ) -> None:
-        """`address`: of this process. `peers`: the shards of the other processes. `check` adds up the balances of all shards.
-        `scrubbed`: what the last reading of a shard's files found."""
+        """`address`: of this process. `peers`: the shards of the other processes as far as they answer; `owners`: shard → address of all
+        of those. `check` adds up the balances of all shards. `scrubbed`: what the last reading of a shard's files found. `reset` empties
+        the read model and says how many keys Valkey had.
+        """
         self._peers, self._check, self._scrubbed = peers, check, scrubbed
+        self._owners, self._reset = dict(owners or {}), reset
         self._host = host
         self._wallet = wallet
         self._history = history
@@ -369,12 +376,33 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
     async def ListShards(self, request: shard_pb2.ListShardsRequest, context: Any) -> shard_pb2.ListShardsResponse:
         shards = [self._shard(status) for status in self._host.shards()]
         if self._peers is not None and not request.local_only:
-            shards += await self._peers()
+            shards += self._elsewhere(await self._peers())
             shards.sort(key=lambda shard: shard.shard)
         return shard_pb2.ListShardsResponse(shards=shards, slot_count=_SLOT_COUNT)
 
-    def _shard(self, status: ShardStatus) -> shard_pb2.Shard:
+    def _elsewhere(self, answered: Sequence[shard_pb2.Shard]) -> list[shard_pb2.Shard]:
+        """Every shard of the other processes: as its owner says it, at the address by which that was asked, or as unreachable."""
+        found = {shard.shard: shard for shard in answered if shard.shard in self._owners}
+        for shard, address in self._owners.items():
+            if shard not in found:
+                first, end = self._slots(shard)
+                found[shard] = shard_pb2.Shard(
+                    shard=shard,
+                    state=shard_pb2.SHARD_STATE_UNREACHABLE,
+                    first_slot=first,
+                    end_slot=end,
+                    problem=f"{address} does not answer, or does not own it",
+                )
+            found[shard].address = address
+        return list(found.values())
+
+    def _slots(self, shard: int) -> tuple[int, int]:
+        """The first slot of a shard, and the one behind its last."""
         count = self._host.shard_count
+        return -(-shard * _SLOT_COUNT // count), -(-(shard + 1) * _SLOT_COUNT // count)
+
+    def _shard(self, status: ShardStatus) -> shard_pb2.Shard:
+        first_slot, end_slot = self._slots(status.shard)
         links = self._host.links(status.shard)
         return shard_pb2.Shard(
             links=[
@@ -398,8 +426,10 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
             digest=status.digest,
             account_count=status.account_count,
             log_bytes=status.log_bytes,
-            first_slot=-(-status.shard * _SLOT_COUNT // count),
-            end_slot=-(-(status.shard + 1) * _SLOT_COUNT // count),
+            first_slot=first_slot,
+            end_slot=end_slot,
+            problem="; ".join(link.problem for link in links if link.problem),
+            read_model_problem=self._wallet.read_model_problem(status.shard),
             **self._scrub_fields(status.shard),
         )
 
@@ -469,6 +499,13 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
                 for shard, currency, amount in report.uneven_shards
             ],
         )
+
+    async def RebuildReadModel(
+        self, request: shard_pb2.RebuildReadModelRequest, context: Any
+    ) -> shard_pb2.RebuildReadModelResponse:
+        if self._reset is None:
+            raise FailedPrecondition("this wallet has no read model (wallet_projection is off, or wallet_alone is on)")
+        return shard_pb2.RebuildReadModelResponse(removed_key_count=await self._reset())
 
 
 # --- messages in and out

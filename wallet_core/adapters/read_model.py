@@ -4,6 +4,7 @@ PostgreSQL `wallet.transfer`, cursor in `wallet.projection`, one statement for b
 
 Valkey, one script for all of it, so that a batch is there or not:
 
+    wallet:resetting                token of who empties all of this; nothing is written while it is there
     wallet:{shard}:cursor           number of the last event
     wallet:{shard}:holds            hash: sequence number of a HoldPlaced → its amount, while it is open
     wallet:balance:<account id>     hash: balance, held_out, held_in, currency; shards add to it, so a striped
@@ -15,6 +16,7 @@ Valkey, one script for all of it, so that a batch is there or not:
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +24,8 @@ from redis.asyncio import Redis
 
 from kernel.errors import FailedPrecondition
 from runtime.bus import RetryLater
-from runtime.postgres import Connection, Pool
+from runtime.postgres import Pool
+from wallet_core.adapters.patience import Patience, answered_within
 from wallet_core.adapters.snapshot_base import SnapshotBase
 from wallet_core.engine.codes import EventKind
 from wallet_core.projection import Changes
@@ -35,6 +38,11 @@ RECENT_COUNT_MAX = 20
 """Transfers that Valkey keeps of an account."""
 REBUILD_CHANNEL = "wallet_rebuild"
 REBASE_TIMEOUT_S = 3600
+STORE_TIMEOUT_S = 40.0
+"""How long the projector waits for a store; above what the drivers take by themselves."""
+RESET_TAKEOVER_S = 10.0
+"""After so long a reset that somebody else began and did not end is done here."""
+POSTGRESQL = "PostgreSQL"
 _SENT = int(EventKind.MONEY_SENT)
 
 _CURSOR = "SELECT sequence_number FROM wallet.projection WHERE shard = $1"
@@ -77,16 +85,16 @@ _END = (2**63 - 1, 2**15 - 1, 2**63 - 1)
 class PostgresStore:
     """Every transfer, for statements."""
 
-    name = "PostgreSQL"
+    name = POSTGRESQL
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     async def cursor(self, shard: int) -> int:
         """The number of the last event that the store has."""
-        found = await self._pool.fetchval(_CURSOR, shard)
+        found = await answered_within(STORE_TIMEOUT_S, self._pool.fetchval(_CURSOR, shard))
         if found is None:
-            await self._pool.execute(_FIRST, shard)
+            await answered_within(STORE_TIMEOUT_S, self._pool.execute(_FIRST, shard))
         return found or 0
 
     async def rebase(self, shard: int, oldest: int) -> int:
@@ -100,13 +108,13 @@ class PostgresStore:
     async def apply(self, changes: Changes) -> bool:
         """Writes rows and cursor in one statement. False where the cursor is not at `changes.after`."""
         columns: Sequence[Any] = [list(column) for column in zip(*changes.items, strict=True)] or [[]] * 9
-        moved = await self._pool.fetchval(_APPLY, changes.shard, changes.after, changes.upto, *columns)
-        return bool(moved)
+        statement = self._pool.fetchval(_APPLY, changes.shard, changes.after, changes.upto, *columns)
+        return bool(await answered_within(STORE_TIMEOUT_S, statement))
 
 
 _APPLY_SCRIPT = """
-local n = #ARGV
 local cursor, holds = KEYS[1], KEYS[2]
+if redis.call('EXISTS', KEYS[3]) == 1 then return -1 end
 if (redis.call('GET', cursor) or '0') ~= ARGV[1] then return 0 end
 local i = 4
 local function take() i = i + 1; return ARGV[i - 1] end
@@ -147,6 +155,17 @@ return 1
 """
 
 
+# Only whoever holds the token removes anything, so two at a time, or one that comes late, do no harm.
+_REMOVE_SCRIPT = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+for i = 2, #KEYS do redis.call('UNLINK', KEYS[i]) end
+if ARGV[2] == 'end' then redis.call('DEL', KEYS[1]) end
+return 1
+"""
+_RESETTING = "wallet:resetting"
+_REMOVE_COUNT = 1000
+
+
 class ValkeyStore:
     """Balances and recent transfers, for quick looks. Everything in one script, so a batch is there once or
     not."""
@@ -165,6 +184,7 @@ class ValkeyStore:
         self._script = client.register_script(_APPLY_SCRIPT)
         self._find_base = find_base
         self._recent = recent_count_max
+        self._refused_since_s = 0.0
 
     async def cursor(self, shard: int) -> int:
         """The number of the last event that the store has; 0 while a snapshot is being loaded into it."""
@@ -173,6 +193,9 @@ class ValkeyStore:
 
     async def _cursor_text(self, shard: int) -> str:
         """A number, or ``<sequence of the snapshot>/<steps that are in>`` while one is being loaded."""
+        if await self._client.exists(_RESETTING):
+            await self._wait_for_reset()
+        self._refused_since_s = 0.0
         found = await self._client.get(f"wallet:{shard}:cursor")
         return found.decode() if isinstance(found, bytes) else found or "0"
 
@@ -233,8 +256,16 @@ class ValkeyStore:
         arguments.append(len(recent))
         for account, lines in recent.items():
             arguments += (account.hex(), len(lines), *lines)
-        keys = [f"wallet:{shard}:cursor", f"wallet:{shard}:holds"]
-        return bool(await self._script(keys=keys, args=arguments))
+        keys = [f"wallet:{shard}:cursor", f"wallet:{shard}:holds", _RESETTING]
+        return bool(await self._script(keys=keys, args=arguments) == 1)
+
+    async def _wait_for_reset(self) -> None:
+        """Raises RetryLater while somebody empties Valkey; ends it where they seem to have died."""
+        now_s = asyncio.get_running_loop().time()
+        self._refused_since_s = self._refused_since_s or now_s
+        if now_s - self._refused_since_s < RESET_TAKEOVER_S:
+            raise RetryLater("the read model in Valkey is being emptied")
+        await reset_valkey(self._client)
 
     def _recent_of(self, changes: Changes) -> dict[bytes, list[str]]:
         """The newest entries of each account that a batch touches, oldest first."""
@@ -252,30 +283,37 @@ class ValkeyStore:
 
 
 class ReadModelReader:
-    """Reads past transfers from PostgreSQL, and waits for the projector (the ReadModel port)."""
+    """Reads past transfers from PostgreSQL, and waits for the projector (the ReadModel port). Raises Unavailable, soon, while PostgreSQL
+    does not answer; a Valkey that does not answer keeps no reader waiting."""
 
     def __init__(self, pool: Pool, projector: Projector) -> None:
         self._pool = pool
         self._projector = projector
+        self._patience = Patience("the read model (PostgreSQL)")
 
     async def by_id(self, ids: Sequence[bytes]) -> list[TransferItem]:
         """Everything that is recorded under these transfer ids, in the order of time."""
-        return [_item(row) for row in await self._pool.fetch(_BY_ID, list(ids))]
+        rows = await self._patience.answer(self._pool.fetch(_BY_ID, list(ids)))
+        return [_item(row) for row in rows]
 
     async def of_account(
         self, account_id: bytes, before: tuple[int, int, int] | None, limit: int
     ) -> list[TransferItem]:
         """Transfers of an account, newest first, that come before the key (time_ns, shard, sequence)."""
-        rows = await self._pool.fetch(_OF_ACCOUNT, account_id, *(before or _END), limit)
+        rows = await self._patience.answer(self._pool.fetch(_OF_ACCOUNT, account_id, *(before or _END), limit))
         return [_item(row) for row in rows]
 
     def projected(self, shard: int) -> int:
         """The number of the last event that the read model has."""
         return self._projector.projected(shard)
 
+    def problem(self, shard: int) -> str:
+        """What keeps the read model from following a shard; empty where nothing does."""
+        return self._projector.problem(shard)
+
     async def wait(self, shard: int, sequence: int, timeout_s: float) -> bool:
         """Whether the read model has that event, at the latest after `timeout_s`."""
-        return await self._projector.wait(shard, sequence, timeout_s)
+        return await self._projector.wait(shard, sequence, timeout_s, POSTGRESQL)
 
 
 def _item(row: Any) -> TransferItem:
@@ -283,11 +321,11 @@ def _item(row: Any) -> TransferItem:
     return TransferItem(shard, sequence, transfer, debit or b"", credit or b"", amount, kind, result, code, time_ns)
 
 
-async def reset_postgres(connection: Connection, shards: Sequence[int]) -> None:
-    """Sets the cursors of these shards back to the beginning, and tells a running wallet. The projector
+async def reset_postgres(pool: Pool, shards: Sequence[int]) -> None:
+    """Sets the cursors of these shards back to the beginning, and tells every running wallet. The projector
     itself drops the rows that the logs still have, and keeps older ones.
     """
-    async with connection.transaction():
+    async with pool.acquire() as connection, connection.transaction():
         await connection.execute(
             "UPDATE wallet.projection SET sequence_number = 0 WHERE shard = ANY($1::smallint[])", list(shards)
         )
@@ -295,15 +333,25 @@ async def reset_postgres(connection: Connection, shards: Sequence[int]) -> None:
 
 
 async def reset_valkey(client: Redis) -> int:
-    """Removes every key of the read model; how many there were. All shards: their balances are sums over
-    shards."""
+    """Removes every key of the read model; how many there were. All shards: their balances are sums over shards. No projector writes
+    meanwhile, or a sum could lose what was added to it. Raises RetryLater where somebody else began after this one.
+    """
+    token = secrets.token_hex(16)
+    remove = client.register_script(_REMOVE_SCRIPT)
+    await client.set(_RESETTING, token)
     count = 0
     batch: list[bytes] = []
-    async for key in client.scan_iter(match="wallet:*", count=1000):
-        batch.append(key)
-        if len(batch) >= 1000:
-            count += await client.unlink(*batch)
-            batch.clear()
-    if batch:
-        count += await client.unlink(*batch)
+
+    async def flush(*, end: bool = False) -> None:
+        if not await remove(keys=[_RESETTING, *batch], args=[token, "end" if end else ""]):
+            raise RetryLater("somebody else empties the read model in Valkey")
+        batch.clear()
+
+    async for key in client.scan_iter(match="wallet:*", count=_REMOVE_COUNT):
+        if key != _RESETTING.encode():
+            batch.append(key)
+            count += 1
+        if len(batch) >= _REMOVE_COUNT:
+            await flush()
+    await flush(end=True)
     return count

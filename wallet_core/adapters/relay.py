@@ -42,7 +42,7 @@ DELIVERY_COUNT_MAX = 1024
 QUEUE_BYTES_MAX = 64 * 1024 * 1024
 """What waits for one peer; above it is dropped, and read again from the logs later."""
 DELIVER_TIMEOUT_S = 5.0
-LIST_TIMEOUT_S = 1.0
+LIST_TIMEOUT_S = 2.0
 LOOK_S = 1.0
 """How often it is asked whether anything that was sent does not settle; it is sent again after 1 to 2 of these."""
 RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

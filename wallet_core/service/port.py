@@ -309,5 +309,8 @@ class ReadModel(Protocol):
     def projected(self, shard: int) -> int:
         """The number of the last event that the read model has."""
 
+    def problem(self, shard: int) -> str:
+        """What keeps the read model from following a shard; empty where nothing does."""
+
     async def wait(self, shard: int, sequence: int, timeout_s: float) -> bool:
         """Whether the read model has that event, at the latest after `timeout_s`."""

@@ -232,6 +232,10 @@ class Wallet:
         """The number of the last event that the read model has."""
         return self._read_model.projected(shard)
 
+    def read_model_problem(self, shard: int) -> str:
+        """What keeps the read model from following a shard; empty where nothing does."""
+        return self._read_model.problem(shard)
+
     def shard_of(self, account: bytes) -> int:
         """The shard of an account that is not striped."""
         return slot_of(account) * self._host.shard_count // SLOT_COUNT

@@ -11,7 +11,7 @@ import pytest
 import redis.asyncio
 
 from kernel.ids import account_id, derived_transfer_id
-from runtime.bus import is_transient
+from runtime.bus import RetryLater
 from runtime.postgres import Pool, create_pool
 from tests.unit.wallet_core.service.memory_host import MemoryHost
 from tests.unit.wallet_core.service.test_projection import NAMES, busy_host, live_sums, until_caught_up
@@ -52,7 +52,7 @@ def no_base(shard: int, sequence: int | None) -> None:
 
 
 def follower(host: MemoryHost, pool: Pool, valkey: redis.asyncio.Redis) -> Projector:
-    return Projector(host, [PostgresStore(pool), ValkeyStore(valkey, no_base)], is_transient=is_transient, gather_s=0)
+    return Projector(host, [PostgresStore(pool), ValkeyStore(valkey, no_base)], gather_s=0)
 
 
 async def balances_in(valkey: redis.asyncio.Redis) -> dict[bytes, list[int]]:
@@ -74,8 +74,7 @@ async def test_both_stores_equal_the_shards_and_a_rebuild_equals_them_again(
     rows = await pool.fetch("SELECT * FROM wallet.transfer ORDER BY shard, sequence_number")
     assert len(rows) > 100
 
-    async with pool.acquire() as connection:
-        await reset_postgres(connection, host.shard_ids)
+    await reset_postgres(pool, host.shard_ids)
     assert await reset_valkey(valkey) > len(NAMES)
     await until_caught_up(follower(host, pool, valkey), host)
     assert await balances_in(valkey) == live_sums(host)
@@ -91,7 +90,7 @@ async def test_a_trimmed_log_is_rebuilt_from_its_snapshot_and_old_statements_sta
     try:
         await busy_shard(host, rounds=40)
         stores = [PostgresStore(pool), ValkeyStore(valkey, lambda shard, at: newest_base(config, shard, sequence=at))]
-        projector = Projector(host, stores, is_transient=is_transient, gather_s=0)
+        projector = Projector(host, stores, gather_s=0)
         host.retain = projector.projected
         await host.snapshot(0)
         assert host.first_sequence(0) == 1
@@ -109,10 +108,9 @@ async def test_a_trimmed_log_is_rebuilt_from_its_snapshot_and_old_statements_sta
         assert len(holds) > 10
         rows = await pool.fetch("SELECT * FROM wallet.transfer ORDER BY sequence_number")
 
-        async with pool.acquire() as connection:
-            await reset_postgres(connection, [0])
+        await reset_postgres(pool, [0])
         await reset_valkey(valkey)
-        await until_caught_up(projector_again := Projector(host, stores, is_transient=is_transient, gather_s=0), host)
+        await until_caught_up(projector_again := Projector(host, stores, gather_s=0), host)
         assert await balances_in(valkey) == before
         assert await valkey.hgetall("wallet:0:holds") == holds
         assert await pool.fetch("SELECT * FROM wallet.transfer ORDER BY sequence_number") == rows
@@ -125,7 +123,7 @@ async def test_a_trimmed_log_is_rebuilt_from_its_snapshot_and_old_statements_sta
         assert base is not None
         first = next(base.steps())
         assert await stores[1]._write(first, "0", f"{base.sequence}/1")  # type: ignore[union-attr]
-        await until_caught_up(Projector(host, stores, is_transient=is_transient, gather_s=0), host)
+        await until_caught_up(Projector(host, stores, gather_s=0), host)
         assert await balances_in(valkey) == before
     finally:
         await host.close()
@@ -245,3 +243,41 @@ async def test_a_name_that_postgresql_cannot_keep_is_refused_row_by_row(pool: Po
     assert [view.name for view in views] == ["seller/b/USD"]
     assert await wallet.list_accounts("seller/\0", "", 10) == ([], "")
     await host.close()
+
+
+async def test_a_reset_beside_running_followers_loses_no_part_of_a_sum(
+    pool: Pool, valkey: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are removed one batch after the other; a follower that begins again in between would add to what goes next."""
+    monkeypatch.setattr("wallet_core.adapters.read_model._REMOVE_COUNT", 1)
+    monkeypatch.setattr("wallet_core.service.projector.RETRY_S", (0.001,))
+    host = await busy_host(6)
+    running = follower(host, pool, valkey)
+    task = asyncio.ensure_future(running.run())
+    try:
+        for _ in range(5):
+            results = await asyncio.gather(*(reset_valkey(valkey) for _ in range(3)), return_exceptions=True)
+            assert any(isinstance(one, int) for one in results)  # the others were overtaken, and say so
+            assert all(isinstance(one, int | RetryLater) for one in results)
+            await reset_postgres(pool, host.shard_ids)
+            running.reload(is_empty=True)
+            await asyncio.sleep(0.01)
+        for shard in host.shard_ids:
+            assert await running.wait(shard, host.durable_sequence(shard), 20)
+        assert await balances_in(valkey) == live_sums(host)
+    finally:
+        task.cancel()
+
+
+async def test_a_reset_whose_process_died_is_ended_by_a_follower(
+    pool: Pool, valkey: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wallet_core.adapters.read_model.RESET_TAKEOVER_S", 0.05)
+    monkeypatch.setattr("wallet_core.service.projector.RETRY_S", (0.01,))
+    host = await busy_host(6)
+    await until_caught_up(follower(host, pool, valkey), host)
+    await valkey.set("wallet:resetting", "somebody who died")
+    await valkey.delete("wallet:0:cursor", f"wallet:balance:{account_id(NAMES[0]).hex()}")
+    await until_caught_up(follower(host, pool, valkey), host)
+    assert await balances_in(valkey) == live_sums(host)
+    assert not await valkey.exists("wallet:resetting")

@@ -329,6 +329,9 @@ class NoReadModel:
     ) -> list[TransferItem]:
         return []
 
+    def problem(self, shard: int) -> str:
+        return ""
+
     def projected(self, shard: int) -> int:
         return 0
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 
+import asyncpg
 import pytest
+import redis.exceptions
 
 from kernel.clock import FixedClock
-from kernel.errors import FailedPrecondition, Unavailable
+from kernel.errors import Unavailable
 from kernel.ids import account_id, derived_transfer_id
 from tests.unit.wallet_core.service.memory_host import MemoryHost
 from wallet_core.engine.codes import AccountFlags, EventKind, TransferFlags
@@ -109,12 +112,7 @@ def live_sums(host: MemoryHost) -> dict[bytes, list[int]]:
 
 
 def projector(host: MemoryHost, *stores: MemoryStore) -> Projector:
-    return Projector(
-        host,
-        stores,
-        is_transient=lambda error: isinstance(error, Unavailable),
-        gather_s=0,
-    )
+    return Projector(host, stores, gather_s=0)
 
 
 async def until_caught_up(projector: Projector, host: MemoryHost) -> None:
@@ -189,13 +187,131 @@ async def test_a_reset_under_a_running_projector_is_noticed() -> None:
         running.cancel()
 
 
-async def test_a_read_model_ahead_of_its_log_is_refused() -> None:
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def test_a_read_model_ahead_of_its_log_is_a_problem_that_is_said_and_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wallet_core.service.projector.RETRY_S", (0.001,))
     host = await busy_host()
-    store = MemoryStore()
-    store.cursors[0] = 10**9
-    with pytest.raises(ExceptionGroup) as raised:
-        await projector(host, store).run()
-    assert raised.group_contains(FailedPrecondition, match="ducat wallet rebuild")
+    ahead, other = MemoryStore("ahead"), MemoryStore("other")
+    ahead.cursors[0] = 10**9
+    failures: list[tuple[int, str, str]] = []
+    well: list[tuple[int, str]] = []
+    follower = Projector(
+        host,
+        [ahead, other],
+        gather_s=0,
+        on_failure=lambda *told: failures.append(told),
+        on_well=lambda *told: well.append(told),
+    )
+    running = asyncio.ensure_future(follower.run())
+    try:
+        await until(lambda: len(failures) > 3)
+        assert {(shard, store) for shard, store, _ in failures} == {(0, "ahead")}
+        assert "ahead: the read model in ahead has event 1000000000 of shard 0" in follower.problem(0)
+        assert "ducat wallet rebuild" in follower.problem(0)
+        for shard in host.shard_ids:  # the other store has everything, and so has the other shard
+            assert await follower.wait(shard, host.durable_sequence(shard), 10, "other")
+        with pytest.raises(Unavailable, match="does not follow shard 0"):
+            await follower.wait(0, 10**9, 10, "ahead")
+        assert follower.problem(1) == ""
+        assert not running.done()
+        ahead.cursors[0] = 0  # a rebuild
+        follower.reload()
+        await until(lambda: follower.projected(0, "ahead") == host.durable_sequence(0))
+        assert (follower.problem(0), well) == ("", [(0, "ahead")])
+        assert nonzero(ahead.balances) == nonzero(live_sums(host))
+    finally:
+        running.cancel()
+
+
+class Refusing(MemoryStore):
+    """Raises whatever a driver may raise, on every call, until it is mended."""
+
+    error: Exception | None = None
+
+    async def cursor(self, shard: int) -> int:
+        if self.error is not None:
+            raise self.error
+        return await super().cursor(shard)
+
+    async def apply(self, changes: Changes) -> bool:
+        if self.error is not None:
+            raise self.error
+        return await super().apply(changes)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        redis.exceptions.TimeoutError("Timeout reading from socket"),
+        redis.exceptions.ConnectionError("Connection closed by server"),
+        redis.exceptions.BusyLoadingError("LOADING"),
+        redis.exceptions.ReadOnlyError("READONLY"),
+        redis.exceptions.OutOfMemoryError("OOM command not allowed"),
+        redis.exceptions.NoScriptError("NOSCRIPT"),
+        redis.exceptions.AuthenticationError("WRONGPASS"),
+        redis.exceptions.ResponseError("WRONGTYPE"),
+        asyncpg.UndefinedTableError("relation does not exist"),
+        asyncpg.OutOfMemoryError("out of memory"),
+        asyncpg.DiskFullError("could not extend file"),
+        asyncpg.QueryCanceledError("statement timeout"),
+        asyncpg.ConnectionDoesNotExistError("connection was closed"),
+        asyncpg.InterfaceError("connection is closed"),
+        TimeoutError(),
+        OSError(113, "No route to host"),
+        ValueError("a bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("when", ["from the start", "later"])
+async def test_nothing_that_a_store_raises_ends_the_projector(
+    error: Exception, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wallet_core.service.projector.RETRY_S", (0.001,))
+    host = await busy_host(rounds=4)
+    sick, other = Refusing("sick"), MemoryStore("other")
+    follower = projector(host, sick, other)
+    sick.error = error if when == "from the start" else None
+    running = asyncio.ensure_future(follower.run())
+    try:
+        if when == "later":
+            assert await follower.wait(0, host.durable_sequence(0), 10)
+            sick.error = error
+            transfer = derived_transfer_id(NOW_NS // 10**6, "late", "1")
+            clearing = account_id("psp/sandbox/clearing/USD")
+            rows = [TransferRow(transfer, clearing, account_id(name), 1) for name in NAMES]
+            await host.transfers(rows)
+            follower.reload()
+        await until(lambda: type(error).__name__ in follower.problem(0))
+        assert await follower.wait(0, host.durable_sequence(0), 10, "other")
+        sick.error = None
+        for shard in host.shard_ids:
+            assert await follower.wait(shard, host.durable_sequence(shard), 10)
+        await until(lambda: follower.problem(0) == "")
+        assert nonzero(sick.balances) == nonzero(other.balances) == nonzero(live_sums(host))
+        assert len(sick.items) == len(set(sick.items))
+        assert not running.done()
+    finally:
+        running.cancel()
+
+
+async def test_a_store_that_is_behind_holds_nobody_up_and_catches_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores at different places read for themselves; at the same place they share it."""
+    monkeypatch.setattr("wallet_core.service.projector.EVENT_COUNT_MAX", 16)
+    host = await busy_host()
+    behind, other = MemoryStore("behind"), MemoryStore("other")
+    await until_caught_up(projector(host, other), host)
+    count = len(other.items)
+    await until_caught_up(projector(host, behind, other), host)
+    assert len(other.items) == count
+    assert sorted(behind.items) == sorted(other.items)
+    assert nonzero(behind.balances) == nonzero(live_sums(host))
 
 
 async def test_read_your_writes_waits_for_the_event_and_gives_up_in_time() -> None:
