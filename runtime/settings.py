@@ -257,6 +257,17 @@ class Settings(BaseSettings):
     )
     bus_claim_idle_ms: int = Field(5_000, ge=100, description="after how long another consumer takes a stalled message")
 
+    # feeds (docs/bus.md)
+    feed_check_interval_s: float = Field(
+        10.0, gt=0, le=600, description="how often a consumer compares what it has applied with the publisher's feed"
+    )
+    feed_grace_s: float = Field(
+        5.0, ge=0, le=600, description="how long the bus may take before a consumer fetches a message from the feed"
+    )
+    feed_retention_days: int = Field(
+        30, ge=1, description="how long published messages are kept once every consumer has proven them"
+    )
+
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @classmethod

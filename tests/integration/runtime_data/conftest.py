@@ -1,4 +1,4 @@
-"""A schema with an outbox and an inbox, made from the very DDL that the rooms copy out of the docstrings."""
+"""A schema with an outbox, a feed and an inbox, made from the very DDL that the rooms copy out of the docstrings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from runtime import inbox, outbox
+from runtime.feed import follower, publisher
 from runtime.postgres import Pool, create_pool
 
 SCHEMA = "room"
@@ -23,7 +24,8 @@ def ddl_of(module_doc: str) -> str:
 @pytest.fixture
 async def pool(empty_postgres_dsn: str) -> AsyncIterator[Pool]:
     connection = await asyncpg.connect(empty_postgres_dsn)
-    await connection.execute(f"CREATE SCHEMA {SCHEMA}; {ddl_of(outbox.__doc__ or '')} {ddl_of(inbox.__doc__ or '')}")
+    tables = "\n".join(ddl_of(module.__doc__ or "") for module in (outbox, inbox, publisher, follower))
+    await connection.execute(f"CREATE SCHEMA {SCHEMA}; {tables}")
     await connection.close()
     made = await create_pool(empty_postgres_dsn, SCHEMA, min_size=1, max_size=12)
     yield made

@@ -53,7 +53,7 @@ async def test_two_deliveries_at_once_take_effect_once(pool: Pool) -> None:
 async def test_prune_forgets_only_the_old(pool: Pool) -> None:
     async with pool.acquire() as connection:
         await first_seen(connection, "a", ["old", "new"])
-        await connection.execute("UPDATE inbox SET create_time = now() - interval '31 days' WHERE message_id = 'old'")
+        await connection.execute("UPDATE inbox SET create_time = now() - interval '32 days' WHERE message_id = 'old'")
         assert await inbox.prune(connection) == 1
         assert await inbox.prune(connection, timedelta(days=1)) == 0
         assert await first_seen(connection, "a", ["old", "new"]) == {"old"}
