@@ -16,6 +16,8 @@ from executor.service.poller import Poller
 from executor.service.ports import Due
 from kernel.clock import SystemClock
 from runtime import trace
+from runtime.feed import Feeds
+from runtime.inbox import InboxRecorder
 from runtime.logs import get_logger
 from runtime.outbox import OutboxRelay
 from runtime.postgres import KeptConnections
@@ -74,9 +76,25 @@ async def serve(settings: Settings) -> None:
         process.spawn(relay.run(), name="outbox")
         process.spawn(poller.run(), name="poller")
         process.spawn(notifications.run(), name="settled notes")
+        feeds = Feeds(process, pool, publishes=True)
+        consumer = CommandConsumer(executor, concurrency=settings.executor_concurrency)
+        recorder = InboxRecorder(pool, GROUP)
+        follower = feeds.follow(
+            await process.channel(settings.payment_address),
+            recorder,
+            topic=TOPIC,
+            consumer=GROUP,
+            handler=recorder.batches(consumer.ensure),
+        )
         process.spawn(
-            bus.consume_each(TOPIC, GROUP, CommandConsumer(executor).handle, concurrency=settings.executor_concurrency),
-            name="payment.commands",
+            bus.consume_each(
+                TOPIC,
+                GROUP,
+                follower.each(recorder.each(consumer.handle)),
+                concurrency=settings.executor_concurrency,
+                on_gap=follower.on_gap,
+            ),
+            name=TOPIC,
         )
         await process.serve_grpc(
             settings.executor_listen,
@@ -85,9 +103,10 @@ async def serve(settings: Settings) -> None:
                     ExecutorServicer(executor, notifications, health, adapters),
                     executor_pb2_grpc.add_ExecutorServiceServicer_to_server,
                     SERVICE_NAME,
-                )
+                ),
+                *feeds.servicers,
             ],
-            scopes=SCOPES,
+            scopes=SCOPES | feeds.scopes,
         )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ledger.adapters.bus import BATCH_MAX, GROUP, TOPIC, LedgerConsumer
 from ledger.adapters.grpc_server import SCOPES, SERVICE_NAME, LedgerServicer, add_to_server
-from ledger.adapters.postgres import PostgresJournal
+from ledger.adapters.postgres import CONSUMER, PostgresJournal
 from ledger.service import PostFacts, ReadLedger
-from runtime import inbox
+from runtime.feed import Feeds
+from runtime.inbox import InboxRecorder
 from runtime.postgres import KeptConnections
 from runtime.process import Process
 from runtime.settings import Settings
@@ -24,10 +25,22 @@ async def main() -> None:
         journal = PostgresJournal(kept)
         bus = await process.bus()
         consumer = LedgerConsumer(PostFacts(journal))
-        process.spawn(bus.consume(TOPIC, GROUP, consumer.handle, batch_max=BATCH_MAX), name=TOPIC)
-        process.spawn(inbox.keep_pruned(pool), name="inbox pruning")
+        feeds = Feeds(process, pool, publishes=False)
+        recorder = InboxRecorder(pool, CONSUMER)
+        handle = recorder.batches(consumer.handle)
+        follower = feeds.follow(
+            await process.channel(settings.payment_address),
+            recorder,
+            topic=TOPIC,
+            consumer=GROUP,
+            handler=handle,
+            batch_max=BATCH_MAX,
+        )
+        process.spawn(
+            bus.consume(TOPIC, GROUP, follower.batches(handle), batch_max=BATCH_MAX, on_gap=follower.on_gap), name=TOPIC
+        )
         await process.serve_grpc(
             settings.ledger_listen,
-            servicers=[(LedgerServicer(ReadLedger(journal)), add_to_server, SERVICE_NAME)],
-            scopes=SCOPES,
+            servicers=[(LedgerServicer(ReadLedger(journal)), add_to_server, SERVICE_NAME), *feeds.servicers],
+            scopes=SCOPES | feeds.scopes,
         )

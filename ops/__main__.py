@@ -11,7 +11,20 @@ from runtime.settings import SettingsInvalid
 
 __all__ = ["main"]
 
-COMMANDS = ("up", "demo", "loadtest", "migrate", "config", "token", "bus", "payment", "wallet", "bench", "simulate")
+COMMANDS = (
+    "up",
+    "demo",
+    "loadtest",
+    "migrate",
+    "config",
+    "token",
+    "bus",
+    "feed",
+    "payment",
+    "wallet",
+    "bench",
+    "simulate",
+)
 """Each is a module of this package with `add_parser(subparsers)`; its parser sets `run`."""
 
 

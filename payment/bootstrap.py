@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from ducat.payment.v1.payment_service_pb2_grpc import add_PaymentServiceServicer_to_server
 from kernel.clock import SystemClock
-from payment.adapters.bus import EXECUTOR_EVENTS, GROUP, WALLET_EVENTS, reports_handler
+from payment.adapters.bus import BATCH_MAX, EXECUTOR_EVENTS, GROUP, WALLET_EVENTS, reports_handler
 from payment.adapters.changes import PaymentChanges
 from payment.adapters.executor_client import ExecutorClient
 from payment.adapters.grpc import SCOPES, SERVICE, PaymentServicer
@@ -20,7 +20,9 @@ from payment.service.payments import Payments
 from payment.service.payouts import Payouts
 from payment.service.reports import Reports
 from payment.service.timers import INTERVAL_S, Timers
-from runtime import inbox, trace
+from runtime import trace
+from runtime.feed import Feeds
+from runtime.inbox import InboxRecorder
 from runtime.logs import get_logger
 from runtime.outbox import OutboxRelay
 from runtime.postgres import connect
@@ -83,11 +85,24 @@ async def serve(settings: Settings) -> None:
         findings_gauge = FindingsGauge(findings)
 
         process.spawn(relay.run(), name="outbox relay")
-        for topic in (EXECUTOR_EVENTS, WALLET_EVENTS):
-            process.spawn(bus.consume(topic, GROUP, reports_handler(reports, topic)), name=topic)
+        feeds = Feeds(process, pool, publishes=True)
+        for topic, address in ((EXECUTOR_EVENTS, settings.executor_address), (WALLET_EVENTS, settings.wallet_address)):
+            recorder = InboxRecorder(pool, topic)
+            handle = recorder.batches(reports_handler(reports, topic))
+            follower = feeds.follow(
+                await process.channel(address),
+                recorder,
+                topic=topic,
+                consumer=GROUP,
+                handler=handle,
+                batch_max=BATCH_MAX,
+            )
+            process.spawn(
+                bus.consume(topic, GROUP, follower.batches(handle), batch_max=BATCH_MAX, on_gap=follower.on_gap),
+                name=topic,
+            )
         process.spawn(_every(INTERVAL_S, timers.run_once, "timers"), name="timers")
         process.spawn(_every(FINDINGS_INTERVAL_S, findings_gauge.measure, "findings gauge"), name="findings gauge")
-        process.spawn(inbox.keep_pruned(pool), name="inbox pruning")
         await process.serve_grpc(
             settings.payment_listen,
             [
@@ -95,9 +110,10 @@ async def serve(settings: Settings) -> None:
                     PaymentServicer(payments, payouts, notifications, findings, settings.gateway_url),
                     add_PaymentServiceServicer_to_server,
                     SERVICE,
-                )
+                ),
+                *feeds.servicers,
             ],
-            SCOPES,
+            SCOPES | feeds.scopes,
         )
 
 

@@ -12,6 +12,9 @@ from kernel.clock import Clock, SystemClock
 from kernel.errors import DucatError, FailedPrecondition
 from runtime import logs, metrics
 from runtime.bus.late import LateBus
+from runtime.feed import Feeds
+from runtime.inbox import InboxRecorder
+from runtime.outbox import OutboxRelay
 from runtime.postgres import Pool
 from runtime.private_folder import close_folder
 from runtime.process import Process
@@ -19,7 +22,7 @@ from runtime.settings import Settings, SettingsInvalid, split_address
 from runtime.supervise import keep_running
 from wallet_core.adapters.alone import NoDirectory, NoReadModel
 from wallet_core.adapters.archive import FileArchive
-from wallet_core.adapters.bus import GROUP, PaymentEvents
+from wallet_core.adapters.bus import BATCH_MAX, CONSUMER, GROUP, TOPIC, OutboxAnswers, PaymentEvents
 from wallet_core.adapters.directory import PostgresDirectory
 from wallet_core.adapters.grpc import SCOPES, UNSHIELDED, ShardServicer, WalletServicer
 from wallet_core.adapters.peers import AllShards, Peers
@@ -73,13 +76,12 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         process.spawn(keep_running("clock", lambda: _watch_clock(host)), name="clock")
         process.on_close("shards", host.close)
         process.spawn(_stop_on_failure(host), name="shards")
-        if pool is not None:
-            await _note_presence(process, host, pool)
+        presence = await _note_presence(process, host, pool) if pool is not None else None
         clock = SystemClock()
         history = History(host, FileArchive(config), clock)
-        wallet, reset = Wallet(host, NoDirectory(), NoReadModel()), None
-        if pool is not None:
-            wallet, reset = await _join(process, host, config, clock, pool)
+        wallet, reset, feeds = Wallet(host, NoDirectory(), NoReadModel()), None, None
+        if pool is not None and presence is not None:
+            wallet, reset, feeds = await _join(process, host, config, clock, pool, presence)
         peers = _peers(settings, config)
         relay = Relay(host, peers, process.channel) if peers else None
         if relay is not None:
@@ -141,8 +143,9 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
                     relay_pb2_grpc.add_RelayServiceServicer_to_server,
                     "ducat.wallet.v1.RelayService",
                 ),
+                *(feeds.servicers if feeds is not None else ()),
             ],
-            scopes=SCOPES,
+            scopes=SCOPES | (feeds.scopes if feeds is not None else {}),
             raw_handlers=servicer.raw_handlers(),
             unshielded=UNSHIELDED,
         )
@@ -180,8 +183,8 @@ async def _note_presence(process: Process, host: WalletHost, pool: Pool) -> Pres
 
 
 async def _join(
-    process: Process, host: WalletHost, config: ShardHostConfig, clock: Clock, pool: Pool
-) -> tuple[Wallet, ReadModelReset | None]:
+    process: Process, host: WalletHost, config: ShardHostConfig, clock: Clock, pool: Pool, presence: Presence
+) -> tuple[Wallet, ReadModelReset | None, Feeds]:
     """Names, read model and bus: the wallet as a part of the platform. None of it stops the shards, and neither Valkey nor the bus has to
     answer for them to serve."""
     settings = process.settings
@@ -201,9 +204,35 @@ async def _join(
         process.spawn(keep_running("projector", projector.run), name="projector")
         process.spawn(keep_running("rebuild", lambda: follow_resets(settings.database_url, projector)), name="rebuild")
     flows = Flows(host, directory)
-    events = PaymentEvents(flows, bus, clock, group=_group(config))
-    process.spawn(keep_running("payment-events", events.run), name="payment-events")
-    return Wallet(host, directory, ReadModelReader(pool, projector)), reset
+    outbox_relay = OutboxRelay(pool, "wallet", bus)
+    process.spawn(keep_running("outbox relay", outbox_relay.run), name="outbox relay")
+    recorder = InboxRecorder(pool, CONSUMER, along=presence.along)
+    events = PaymentEvents(flows, OutboxAnswers(pool, outbox_relay), clock, note=recorder.note)
+    feeds = Feeds(process, pool, publishes=True)
+    follower = feeds.follow(
+        await process.channel(settings.payment_address),
+        recorder,
+        topic=TOPIC,
+        consumer=CONSUMER,
+        handler=events.handle,
+        owns=events.owns,
+        batch_max=BATCH_MAX,
+        applied=events.applied,
+    )
+    group = _group(config)
+
+    async def consume() -> None:
+        await bus.consume(
+            TOPIC,
+            group,
+            follower.batches(events.handle),
+            batch_max=BATCH_MAX,
+            on_gap=follower.on_gap,
+            from_end=group != GROUP,  # a new split of the shards: what is past comes from the feed
+        )
+
+    process.spawn(keep_running("payment-events", consume), name="payment-events")
+    return Wallet(host, directory, ReadModelReader(pool, projector)), reset, feeds
 
 
 def _projector(host: WalletHost, stores: list[Store]) -> Projector:

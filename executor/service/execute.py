@@ -68,8 +68,12 @@ class Executor:
         self._policy = policy
         self._wake = wake
 
-    async def execute(self, command: Command, traceparent: str = "") -> Attempt:
-        """Runs a command; idempotent by its reference. The attempt as stored afterwards, in whatever state."""
+    async def execute(self, command: Command, traceparent: str = "", *, takes_over: bool = True) -> Attempt:
+        """Runs a command; idempotent by its reference. The attempt as stored afterwards, in whatever state.
+
+        `takes_over`: whether an attempt that is being sent is taken for abandoned by a process that died. Where it is not, and is left
+        to whoever sends it, the poller looks after it when that one fails.
+        """
         instruction = None
         if isinstance(command, ExecutePayout):
             instruction = await self._instructions.read(command.reference)
@@ -80,7 +84,7 @@ class Executor:
         if attempt.state is not AttemptState.SENDING:
             return attempt
         if not attempt.is_new:
-            return await self._ask_then_send(attempt, command)
+            return await self._ask_then_send(attempt, command) if takes_over else attempt
         if instruction is not None and not instruction.sendable:
             return await self._abandon(attempt, command)
         return await self._send(attempt, command, psps, instruction)

@@ -24,11 +24,12 @@ from runtime import trace
 from runtime.bus import Message
 from runtime.logs import get_logger
 
-__all__ = ["EXECUTOR_EVENTS", "GROUP", "WALLET_EVENTS", "report_of", "reports_handler"]
+__all__ = ["BATCH_MAX", "EXECUTOR_EVENTS", "GROUP", "WALLET_EVENTS", "report_of", "reports_handler"]
 
 EXECUTOR_EVENTS = "executor.events"
 WALLET_EVENTS = "wallet.events"
 GROUP = "payment"
+BATCH_MAX = 64
 
 _logger = get_logger("bus")
 _KINDS = {kind.name.lower(): kind for kind in NotificationKind}

@@ -1,15 +1,18 @@
 """Reads `payment.events` in batches and moves money; answers holds on `wallet.events`.
 
-Order of things for one batch: all transfers durable in one transfer batch → answers published →
-acknowledged. A crash anywhere in between runs the batch again, which changes nothing (ids are derived from
-the events) and publishes the same answers under the same message ids. WalletCredited is not published:
-nobody waits for it, the read model and WatchEvents tell the same.
+Order of things for one batch: all transfers durable in one transfer batch → answers committed to the wallet's outbox →
+acknowledged, and recorded in the inbox a moment later. A crash anywhere in between runs the batch again, which changes
+nothing (ids are derived from the events) and gives the same answers under the same message ids. WalletCredited is not
+published: nobody waits for it, the read model and WatchEvents tell the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Protocol
 
 import structlog
 
@@ -18,16 +21,21 @@ from ducat.event.v1 import event_pb2
 from kernel.clock import Clock
 from kernel.errors import InvalidArgument
 from kernel.ids import derived_event_id
-from runtime import trace
-from runtime.bus import Bus, Message
+from runtime import outbox, trace
+from runtime.bus import Message
+from runtime.feed import AppliedPositions
+from runtime.outbox import OutboxRelay
+from runtime.postgres import Pool, transaction
 from wallet_core.engine.codes import TransferResult
 from wallet_core.service import flows
 from wallet_core.service.flows import Flows, Outcome, Step
 
-__all__ = ["ANSWER_TOPIC", "GROUP", "TOPIC", "PaymentEvents"]
+__all__ = ["ANSWER_TOPIC", "BATCH_MAX", "CONSUMER", "GROUP", "TOPIC", "Answers", "OutboxAnswers", "PaymentEvents"]
 
 TOPIC = "payment.events"
 GROUP = "wallet"
+CONSUMER = "wallet"
+"""In the feed and in the inbox: one for all processes, each of which applies a part."""
 ANSWER_TOPIC = "wallet.events"
 BATCH_MAX = 256
 
@@ -38,36 +46,77 @@ _PURPOSE_NAMES = {_PAYOUT: "payout", _REFUND: "refund"}
 _log = structlog.get_logger("wallet.bus")
 
 
+class Answers(Protocol):
+    """Where answers go."""
+
+    async def publish(self, messages: Sequence[Message]) -> None:
+        """Returns when they can no longer be lost."""
+
+
+class OutboxAnswers:
+    """Answers through the outbox of the schema `wallet`."""
+
+    def __init__(self, pool: Pool, relay: OutboxRelay) -> None:
+        self._pool = pool
+        self._relay = relay
+
+    async def publish(self, messages: Sequence[Message]) -> None:
+        """One transaction."""
+        await transaction(self._pool, lambda connection: outbox.insert(connection, messages, notify=False))
+        self._relay.wake()
+
+
 class PaymentEvents:
-    """The handler of `payment.events`."""
+    """The handler of `payment.events`, from the bus and from the feed."""
 
-    def __init__(self, flows: Flows, bus: Bus, clock: Clock, *, group: str = GROUP) -> None:
-        """`group`: processes that own different shards read in groups of their own, so that each sees every
-        event; the one that owns the seller's wallet applies it.
-        """
+    def __init__(
+        self, flows: Flows, answers: Answers, clock: Clock, *, note: Callable[[Sequence[Message]], None] | None = None
+    ) -> None:
+        """`note` is told of messages that are done: those that were applied here, and those that concern no seller.
+        One of another process's seller is that process's."""
         self._flows = flows
-        self._bus = bus
+        self._answers = answers
         self._clock = clock
-        self._group = group
+        self._note = note
+        self._applying = asyncio.Lock()
+        self.applied = AppliedPositions()
+        """Positions of the feed that are applied here, or that this process has nothing to do with."""
 
-    async def run(self) -> None:
-        """Consumes until cancelled."""
-        await self._bus.consume(TOPIC, self._group, self.handle, batch_max=BATCH_MAX)
+    def owns(self, message: Message) -> bool:
+        """Whether a message is this process's to apply, or nobody's. Raises InvalidArgument for one that makes no
+        sense."""
+        step = step_of(message)
+        return step is None or self._flows.owns(step)
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """No event is being applied while it lasts: the balances are those of `applied`. Keep it short."""
+        async with self._applying:
+            yield
 
     async def handle(self, messages: Sequence[Message]) -> None:
-        """Applies a batch and publishes its answers. Raises for a message that cannot be applied: the bus
-        then tries each alone, again later, and keeps it as a dead letter with the error's text. Nothing is
-        dropped silently.
+        """Applies a batch and sends its answers. Raises for a message that cannot be applied: the bus then tries each
+        alone, again later, and keeps it as a dead letter with the error's text. Nothing is dropped silently.
         """
         steps: list[Step] = []
         sources: list[Message] = []
+        done: list[Message] = []
         for message in messages:
             step = step_of(message)
-            if step is not None and self._flows.owns(step):
+            if step is None:
+                done.append(message)
+            elif self._flows.owns(step):
                 steps.append(step)
                 sources.append(message)
-        if not steps:
-            return
+        async with self._applying:
+            if steps:
+                await self._apply(steps, sources)
+            for message in messages:
+                self.applied.add(message.position)
+        if self._note is not None:
+            self._note(done + sources)
+
+    async def _apply(self, steps: Sequence[Step], sources: Sequence[Message]) -> None:
         outcomes = await self._flows.run(steps)
         answers = [
             await self._answer(outcome, source)
@@ -75,7 +124,7 @@ class PaymentEvents:
             if outcome.step.refusal_is_answer
         ]
         if answers:
-            await self._bus.publish(answers)
+            await self._answers.publish(answers)
         # One line a batch, since a line costs as much as a transfer; it has the trace of each payment in the batch.
         _log.info(
             "moved",

@@ -88,8 +88,8 @@ SELECT count(*) AS count, coalesce(min(position), 1) - 1 AS before FROM gone
 """
 _LOWER_CURSOR = """
 UPDATE wallet.feed_cursor
-SET proven_position = $2, compared_position = $2, digest_after = $2, digest = '', update_time = now()
-WHERE consumer = $1 AND topic = 'payment.events' AND proven_position > $2
+SET proven_position = least(proven_position, $2), compared_position = $2, digest_after = $2, digest = '', update_time = now()
+WHERE consumer = $1 AND topic = 'payment.events' AND compared_position > $2
 """
 
 

@@ -6,15 +6,20 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
 import pytest
 
+from ducat.event.v1 import feed_pb2_grpc
 from ducat.wallet.v1 import wallet_service_pb2_grpc
-from runtime.bus import Bus, open_bus
+from runtime import outbox
+from runtime.bus import Bus, Message, open_bus
+from runtime.feed import FeedServicer
+from runtime.outbox import OutboxRelay
+from runtime.postgres import Pool, create_pool, transaction
 
 START_S = 30.0
 StartWallet = Callable[..., Awaitable["WalletProcess"]]
@@ -96,3 +101,34 @@ async def valkey_bus(valkey_url: str) -> AsyncIterator[Bus]:
     opened = await open_bus("valkey", redis_url=valkey_url, name="test")
     yield opened
     await opened.close()
+
+
+@dataclass
+class Publisher:
+    """The payment service's outbox, feed and relay, without the payment service."""
+
+    address: str
+    pool: Pool
+    relay: OutboxRelay
+
+    async def say(self, messages: Sequence[Message]) -> None:
+        """In one transaction."""
+        await transaction(self.pool, lambda connection: outbox.insert(connection, messages, notify=False))
+        self.relay.wake()
+
+
+@pytest.fixture
+async def publisher(postgres_dsn: str, valkey_bus: Bus) -> AsyncIterator[Publisher]:
+    """Give its address to a wallet as `payment_address`."""
+    pool = await create_pool(postgres_dsn, "payment", max_size=4)
+    relay = OutboxRelay(pool, "payment", valkey_bus)
+    running = asyncio.create_task(relay.run())
+    server = grpc.aio.server()
+    feed_pb2_grpc.add_FeedServiceServicer_to_server(FeedServicer(pool, grace_s=0.5), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield Publisher(f"127.0.0.1:{port}", pool, relay)
+    await server.stop(None)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await pool.close()
