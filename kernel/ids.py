@@ -24,12 +24,16 @@ __all__ = [
 ACCOUNT_NAMESPACE = uuid.UUID("5c2a2c1e-6f0b-5d3b-9d5e-0b1f7a4c9e21")
 EVENT_NAMESPACE = uuid.UUID("8a1de2a0-3f0c-5b9e-8b55-7f7a0a3f4d10")
 
+_NAMESPACE_OF_ACCOUNTS = ACCOUNT_NAMESPACE.bytes
 _TIME_MS_MAX = (1 << 48) - 1
 
 
 def account_id(name: str) -> bytes:
-    """16 bytes: UUIDv5 of an account's name, such as ``seller/SELL-XYZ-1/USD``."""
-    return uuid.uuid5(ACCOUNT_NAMESPACE, name).bytes
+    """16 bytes: UUIDv5 of an account's name, such as ``seller/SELL-XYZ-1/USD``. By hand: uuid.uuid5 costs five times as much."""
+    found = bytearray(hashlib.sha1(_NAMESPACE_OF_ACCOUNTS + name.encode(), usedforsecurity=False).digest()[:16])
+    found[6] = 0x50 | (found[6] & 0x0F)
+    found[8] = 0x80 | (found[8] & 0x3F)
+    return bytes(found)
 
 
 def derived_event_id(kind: str, reference: str) -> str:

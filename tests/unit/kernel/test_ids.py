@@ -5,6 +5,8 @@ from __future__ import annotations
 import uuid
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kernel import ids
 
@@ -22,6 +24,11 @@ def test_derived_ids_are_the_same_for_ever() -> None:
     assert ids.derived_transfer_id(1_753_056_000_123, "capture", "ORD-123-A").hex() == GOLDEN_TRANSFER_ID
     assert ids.account_id("seller/SELL-XYZ-1/USD").hex() == GOLDEN_ACCOUNT_ID
     assert ids.derived_event_id("capture", "ORD-123-A") == GOLDEN_EVENT_ID
+
+
+@given(st.text())
+def test_an_account_id_is_the_uuid_of_version_5_of_its_name(name: str) -> None:
+    assert ids.account_id(name) == uuid.uuid5(ids.ACCOUNT_NAMESPACE, name).bytes
 
 
 def test_kind_reference_and_time_each_change_the_id() -> None:
