@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from wallet_core.adapters.relay import Relay, RelayServicer, forget_numbers, par
 from wallet_core.adapters.snapshot_base import SnapshotBase, newest_base
 from wallet_core.event_log import EventLogError
 from wallet_core.service.balance_check import check_balances
+from wallet_core.service.booked import BookedBalances
 from wallet_core.service.chain_rules import ChainMark
 from wallet_core.service.chains import Chains
 from wallet_core.service.flows import Flows
@@ -64,6 +66,16 @@ _CLOCK_LOOK_S = 5.0
 _CLOCK_BEHIND_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """The wallet, and what makes it a part of the platform; a wallet that runs alone has none of that."""
+
+    wallet: Wallet
+    reset: ReadModelReset | None = None
+    feeds: Feeds | None = None
+    booked: BookedBalances | None = None
+
+
 async def main(overrides: Mapping[str, Any] | None = None) -> None:
     """Runs the wallet until it is told to stop."""
     settings = Settings.load(overrides)
@@ -79,9 +91,9 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         presence = await _note_presence(process, host, pool) if pool is not None else None
         clock = SystemClock()
         history = History(host, FileArchive(config), clock)
-        wallet, reset, feeds = Wallet(host, NoDirectory(), NoReadModel()), None, None
+        joined = _Joined(Wallet(host, NoDirectory(), NoReadModel()))
         if pool is not None and presence is not None:
-            wallet, reset, feeds = await _join(process, host, config, clock, pool, presence)
+            joined = await _join(process, host, config, clock, pool, presence)
         peers = _peers(settings, config)
         relay = Relay(host, peers, process.channel) if peers else None
         if relay is not None:
@@ -112,18 +124,19 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         if settings.wallet_scrub_bytes_per_s:
             process.spawn(keep_running("scrub", scrubber.run), name="scrub")
 
-        servicer = WalletServicer(host, wallet, history)
+        servicer = WalletServicer(host, joined.wallet, history)
         addresses = sorted(set(peers.values()))
         shard_servicer = ShardServicer(
             host,
-            wallet,
+            joined.wallet,
             history,
             lambda: _address(settings, process.address),
             lambda: peer_shards(addresses, process.channel),
             lambda: check_balances(shards),
             scrubbed=scrubber.status,
             owners=peers,
-            reset=reset.reset if reset is not None else None,
+            reset=joined.reset.reset if joined.reset is not None else None,
+            booked=joined.booked,
         )
         await process.serve_grpc(
             settings.wallet_listen,
@@ -143,9 +156,9 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
                     relay_pb2_grpc.add_RelayServiceServicer_to_server,
                     "ducat.wallet.v1.RelayService",
                 ),
-                *(feeds.servicers if feeds is not None else ()),
+                *(joined.feeds.servicers if joined.feeds is not None else ()),
             ],
-            scopes=SCOPES | (feeds.scopes if feeds is not None else {}),
+            scopes=SCOPES | (joined.feeds.scopes if joined.feeds is not None else {}),
             raw_handlers=servicer.raw_handlers(),
             unshielded=UNSHIELDED,
         )
@@ -184,7 +197,7 @@ async def _note_presence(process: Process, host: WalletHost, pool: Pool) -> Pres
 
 async def _join(
     process: Process, host: WalletHost, config: ShardHostConfig, clock: Clock, pool: Pool, presence: Presence
-) -> tuple[Wallet, ReadModelReset | None, Feeds]:
+) -> _Joined:
     """Names, read model and bus: the wallet as a part of the platform. None of it stops the shards, and neither Valkey nor the bus has to
     answer for them to serve."""
     settings = process.settings
@@ -232,7 +245,8 @@ async def _join(
         )
 
     process.spawn(keep_running("payment-events", consume), name="payment-events")
-    return Wallet(host, directory, ReadModelReader(pool, projector)), reset, feeds
+    wallet = Wallet(host, directory, ReadModelReader(pool, projector))
+    return _Joined(wallet, reset, feeds, BookedBalances(host, directory, events, clock))
 
 
 def _projector(host: WalletHost, stores: list[Store]) -> Projector:

@@ -29,6 +29,7 @@ from wallet_core.adapters.rows import batch_message, create_transfers_response, 
 from wallet_core.engine.codes import AccountFlags, EventKind, TransferFlags
 from wallet_core.engine.events import Event, unpack_events
 from wallet_core.service.balance_check import BalanceReport
+from wallet_core.service.booked import BookedBalances
 from wallet_core.service.history import History
 from wallet_core.service.port import ROW_COUNT_MAX, Host, ShardStatus, SnapshotInfo, TransferItem, TransferRow
 from wallet_core.service.wallet import AccountSpec, AccountView, Wallet
@@ -40,6 +41,7 @@ BATCHES_IN_FLIGHT_MAX = 32
 """Batches of one stream that are being applied or wait to be sent; more are not read, which slows their
 sender."""
 PAGE_SIZE_DEFAULT = 100
+NAMES_PAGE_SIZE_DEFAULT = 2_000
 WATCH_EVENT_COUNT_MAX = 512
 """Events in one WatchEventsResponse."""
 WATCH_IDLE_S = 30.0
@@ -64,6 +66,8 @@ SCOPES = {
     f"{_SHARD}VerifyShard": "wallet.admin",
     f"{_SHARD}CheckBalances": "wallet.admin",
     f"{_SHARD}RebuildReadModel": "wallet.admin",
+    f"{_SHARD}ListAccountNames": "wallet.read",
+    f"{_SHARD}ReadBookedBalances": "wallet.read",
     **{
         f"/ducat.wallet.v1.RelayService/{method}": "wallet.relay"
         for method in ("Deliver", "ApplyStep", "ReadCurrencies", "ListChainMarks", "ReadCut", "ReadEvents")
@@ -361,13 +365,14 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
         *,
         owners: Mapping[int, str] | None = None,
         reset: Callable[[], Awaitable[int]] | None = None,
+        booked: BookedBalances | None = None,
     ) -> None:
         """`address`: of this process. `peers`: the shards of the other processes as far as they answer; `owners`: shard → address of all
         of those. `check` adds up the balances of all shards. `scrubbed`: what the last reading of a shard's files found. `reset` empties
-        the read model and says how many keys Valkey had.
+        the read model and says how many keys Valkey had. `booked`: None of a wallet that applies no events.
         """
         self._peers, self._check, self._scrubbed = peers, check, scrubbed
-        self._owners, self._reset = dict(owners or {}), reset
+        self._owners, self._reset, self._booked_balances = dict(owners or {}), reset, booked
         self._host = host
         self._wallet = wallet
         self._history = history
@@ -506,6 +511,40 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
         if self._reset is None:
             raise FailedPrecondition("this wallet has no read model (wallet_projection is off, or wallet_alone is on)")
         return shard_pb2.RebuildReadModelResponse(removed_key_count=await self._reset())
+    async def ListAccountNames(
+        self, request: shard_pb2.ListAccountNamesRequest, context: Any
+    ) -> shard_pb2.ListAccountNamesResponse:
+        limit = request.page_size or NAMES_PAGE_SIZE_DEFAULT
+        names = await self._booked().names(request.name_prefix, request.after_name, limit)
+        return shard_pb2.ListAccountNamesResponse(names=names)
+
+    async def ReadBookedBalances(
+        self, request: shard_pb2.ReadBookedBalancesRequest, context: Any
+    ) -> shard_pb2.ReadBookedBalancesResponse:
+        booked = await self._booked().read(request.names)
+        for name, state in booked.accounts:
+            if not -_INT64_MAX <= state.balance <= _INT64_MAX:
+                raise OutOfRange(f"account {name}: its balance, summed over all shards, does not fit 64 bits")
+        return shard_pb2.ReadBookedBalancesResponse(
+            balances=[
+                shard_pb2.BookedBalance(name=name, currency_code=state.currency, balance_minor=state.balance)
+                for name, state in booked.accounts
+            ],
+            applied=[
+                shard_pb2.FeedRange(first_position=first, last_position=last)
+                for first, last in booked.applied
+                if first <= last
+            ],
+            positions=[
+                wallet_pb2.ShardPosition(shard=shard, sequence_number=sequence) for shard, sequence in booked.positions
+            ],
+            start_time=_timestamp(booked.start_time_ns),
+        )
+
+    def _booked(self) -> BookedBalances:
+        if self._booked_balances is None:
+            raise FailedPrecondition("this wallet runs alone: it has no names and applies no events")
+        return self._booked_balances
 
 
 # --- messages in and out

@@ -225,6 +225,9 @@ class Host(Protocol):
         """Each account as it durably stands; None where there is none. Raises FailedPrecondition
         WRONG_SHARD."""
 
+    def accounts_here(self, ids: Sequence[bytes]) -> list[bytes]:
+        """Those of which this process can own all or a part: `accounts` does not refuse them."""
+
     def account_keys(self, shard: int, ordinals: Sequence[int]) -> list[tuple[bytes, str]]:
         """The ids of accounts by their ordinals on a shard; raises LookupError for one that does not exist
         yet."""

@@ -424,6 +424,12 @@ class WalletHost:
             positions.update((position.shard, position) for position in result.positions)
         return ReadResult(tuple(found), tuple(positions.values()))
 
+    def accounts_here(self, ids: Sequence[bytes]) -> list[bytes]:
+        """Those that `accounts` does not refuse: of this process's slots, or striped."""
+        if len(self.shard_ids) == self.shard_count:
+            return list(ids)
+        return [id_ for id_ in ids if self._native.foreign_shard((id_,)) < 0]
+
     async def transfer_results(self, ids: Sequence[bytes]) -> bytes:
         """What became of transfers, as far as the shards here remember: one TransferResult byte an id, 0 =
         not remembered."""

@@ -188,6 +188,9 @@ class MemoryHost:
     async def accounts(self, ids: Sequence[bytes]) -> list[AccountState | None]:
         return [self._account(account) for account in ids]
 
+    def accounts_here(self, ids: Sequence[bytes]) -> list[bytes]:
+        return [one for one in ids if self.shard_of(one) in self.engines or self._is_striped(one)]
+
     def _account(self, account: bytes) -> AccountState | None:
         parts = [view for engine in self.engines.values() if (view := engine.account(account)) is not None]
         if not parts:
