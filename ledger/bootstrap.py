@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from kernel.clock import SystemClock
 from ledger.adapters.bus import BATCH_MAX, GROUP, TOPIC, LedgerConsumer
+from ledger.adapters.comparison_metrics import ComparisonTold
 from ledger.adapters.grpc_server import SCOPES, SERVICE_NAME, LedgerServicer, add_to_server
 from ledger.adapters.postgres import CONSUMER, PostgresJournal
-from ledger.service import PostFacts, ReadLedger
+from ledger.adapters.wallet import GrpcWallet
+from ledger.domain import Applied
+from ledger.service import CompareWallet, PostFacts, ReadLedger
 from runtime.feed import Feeds
 from runtime.inbox import InboxRecorder
 from runtime.postgres import KeptConnections
@@ -39,8 +43,22 @@ async def main() -> None:
         process.spawn(
             bus.consume(TOPIC, GROUP, follower.batches(handle), batch_max=BATCH_MAX, on_gap=follower.on_gap), name=TOPIC
         )
+        comparison = CompareWallet(
+            GrpcWallet(settings.wallet_address, process.channel),
+            journal,
+            lambda: Applied.of(follower.applied.ranges()),
+            SystemClock(),
+            grace_s=settings.ledger_compare_grace_s,
+            confirm_s=settings.ledger_compare_confirm_s,
+        )
+        if settings.ledger_compare_interval_s:
+            rounds = comparison.keep_comparing(settings.ledger_compare_interval_s, ComparisonTold())
+            process.spawn(rounds, name="comparison with the wallet")
         await process.serve_grpc(
             settings.ledger_listen,
-            servicers=[(LedgerServicer(ReadLedger(journal)), add_to_server, SERVICE_NAME), *feeds.servicers],
+            servicers=[
+                (LedgerServicer(ReadLedger(journal), comparison), add_to_server, SERVICE_NAME),
+                *feeds.servicers,
+            ],
             scopes=SCOPES | feeds.scopes,
         )

@@ -251,6 +251,19 @@ class Settings(BaseSettings):
         2, ge=2, description="snapshots kept of each shard: a look into the past starts from the nearest one before it"
     )
 
+    # ledger
+    ledger_compare_interval_s: float = Field(
+        60.0, ge=0, description="how often the ledger compares its accounts with the wallet's; 0 = only when asked"
+    )
+    ledger_compare_grace_s: float = Field(
+        60.0,
+        ge=1,
+        description="how long an event may be applied by one of wallet and ledger alone before that is a difference",
+    )
+    ledger_compare_confirm_s: float = Field(
+        20.0, ge=0, description="after how long an account that differs is looked at again before it is told"
+    )
+
     # bus
     bus_delivery_count_max: int = Field(
         8, ge=1, description="deliveries of a message before it goes to the dead-letter topic"

@@ -60,7 +60,8 @@ class LedgerConsumer:
         isolates it.
         """
         facts = [(message, fact) for message in messages if (fact := _fact_in(message)) is not None]
-        await self._post_facts.handle((message.message_id, fact) for message, fact in facts)
+        positions = {message.message_id: message.position for message, _ in facts}
+        await self._post_facts.handle(((message.message_id, fact) for message, fact in facts), positions)
         if facts:
             _log_facts(facts)
         if len(messages) < BATCH_MAX and self._pace_s > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import aio
 
@@ -11,14 +12,22 @@ from ducat.common.v1 import common_pb2
 from ducat.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 from kernel.errors import FieldViolation, InvalidArgument, Unimplemented
 from ledger.domain import JournalEntry, balance_minor
-from ledger.service import AccountRow, EntryRow, ReadLedger
+from ledger.service import AccountRow, CompareWallet, Comparison, EntryRow, ReadLedger
 
 __all__ = ["SCOPES", "SERVICE_NAME", "LedgerServicer", "add_to_server"]
 
 SERVICE_NAME = "ducat.ledger.v1.LedgerService"
 add_to_server = ledger_pb2_grpc.add_LedgerServiceServicer_to_server
 
-_READS = ("GetAccount", "ListAccounts", "ListJournalEntries", "GetTrialBalance", "GetStatement", "ListBreaks")
+_READS = (
+    "GetAccount",
+    "ListAccounts",
+    "ListJournalEntries",
+    "GetTrialBalance",
+    "GetStatement",
+    "ListBreaks",
+    "CompareWallet",
+)
 _WRITES = ("ImportSettlement", "ResolveBreak")
 SCOPES: dict[str, str] = {
     **{f"/{SERVICE_NAME}/{method}": "ledger.read" for method in _READS},
@@ -29,13 +38,15 @@ _NO_RECONCILIATION = "reconciliation is not served yet: compare the PSP's report
 # 0001-01-01 to 9999-12-31, as google.protobuf.Timestamp defines it.
 _SECONDS_MIN = -62_135_596_800
 _SECONDS_MAX = 253_402_300_799
+DIFFERENCES_TOLD_MAX = 1_000
 
 
 class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     """Errors are kernel.errors; the runtime's interceptor maps them."""
 
-    def __init__(self, read_ledger: ReadLedger) -> None:
+    def __init__(self, read_ledger: ReadLedger, compare_wallet: CompareWallet) -> None:
         self._read = read_ledger
+        self._compare = compare_wallet
 
     async def GetAccount(
         self, request: ledger_pb2.GetAccountRequest, context: aio.ServicerContext[object, object]
@@ -114,6 +125,12 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
     ) -> ledger_pb2.ResolveBreakResponse:
         _not_served()
 
+    async def CompareWallet(
+        self, request: ledger_pb2.CompareWalletRequest, context: aio.ServicerContext[object, object]
+    ) -> ledger_pb2.CompareWalletResponse:
+        max_age_s = request.max_age.ToNanoseconds() / 1e9 if request.HasField("max_age") else None
+        return _comparison(await self._compare.compare(request.name_prefix, max_age_s))
+
 
 def _not_served() -> NoReturn:
     raise Unimplemented(_NO_RECONCILIATION)
@@ -147,6 +164,41 @@ def _entry(row: EntryRow) -> ledger_pb2.JournalEntry:
         ],
         occur_time=_timestamp(entry.occur_time_us),
         create_time=_timestamp(row.create_time_us),
+    )
+
+
+def _comparison(found: Comparison) -> ledger_pb2.CompareWalletResponse:
+    return ledger_pb2.CompareWalletResponse(
+        ok=found.ok,
+        complete=not found.problem,
+        problem=found.problem,
+        account_count=found.account_count,
+        difference_count=found.difference_count,
+        differences=[
+            ledger_pb2.AccountDifference(
+                account_name=one.account_name,
+                currency_code=one.currency_code,
+                wallet_balance_minor=one.wallet_minor,
+                ledger_balance_minor=one.ledger_minor,
+                difference_minor=one.difference_minor,
+            )
+            for one in found.differences[:DIFFERENCES_TOLD_MAX]
+        ],
+        progress=[
+            ledger_pb2.FeedProgress(
+                process=one.process,
+                applied_position=one.prefix,
+                last_position=one.last,
+                lacking_positions=one.lacking,
+            )
+            for one in found.progress
+        ],
+        under_way_count=found.under_way_count,
+        under_way_age=Duration(
+            seconds=int(found.under_way_age_s), nanos=int(found.under_way_age_s % 1 * 1_000_000_000)
+        ),
+        start_time=_timestamp(found.start_time_ns // 1000),
+        end_time=_timestamp(found.end_time_ns // 1000),
     )
 
 

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from kernel.errors import ResourceExhausted
 from ledger.domain import (
     AccountKind,
+    Applied,
     CurrencySums,
     JournalEntry,
+    LateEntry,
     Movement,
     Posting,
     Side,
@@ -34,17 +37,17 @@ CONSUMER = "ledger"
 _POST = """
 WITH input AS (
     SELECT *
-      FROM unnest($2::text[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::int2[], $8::bytea[], $9::int8[])
-           WITH ORDINALITY
-           AS i (message_id, id, purpose, merchant_reference, description, posting_count, digest, occur_us, place)
+      FROM unnest($2::text[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::int2[], $8::bytea[], $9::int8[],
+                  $17::int8[]) WITH ORDINALITY
+           AS i (message_id, id, purpose, merchant_reference, description, posting_count, digest, occur_us, feed_position, place)
 ), message AS (
     INSERT INTO ledger.inbox (consumer, message_id) SELECT $1, message_id FROM input ORDER BY message_id
     ON CONFLICT DO NOTHING RETURNING message_id
 ), entry AS (
     INSERT INTO ledger.journal_entry AS known
-           (id, purpose, merchant_reference, description, posting_count, content_digest, occur_time)
+           (id, purpose, merchant_reference, description, posting_count, content_digest, occur_time, feed_position)
     SELECT id, purpose, merchant_reference, description, posting_count, digest,
-           timestamptz 'epoch' + occur_us * interval '1 microsecond'
+           timestamptz 'epoch' + occur_us * interval '1 microsecond', nullif(feed_position, 0)
       FROM input JOIN message USING (message_id) ORDER BY place
     ON CONFLICT (id) DO UPDATE SET content_digest = excluded.content_digest
      WHERE known.content_digest <> excluded.content_digest
@@ -118,12 +121,37 @@ SELECT opening.debit, opening.credit, line.* FROM opening LEFT JOIN (
  ORDER BY line.occur_time, line.entry_position, line.line
 """
 
+# Both in one statement, so of one snapshot: what accounts hold, and the postings of entries whose events are not applied elsewhere.
+_NAMES = """
+SELECT name FROM ledger.account
+ WHERE name COLLATE "C" > $1 AND name COLLATE "C" >= $2 AND starts_with(name, $2) ORDER BY name COLLATE "C" LIMIT $3
+"""
+_BALANCES = """
+WITH late AS (
+    SELECT e.position, e.feed_position, extract(epoch FROM now() - e.create_time)::float8 AS age_s
+      FROM unnest($2::int8[], $3::int8[]) AS gap (first, last)
+      JOIN ledger.journal_entry AS e ON e.feed_position BETWEEN gap.first AND gap.last
+     WHERE e.feed_position IS NOT NULL AND e.create_time > now() - $4::interval
+     LIMIT $5
+)
+SELECT NULL::int8 AS position, NULL::int8 AS feed_position, NULL::float8 AS age_s, name,
+       credit_minor - debit_minor AS minor
+  FROM ledger.account WHERE name = ANY($1::text[])
+UNION ALL
+SELECT late.position, late.feed_position, late.age_s, p.account, CASE p.side WHEN 2 THEN p.amount_minor ELSE -p.amount_minor END
+  FROM late JOIN ledger.posting AS p ON p.entry_position = late.position
+"""
+LATE_ENTRY_COUNT_MAX = 20_000
+LATE_AGE_MAX = timedelta(hours=1)
+"""An entry is as old as the ledger's part in it; one that the wallet has not applied after so long is no longer under way."""
+_POSITION_MAX = 2**63 - 1
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
 class PostgresJournal:
-    """ledger.service.Journal over the schema `ledger`."""
+    """ledger.service.Journal and Books over the schema `ledger`."""
 
     def __init__(self, pool: Pool | KeptConnections) -> None:
         self._pool = pool
@@ -147,6 +175,7 @@ class PostgresJournal:
             [each.entry.content_digest() for each in received],
             [each.entry.occur_time_us for each in received],
             *zip(*lines, strict=True),
+            [each.feed_position for each in received],
         )
 
     async def account(self, name: str) -> AccountRow | None:
@@ -197,6 +226,34 @@ class PostgresJournal:
             if row["id"] is not None
         ]
         return int(rows[0]["debit"]), int(rows[0]["credit"]), movements
+
+    async def names(self, prefix: str, after: str, limit: int) -> list[str]:
+        """Names of accounts by code point, as ledger.service.Books says."""
+        return [row[0] for row in await self._pool.fetch(_NAMES, after, prefix, limit)]
+
+    async def balances(self, names: Sequence[str], applied: Applied) -> tuple[dict[str, int], list[LateEntry]]:
+        """What accounts hold, and the entries whose events are not in ``applied``, as ledger.service.Books says. Raises
+        ResourceExhausted.
+        """
+        gaps = [*applied.gaps(), (applied.last + 1, _POSITION_MAX)]
+        firsts, lasts = zip(*gaps, strict=True)
+        rows = await self._pool.fetch(_BALANCES, names, firsts, lasts, LATE_AGE_MAX, LATE_ENTRY_COUNT_MAX + 1)
+        balances: dict[str, int] = {}
+        late: dict[int, list[Any]] = {}
+        for row in rows:
+            if row["position"] is None:
+                balances[row["name"]] = row["minor"]
+            else:
+                late.setdefault(row["position"], []).append(row)
+        if len(late) > LATE_ENTRY_COUNT_MAX:
+            raise ResourceExhausted(
+                f"no verdict: the wallet has not applied more than {LATE_ENTRY_COUNT_MAX} events that the ledger has; it catches up",
+                metadata={"limit": "LATE_ENTRY_COUNT_MAX"},
+            )
+        return balances, [
+            LateEntry(of[0]["feed_position"], of[0]["age_s"], tuple((row["name"], row["minor"]) for row in of))
+            for of in late.values()
+        ]
 
 
 def _account_row(row: Any) -> AccountRow:

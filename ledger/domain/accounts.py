@@ -21,6 +21,7 @@ from kernel.money import CURRENCY_EXPONENTS
 __all__ = [
     "ACCOUNT_NAME_LENGTH_MAX",
     "CHART",
+    "CHART_PREFIXES",
     "AccountKind",
     "AccountNameInvalid",
     "Side",
@@ -60,6 +61,9 @@ CHART: tuple[tuple[re.Pattern[str], AccountKind], ...] = (
     (re.compile(r"seller/[^/]+/disputes/([A-Z]{3})"), AccountKind.ASSET),
     (re.compile(r"fees/([A-Z]{3})"), AccountKind.REVENUE),
 )
+
+CHART_PREFIXES = ("fees/", "psp/", "seller/")
+"""Every name of the chart begins with one of these; ascending."""
 
 _DEBIT_RAISES = frozenset({AccountKind.ASSET, AccountKind.EXPENSE})
 

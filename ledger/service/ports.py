@@ -13,10 +13,11 @@ __all__ = ["AccountRow", "EntryRow", "Journal", "Received"]
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """An entry and the message that caused it."""
+    """An entry and the message that caused it. ``feed_position`` is the message's place in the feed; 0 = it has none."""
 
     message_id: str
     entry: JournalEntry
+    feed_position: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from ledger.domain import Fact, JournalEntry, entry_of
 from ledger.service.ports import Journal, Received
@@ -20,14 +21,19 @@ class PostFacts:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
 
-    async def handle(self, facts: Iterable[tuple[str, Fact]]) -> None:
-        """``facts``: pairs of message id and fact. All of them are written, or none."""
+    async def handle(
+        self, facts: Iterable[tuple[str, Fact]], positions: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """``facts``: pairs of message id and fact; ``positions``: the places of messages in the feed, by id. All facts are written, or
+        none.
+        """
         entries: dict[str, Received] = {}
         for message_id, fact in facts:
             entry = entry_of(fact)
             if entry is None:
                 continue
-            first = entries.setdefault(entry.journal_entry_id, Received(message_id, entry))
+            received = Received(message_id, entry, positions.get(message_id, 0))
+            first = entries.setdefault(entry.journal_entry_id, received)
             if first.entry is not entry:
                 _check_same(first.entry, entry)
         if entries:

@@ -10,8 +10,9 @@ import asyncpg
 import pytest
 
 from kernel.errors import InvalidArgument, NotFound, ResourceExhausted
+from ledger.adapters import postgres
 from ledger.adapters.postgres import PostgresJournal
-from ledger.domain import CurrencySums, EntryInvalid, Fact, FactKind, JournalEntry, Posting, Side
+from ledger.domain import Applied, CurrencySums, EntryInvalid, Fact, FactKind, JournalEntry, Posting, Side
 from ledger.service import EntryContradicted, PostFacts, ReadLedger, Received, read_ledger
 from runtime.postgres import Pool, create_pool
 
@@ -318,3 +319,74 @@ async def test_position_and_time_survive_the_way_through_the_database(
     assert rows[0].position > rows[1].position
     assert {row.entry.occur_time_us for row in rows} == {OCCUR_US}
     assert abs(rows[0].create_time_us - rows[1].create_time_us) == 0
+
+
+# --- as the comparison with the wallet needs it (ledger/domain/comparison.py)
+
+
+async def positioned(post: PostFacts, *references: tuple[str, int], seller: str = "S1") -> None:
+    await post.handle(
+        [fact(reference, seller=seller) for reference, _ in references],
+        {f"CAPTURE-{reference}": position for reference, position in references},
+    )
+
+
+async def test_entries_beyond_what_is_applied_elsewhere_come_with_the_balances(
+    post: PostFacts, journal: PostgresJournal
+) -> None:
+    await post.handle([fact("OLD")])  # from a version without positions
+    await positioned(post, ("A", 1), ("B", 2), ("C", 5))
+    await positioned(post, ("D", 3), ("E", 9), seller="S2")
+    names = ["seller/S1/USD", "psp/sandbox/clearing/USD", "seller/nobody/USD"]
+    balances, late = await journal.balances(names, Applied(((1, 1), (3, 3), (5, 5))))
+    assert balances == {"seller/S1/USD": 4 * 7500, "psp/sandbox/clearing/USD": -6 * 7500}
+    assert {entry.position: dict(entry.postings) for entry in late} == {
+        2: {"psp/sandbox/clearing/USD": -7500, "seller/S1/USD": 7500},
+        9: {"psp/sandbox/clearing/USD": -7500, "seller/S2/USD": 7500},
+    }
+    assert {entry.owner for entry in late} == {"seller/S1/USD", "seller/S2/USD"}
+    assert all(0 <= entry.age_s < 60 for entry in late)
+    assert (await journal.balances(names, Applied(((1, 9),))))[1] == []
+    assert len((await journal.balances(names, Applied()))[1]) == 5
+
+
+async def test_an_entry_keeps_the_position_that_it_was_written_with(post: PostFacts, journal: PostgresJournal) -> None:
+    await positioned(post, ("A", 7))
+    await post.handle(
+        [fact("A", message_id="the same fact in another message")], {"the same fact in another message": 8}
+    )
+    assert [entry.position for entry in (await journal.balances([], Applied()))[1]] == [7]
+
+
+async def test_too_many_entries_beyond_it_are_an_error_not_a_burden(
+    post: PostFacts, journal: PostgresJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "LATE_ENTRY_COUNT_MAX", 2)
+    await positioned(post, ("A", 1), ("B", 2))
+    assert len((await journal.balances([], Applied()))[1]) == 2
+    await positioned(post, ("C", 3))
+    with pytest.raises(ResourceExhausted, match="more than 2 events"):
+        await journal.balances([], Applied())
+    assert len((await journal.balances([], Applied(((1, 1),))))[1]) == 2
+
+
+async def test_names_come_by_code_point_as_the_wallet_has_them(post: PostFacts, journal: PostgresJournal) -> None:
+    sellers = ["a", "B", "é", "Z", "_", "10", "9"]
+    await post.handle([fact(f"ORD-{number}", seller=seller) for number, seller in enumerate(sellers)])
+    wanted = sorted(f"seller/{seller}/USD" for seller in sellers)
+    assert await journal.names("seller/", "", 100) == wanted
+    assert await journal.names("seller/", wanted[1], 3) == wanted[2:5]
+    assert await journal.names("seller/B", "", 100) == ["seller/B/USD"]
+    assert await journal.names("", "", 1) == ["psp/sandbox/clearing/USD"]
+
+
+async def test_the_look_at_a_page_stays_on_its_indexes(post: PostFacts, journal: PostgresJournal, pool: Pool) -> None:
+    await pool.execute("SET enable_seqscan = off")
+    plan = await pool.fetch(
+        "EXPLAIN " + postgres._BALANCES, ["seller/S1/USD"], [11], [2**62], postgres.LATE_AGE_MAX, 100
+    )
+    text = "\n".join(row[0] for row in plan)
+    assert "journal_entry_feed_position" in text
+    assert "Seq Scan" not in text
+    plan = await pool.fetch("EXPLAIN " + postgres._NAMES, "seller/S1", "seller/", 100)
+    assert "account_name_by_code_point" in "\n".join(row[0] for row in plan)
