@@ -22,6 +22,7 @@ COMMANDS = (
     "feed",
     "payment",
     "wallet",
+    "check",
     "bench",
     "simulate",
 )

@@ -13,6 +13,7 @@ import pytest
 
 from ducat.ledger.v1 import ledger_pb2
 from ducat.payment.v1 import payment_pb2
+from ops.__main__ import main
 from ops.demo import EventRefused, Outcome, _wait, order_state, payout_state, run_checkout
 from ops.platform import DataFolderBusy, Platform
 from tests.e2e.checkouts import checkout
@@ -144,3 +145,29 @@ async def test_a_refund_in_the_dashboard_leaves_the_wallet_before_the_next_payou
         again = await run_checkout(platform, json.dumps(body).encode(), log=print, pay_out=False)
         assert again.as_json()["wallets"][wallet] == 500
         assert again.invariants() == {"wallet_zero_sum": True, "ledger_balanced": True, "wallet_matches_ledger": True}
+
+
+async def test_ducat_check_says_that_all_money_is_there(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While checkouts go on."""
+    for name in ("payment", "executor", "wallet", "ledger"):
+        monkeypatch.setenv(f"DUCAT_{name.upper()}_ADDRESS", platform.grpc_address(name))
+    paying = asyncio.gather(
+        *(run_checkout(platform, checkout(3, sellers=5), log=lambda line: None, pay_out=False) for _ in range(8))
+    )
+    code = await asyncio.to_thread(main, ["check", "--json", "--wait", "60"])
+    told = json.loads(capsys.readouterr().out)
+    assert (code, told["verdict"]) == (0, "ok"), told
+    assert {name: one["verdict"] for name, one in told["checks"].items()} == dict.fromkeys(
+        ("wallet", "ledger", "wallet_against_ledger", "feeds"), "ok"
+    )
+    assert told["checks"]["wallet_against_ledger"]["accounts"] > 0
+    assert {(one["topic"], one["consumer"]) for one in told["checks"]["feeds"]["consumers"]} >= {
+        ("payment.commands", "executor"),
+        ("payment.events", "wallet"),
+        ("payment.events", "ledger"),
+        ("executor.events", "payment"),
+        ("wallet.events", "payment"),
+    }
+    await paying

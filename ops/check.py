@@ -1,0 +1,326 @@
+"""`ducat check`: is all money there?
+
+    wallet            all balances and the money in flight add up to 0
+    ledger            debits equal credits in every currency
+    wallet = ledger   every account, as of the same events
+    feeds             every consumer has proven that it applied everything that was published
+
+Ends with 0: all is well; 1: something differs; 2: it cannot be told, because a process does not answer, or events are still under way
+after --wait. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from kernel.errors import DucatError
+from runtime.settings import Settings
+
+if TYPE_CHECKING:
+    from ducat.ledger.v1 import ledger_pb2
+    from runtime.channel import Channel
+
+__all__ = ["add_parser", "run"]
+
+WAIT_S = 120.0
+POLL_S = 2.0
+CALL_S = 600.0
+"""Deadline of one call; a comparison of very many accounts takes minutes."""
+UNDER_WAY_S = 5.0
+"""Events that are younger are no reason to ask again."""
+LINES_MAX = 20
+OK, DIFFERS, UNKNOWN = "ok", "differs", "unknown"
+_EXIT_CODES = {OK: 0, DIFFERS: 1, UNKNOWN: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one check found. `lines`: the details for people, `todo`: what to do next, `facts`: the same for machines. `at_last`: what
+    `unknown` is where waiting did not change it."""
+
+    name: str
+    verdict: str
+    text: str
+    lines: list[str] = field(default_factory=list)
+    todo: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    at_last: str = UNKNOWN
+
+
+def add_parser(subparsers: Any) -> None:
+    """`ducat check`."""
+    text = "is all money there? Adds up the wallet and the ledger, compares the two, and asks whether every event was applied"
+    parser = subparsers.add_parser(
+        "check", help=text, description=f"{text}. Exit code: 0 all is well, 1 something differs, 2 it cannot be told."
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=WAIT_S,
+        metavar="SECONDS",
+        help=f"how long to wait for events that are under way and processes that do not answer (default {WAIT_S:g})",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the checks; returns the exit code."""
+    return asyncio.run(_run(args, Settings.load()))
+
+
+async def _run(args: argparse.Namespace, settings: Settings) -> int:
+    from runtime.channel import open_channel
+
+    begin = time.monotonic()
+    addresses = {
+        "payment": settings.payment_address,
+        "executor": settings.executor_address,
+        "wallet": settings.wallet_address,
+        "ledger": settings.ledger_address,
+    }
+    channels = {name: open_channel(address, settings) for name, address in addresses.items()}
+    deadline = begin + max(args.wait, 0.0)
+    checks: dict[str, Callable[[dict[str, Channel]], Awaitable[Verdict]]] = {
+        "wallet": _wallet,
+        "ledger": _ledger,
+        "wallet = ledger": _compare,
+        "feeds": _Feeds(addresses).check,
+    }
+    try:
+        found = await asyncio.gather(*(_until(name, check, channels, deadline) for name, check in checks.items()))
+    finally:
+        for channel in channels.values():
+            await channel.close()
+    verdict = next((each for each in (DIFFERS, UNKNOWN) if any(one.verdict == each for one in found)), OK)
+    _show(found, verdict, time.monotonic() - begin, as_json=args.json)
+    return _EXIT_CODES[verdict]
+
+
+async def _until(
+    name: str,
+    check: Callable[[dict[str, Channel]], Awaitable[Verdict]],
+    channels: dict[str, Channel],
+    deadline: float,
+) -> Verdict:
+    """What a check says at last: `unknown` is asked again until the deadline."""
+    while True:
+        try:
+            found = await check(channels)
+        except DucatError as error:
+            todo = "look at `ducat config` for the addresses, tokens and certificates, and whether the process runs"
+            found = Verdict(name, UNKNOWN, f"{error} ({error.reason})", todo=todo)
+        if found.verdict != UNKNOWN:
+            return found
+        if time.monotonic() >= deadline:
+            return replace(found, verdict=found.at_last)
+        await asyncio.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
+
+
+async def _call(method: Any, request: Any) -> Any:
+    from runtime.errors import typed_rpc_errors
+
+    with typed_rpc_errors():
+        return await method(request, timeout=CALL_S)
+
+
+async def _wallet(channels: dict[str, Channel]) -> Verdict:
+    from ducat.wallet.v1 import shard_pb2, wallet_service_pb2_grpc
+
+    stub: Any = wallet_service_pb2_grpc.ShardServiceStub(channels["wallet"])
+    answer = await _call(stub.CheckBalances, shard_pb2.CheckBalancesRequest())
+    wrong = {one.currency_code: one.imbalance_minor for one in answer.balances if one.imbalance_minor}
+    facts = {
+        "imbalances": wrong,
+        "in_flight": {one.currency_code: one.in_flight_minor for one in answer.balances},
+        "uneven_shards": [[one.shard, one.currency_code, one.amount_minor] for one in answer.uneven_shards],
+        "positions": {str(one.shard): one.sequence_number for one in answer.positions},
+    }
+    if answer.ok:
+        currencies = ", ".join(one.currency_code for one in answer.balances) or "no currency yet"
+        return Verdict("wallet", OK, f"balances and money in flight add up to 0 ({currencies})", facts=facts)
+    return Verdict(
+        "wallet",
+        DIFFERS,
+        "balances and money in flight do not add up to 0",
+        [
+            *(f"{currency}: {minor:+,} minor units" for currency, minor in wrong.items()),
+            *(f"shard {shard}: {minor:+,} {currency}" for shard, currency, minor in facts["uneven_shards"]),
+        ],
+        "stop payouts, keep the logs, run `ducat wallet verify`",
+        facts,
+    )
+
+
+async def _ledger(channels: dict[str, Channel]) -> Verdict:
+    from ducat.ledger.v1 import ledger_pb2, ledger_pb2_grpc
+
+    stub: Any = ledger_pb2_grpc.LedgerServiceStub(channels["ledger"])
+    answer = await _call(stub.GetTrialBalance, ledger_pb2.GetTrialBalanceRequest())
+    facts = {
+        one.currency_code: {"debit_minor": one.debit_minor, "credit_minor": one.credit_minor} for one in answer.lines
+    }
+    if answer.balanced:
+        currencies = ", ".join(facts) or "no entry yet"
+        return Verdict("ledger", OK, f"debits equal credits ({currencies})", facts=facts)
+    return Verdict(
+        "ledger",
+        DIFFERS,
+        "debits do not equal credits, or the accounts' sums are not those of their postings",
+        [f"{one.currency_code}: debits {one.debit_minor:,}, credits {one.credit_minor:,}" for one in answer.lines],
+        "somebody wrote to the ledger's tables; compare them with a backup (docs/ledger.md)",
+        facts,
+    )
+
+
+async def _compare(channels: dict[str, Channel]) -> Verdict:
+    from ducat.ledger.v1 import ledger_pb2, ledger_pb2_grpc
+
+    stub: Any = ledger_pb2_grpc.LedgerServiceStub(channels["ledger"])
+    answer: ledger_pb2.CompareWalletResponse = await _call(stub.CompareWallet, ledger_pb2.CompareWalletRequest())
+    age_s = answer.under_way_age.ToNanoseconds() / 1e9
+    facts = {
+        "complete": answer.complete,
+        "problem": answer.problem,
+        "accounts": answer.account_count,
+        "difference_count": answer.difference_count,
+        "differences": [
+            {
+                "account": one.account_name,
+                "currency": one.currency_code,
+                "wallet_minor": one.wallet_balance_minor,
+                "ledger_minor": one.ledger_balance_minor,
+                "difference_minor": one.difference_minor,
+            }
+            for one in answer.differences
+        ],
+        "positions": {
+            one.process: {
+                "applied": one.applied_position,
+                "last": one.last_position,
+                "lacking": list(one.lacking_positions),
+            }
+            for one in answer.progress
+        },
+        "under_way": answer.under_way_count,
+        "under_way_s": round(age_s, 3),
+    }
+    name = "wallet = ledger"
+    if answer.difference_count:
+        lines = [
+            f"{one.account_name}: wallet {one.wallet_balance_minor:,}, ledger {one.ledger_balance_minor:,},"
+            f" difference {one.difference_minor:+,}"
+            for one in answer.differences
+        ]
+        for side in answer.progress:
+            lines.append(
+                f"{side.process} has applied everything up to event {side.applied_position}, and some up to {side.last_position}"
+            )
+            if side.lacking_positions:
+                lines.append(
+                    f"{side.process} lacks event {', '.join(map(str, side.lacking_positions))} of payment.events"
+                )
+        todo = (
+            "stop payouts of these accounts; events that one side lacks: `ducat feed` and `ducat bus dead-letter list` say why;"
+            " else compare `ducat wallet history ACCOUNT` with the ledger's entries (docs/ledger.md)"
+        )
+        return Verdict(name, DIFFERS, f"{answer.difference_count:,} accounts differ", lines, todo, facts)
+    if not answer.complete:
+        todo = "ask again; if it stays so, see the logs of ledger and wallet"
+        return Verdict(name, UNKNOWN, answer.problem, todo=todo, facts=facts)
+    if answer.under_way_count and age_s > UNDER_WAY_S:
+        text = f"{answer.under_way_count:,} events have been under way to the wallet for up to {age_s:.0f} s"
+        return Verdict(name, UNKNOWN, text, todo="ask again; `ducat feed` says how far the wallet is", facts=facts)
+    at = max((one.last_position for one in answer.progress), default=0)
+    return Verdict(
+        name, OK, f"{answer.account_count:,} accounts agree, as of event {at:,} of payment.events", facts=facts
+    )
+
+
+class _Feeds:
+    """Every consumer has proven what was published when the check began."""
+
+    def __init__(self, addresses: dict[str, str]) -> None:
+        self._addresses = addresses
+        self._wanted: dict[tuple[str, str], int] = {}
+
+    async def check(self, channels: dict[str, Channel]) -> Verdict:
+        from ducat.event.v1 import feed_pb2, feed_pb2_grpc
+
+        publishers = ("payment", "executor", "wallet")
+        answers = await asyncio.gather(
+            *(
+                _call(
+                    feed_pb2_grpc.FeedServiceStub(channels[name]).ListFeedConsumers, feed_pb2.ListFeedConsumersRequest()
+                )
+                for name in publishers
+            )
+        )
+        rows: list[dict[str, Any]] = []
+        faults: list[str] = []
+        behind: list[str] = []
+        now_s = time.time()
+        for publisher, answer in zip(publishers, answers, strict=True):
+            for one in answer.consumers:
+                wanted = self._wanted.setdefault((one.topic, one.consumer), one.head_position)
+                asked_s = now_s - one.update_time.ToNanoseconds() / 1e9
+                rows.append(
+                    {
+                        "publisher": publisher,
+                        "topic": one.topic,
+                        "consumer": one.consumer,
+                        "proven": one.proven_position,
+                        "head": one.head_position,
+                        "missing": one.missing_count,
+                        "problem": one.problem,
+                    }
+                )
+                who = f"{one.consumer} of {one.topic}"
+                if one.problem:
+                    faults.append(f"{who}: {one.problem}")
+                elif one.proven_position < wanted:
+                    lacks = f", {one.missing_count:,} of them missing" if one.missing_count else ""
+                    behind.append(
+                        f"{who} has proven {one.proven_position:,} of {wanted:,}{lacks}; it asked {asked_s:.0f} s ago"
+                    )
+        facts = {"consumers": rows}
+        todo = "`ducat feed` shows what is missing and why"
+        if faults:
+            return Verdict("feeds", DIFFERS, "a consumer cannot go on by itself", [*faults, *behind], todo, facts)
+        if behind:
+            is_missing = any(row["missing"] for row in rows)
+            text = "consumers have not applied everything" + (", and some of it is missing" if is_missing else " yet")
+            return Verdict("feeds", UNKNOWN, text, behind, todo, facts, at_last=DIFFERS if is_missing else UNKNOWN)
+        return Verdict("feeds", OK, f"{len(rows)} consumers have proven that they applied everything", facts=facts)
+
+
+def _show(found: Sequence[Verdict], verdict: str, seconds: float, *, as_json: bool) -> None:
+    if as_json:
+        checks = {
+            one.name.replace(" = ", "_against_"): {"verdict": one.verdict, "text": one.text, **one.facts}
+            for one in found
+        }
+        record = {"ok": verdict == OK, "verdict": verdict, "seconds": round(seconds, 2), "checks": checks}
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+        return
+    for one in found:
+        print(f"{one.name:<16} {one.verdict:<8} {one.text}")
+        for line in one.lines[:LINES_MAX]:
+            print(f"{'':25} {line}")
+        if len(one.lines) > LINES_MAX:
+            print(f"{'':25} and {len(one.lines) - LINES_MAX} more (--json has them)")
+        if one.todo:
+            print(f"{'':25} → {one.todo}")
+    last = {
+        OK: "all money is there",
+        DIFFERS: "MONEY IS MISSING OR TOO MUCH: see above what to do",
+        UNKNOWN: "it cannot be told whether all money is there: see above why",
+    }[verdict]
+    print(f"{last} ({seconds:.1f} s)", file=sys.stdout if verdict == OK else sys.stderr, flush=True)
