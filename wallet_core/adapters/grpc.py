@@ -511,6 +511,7 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
         if self._reset is None:
             raise FailedPrecondition("this wallet has no read model (wallet_projection is off, or wallet_alone is on)")
         return shard_pb2.RebuildReadModelResponse(removed_key_count=await self._reset())
+
     async def ListAccountNames(
         self, request: shard_pb2.ListAccountNamesRequest, context: Any
     ) -> shard_pb2.ListAccountNamesResponse:
