@@ -56,7 +56,7 @@ $(VENV)/.built: $(VENV)/.synced $(BUILD_INPUTS)
 
 lock:
 	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra telemetry --group build --group dev pyproject.toml --output-file requirements.lock
+	  --extra telemetry --extra s3 --group build --group dev pyproject.toml --output-file requirements.lock
 
 clean:
 	@rm -rf build $(VENV) buf ducat/*/v1 *.egg-info && find . -name '*.so' -delete

@@ -23,6 +23,7 @@ COMMANDS = (
     "payment",
     "wallet",
     "check",
+    "backup",
     "bench",
     "simulate",
 )

@@ -108,6 +108,11 @@ def add_parser(subparsers: Any) -> None:
     restore.add_argument("--shard", type=_shard_number, required=True)
     restore.add_argument("--from", dest="source", type=Path, required=True, help="folder with snapshots and segments")
     restore.add_argument("--to", dest="target", type=Path, help="data folder (default: the settings' data_dir/wallet)")
+    upto = restore.add_mutually_exclusive_group()
+    upto.add_argument(
+        "--to-event", type=int, metavar="SEQ", help="end with this event, or with the last batch before it (default: all there is)"
+    )
+    upto.add_argument("--at", metavar="TIME", help="end with the last batch at or before 2026-01-31T12:00:00Z")
     restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
     accept = add("accept", "go on with a shard as its folder is now, older or empty; the wallet must be stopped")
     accept.add_argument("--shard", type=_shard_number, required=True)
@@ -792,9 +797,16 @@ async def _rebuild(session: _Session) -> int:
 
 
 def _restore(args: argparse.Namespace, settings: Settings) -> int:
-    from wallet_core.adapters.restore import restore_shard
+    from wallet_core.adapters.restore import END, Cut, restore_shard
     from wallet_core.bootstrap import host_config
 
+    if args.to_event is not None and args.to_event < 1:
+        raise InvalidArgument(f"--to-event {args.to_event}: events are numbered from 1")
+    cut = END
+    if args.to_event is not None:
+        cut = Cut(sequence=args.to_event)
+    elif args.at:
+        cut = Cut(time_ns=_time_ns(args.at))
     config = host_config(settings)
     if args.target:
         config = replace(config, data_dir=args.target)
@@ -808,7 +820,7 @@ def _restore(args: argparse.Namespace, settings: Settings) -> int:
             progress = _Progress(what, end, quiet=args.json)
         progress.at(at)
 
-    report = restore_shard(config, args.source, args.shard, dry_run=args.dry_run, note=note)
+    report = restore_shard(config, args.source, args.shard, dry_run=args.dry_run, cut=cut, note=note)
     if progress is not None:
         progress.end()
     if not args.dry_run and config.data_dir.absolute() == host_config(settings).data_dir.absolute():

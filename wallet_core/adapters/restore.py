@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from kernel.errors import FailedPrecondition, NotFound
-from wallet_core.event_log import EventLogError, LogDamaged
-from wallet_core.event_log.file import make_folder, sync_folder
+from wallet_core.event_log import EventLogError, LogDamaged, read_frames
+from wallet_core.event_log.file import make_folder, open_reader, sync_folder
 from wallet_core.shard.identity import (
     DataFileDamaged,
     ShardsMismatch,
@@ -35,10 +35,11 @@ from wallet_core.shard.port import ShardHostConfig, ShardHostError, shard_folder
 from wallet_core.shard.recovery import Progress, rebuild, recover_shard
 from wallet_core.snapshot import SnapshotDamaged, check
 
-__all__ = ["restore_shard"]
+__all__ = ["END", "Cut", "restore_shard"]
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 _MARK = "durable.mark"
+_FOREVER = 2**64 - 2
 Note = Callable[[str, int, int], None]
 """Told what goes on, how far it is, and where it ends (0 = unknown)."""
 
@@ -53,15 +54,43 @@ class _Source:
     mark: Path | None
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a restored shard is to end: with the last whole frame at or before event `sequence`, and `time_ns` (unix). A frame is
+    a batch, all or nothing: an event inside one is no place to end, so the shard ends before it."""
+
+    sequence: int = _FOREVER
+    time_ns: int = _FOREVER
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is wherever the log ends."""
+        return self.sequence == self.time_ns == _FOREVER
+
+
+END = Cut()
+
+
 def restore_shard(
-    config: ShardHostConfig, source: Path, shard: int, *, dry_run: bool, note: Note = lambda what, at, end: None
+    config: ShardHostConfig,
+    source: Path,
+    shard: int,
+    *,
+    dry_run: bool,
+    cut: Cut = END,
+    whole_log: bool = False,
+    move: bool = False,
+    note: Note = lambda what, at, end: None,
 ) -> dict[str, Any]:
     """Restores one shard into `config.data_dir`, or says what that would do.
+
+    `cut`: how far. `whole_log`: also the segments before the snapshot, which only looks into the past need. `move`: the
+    source's files are not needed any more and on the same disk.
 
     Returns {"steps": lines for people, "shard", "snapshot", "segments", "copied_bytes", "sequence_number",
     "digest", "identity", "time_ns"}; the last two are for `rebind`, without which the wallet's database refuses the
     shard. Raises NotFound (nothing to restore from), FailedPrecondition (the target is not empty, or the source does
-    not lead to a state).
+    not lead to a state, or not as far as the cut).
     """
     target = shard_folder(config.data_dir, shard)
     if target.exists() and any(path.is_file() for path in target.rglob("*")):
@@ -73,9 +102,12 @@ def restore_shard(
         except (ShardsMismatch, DataFileDamaged) as error:
             raise FailedPrecondition(str(error)) from error
     steps: list[str] = []
-    snapshot = _choose_snapshot(found, shard, steps, note)
+    snapshot = _choose_snapshot(found, shard, cut, steps, note)
     begin = snapshot[0] + 1 if snapshot else 1
     segments = _needed_segments(found, begin, source)
+    if whole_log:
+        segments = found.segments
+    segments = [one for one in segments if one[0] <= cut.sequence] or segments[:1]
     files = [path for _, path in segments] + ([snapshot[1]] if snapshot else []) + ([found.mark] if found.mark else [])
     size = sum(path.stat().st_size for path in files)
     if snapshot:
@@ -87,10 +119,15 @@ def restore_shard(
         staged = replace(config, data_dir=staging.folder, shard_ids=(shard,), kafka=None)  # no owner is disturbed
         if dry_run:
             staging.link(snapshot, segments, found.mark)
-            sequence, digest = _replay_in_place(staged, shard, steps, note)
+            sequence, digest = _replay_in_place(staged, shard, cut, steps, note)
             identity, time_ns = "", 0
         else:
-            staging.copy(snapshot, segments, found.mark, lambda at: note("copy", at, size))
+            if move:
+                staging.move(snapshot, segments)
+            else:
+                staging.copy(snapshot, segments, found.mark, lambda at: note("copy", at, size))
+            if not cut.is_end:
+                steps.append(_cut_log(shard_folder(staging.folder, shard) / "log", shard, cut))
             sequence, digest, time_ns = _recover(staged, shard, steps, note)
             identity = new_identity()  # the disk that was lost may turn up again: it is not this shard any more
             write_identity(staged, shard, identity)
@@ -136,8 +173,10 @@ def _numbered(folder: Path, suffix: str) -> list[tuple[int, Path]]:
     )
 
 
-def _choose_snapshot(found: _Source, shard: int, steps: list[str], note: Note) -> tuple[int, Path] | None:
+def _choose_snapshot(found: _Source, shard: int, cut: Cut, steps: list[str], note: Note) -> tuple[int, Path] | None:
     for sequence, path in found.snapshots:
+        if sequence > cut.sequence:
+            continue
         try:
             header = check(path, lambda at, end: note("check the snapshot", at, end))
         except (SnapshotDamaged, OSError) as error:
@@ -145,6 +184,8 @@ def _choose_snapshot(found: _Source, shard: int, steps: list[str], note: Note) -
             continue
         if header.shard != shard:
             steps.append(f"pass over {path.name}: it is of shard {header.shard}")
+            continue
+        if header.timestamp_ns > cut.time_ns:
             continue
         return sequence, path
     return None
@@ -221,6 +262,17 @@ class _Staging:
         for name in ("log", "snapshots"):
             sync_folder(self._place(name))
 
+    def move(self, snapshot: tuple[int, Path] | None, segments: list[tuple[int, Path]]) -> None:
+        for source, place in self._pairs(snapshot, segments, None):
+            source.rename(place)
+            descriptor = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        for name in ("log", "snapshots"):
+            sync_folder(self._place(name))
+
     def publish(self, target: Path) -> None:
         """Only ever into a place without files: a wallet that was started meanwhile may write there by now."""
         made = shard_folder(self.folder, self._shard)
@@ -236,6 +288,51 @@ class _Staging:
         sync_folder(target.parent)
 
 
+def _cut_log(folder: Path, shard: int, cut: Cut) -> str:
+    """Ends the log in `folder` with the last whole frame within the cut. The durable mark goes: it may be of an event behind that."""
+    firsts = [first for first, _ in _numbered(folder, ".seg")]
+    if not firsts:
+        return "the log has no segments, nothing to cut"
+    try:
+        reader = open_reader(folder, shard, firsts[0])
+        assert reader is not None
+        segment, offset, last = firsts[0], 0, firsts[0] - 1
+        while (row := reader.read(cut.sequence)) is not None:
+            frame_last = row[0] + row[1] - 1
+            if frame_last > cut.sequence or row[2] > cut.time_ns:
+                break
+            segment, offset, last = reader.segment_first, reader.offset, frame_last
+        if row is None and reader.damage is not None:  # a torn tail, or worse: recovery tells, by the log's rules
+            if cut.sequence < _FOREVER:
+                raise LogDamaged(reader.file, reader.offset, reader.damage)
+            return "the log ends before the wanted time"
+        is_over = row is None and reader.read() is None
+    except EventLogError as error:
+        raise FailedPrecondition(f"the source does not lead to a state: {error}") from error
+    _check_reached(cut, last, firsts[0], is_over)
+    for first in firsts:
+        if first > segment:
+            (folder / f"{first:020d}.seg").unlink()
+    with open(folder / f"{segment:020d}.seg", "r+b") as file:
+        left = file.seek(0, os.SEEK_END) - offset
+        file.seek(offset)
+        while left > 0:  # real zeros, as in every segment: then appending changes no metadata
+            left -= file.write(bytes(min(left, _CHUNK_BYTES)))
+        file.flush()
+        os.fsync(file.fileno())
+    (folder / _MARK).unlink(missing_ok=True)
+    sync_folder(folder)
+    return f"end the log with event {last}, the last of its batch"
+
+
+def _check_reached(cut: Cut, last: int, first: int, is_over: bool) -> None:
+    """`last`: where the cut ends; `is_over`: nothing follows in the source."""
+    if last < first:
+        raise FailedPrecondition("the source has no event at or before the wanted end; it begins later")
+    if is_over and last < cut.sequence < _FOREVER:
+        raise FailedPrecondition(f"the source ends with event {last}, before the wanted event {cut.sequence}")
+
+
 def _recover(config: ShardHostConfig, shard: int, steps: list[str], note: Note) -> tuple[int, bytes, int]:
     try:
         recovered = recover_shard(config, shard, progress=_noting(note))
@@ -248,9 +345,11 @@ def _recover(config: ShardHostConfig, shard: int, steps: list[str], note: Note) 
     return status.sequence, recovered.engine.state_digest(), status.now_ns
 
 
-def _replay_in_place(config: ShardHostConfig, shard: int, steps: list[str], note: Note) -> tuple[int, bytes]:
+def _replay_in_place(config: ShardHostConfig, shard: int, cut: Cut, steps: list[str], note: Note) -> tuple[int, bytes]:
     try:
-        engine, _ = rebuild(config, shard, progress=_noting(note))
+        engine, _ = rebuild(
+            config, shard, upto_sequence=cut.sequence, upto_timestamp_ns=cut.time_ns, progress=_noting(note)
+        )
     except LogDamaged as damage:
         last = _last_good(config, shard, damage)
         steps.append(
@@ -260,13 +359,16 @@ def _replay_in_place(config: ShardHostConfig, shard: int, steps: list[str], note
         engine = last
     except (EventLogError, ShardHostError, SnapshotDamaged) as error:
         raise FailedPrecondition(f"the source does not lead to a state: {error}") from error
-    return engine.status().sequence, engine.state_digest()
+    sequence = engine.status().sequence
+    if not cut.is_end:
+        folder = shard_folder(config.data_dir, shard) / "log"
+        following = next(read_frames(folder, shard, sequence + 1), None)
+        _check_reached(cut, sequence, 1, following is None)
+    return sequence, engine.state_digest()
 
 
 def _last_good(config: ShardHostConfig, shard: int, damage: LogDamaged) -> Any:
     """The state before the damage."""
-    from wallet_core.event_log import read_frames
-
     last = 0
     try:
         for frame in read_frames(shard_folder(config.data_dir, shard) / "log", shard, _first(config, shard)):

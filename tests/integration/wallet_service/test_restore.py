@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import time
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from kernel.errors import FailedPrecondition, NotFound
+from kernel.errors import FailedPrecondition, InvalidArgument, NotFound
 from kernel.ids import account_id, uuid7
 from ops.wallet import add_parser
 from wallet_core.adapters.archive import FileArchive
-from wallet_core.adapters.restore import restore_shard
+from wallet_core.adapters.restore import Cut, restore_shard
+from wallet_core.event_log import read_frames
 from wallet_core.service.port import AccountRow, TransferRow
 from wallet_core.shard import ShardHostConfig, ShardsMismatch, WalletHost, open_host
 
@@ -139,7 +141,6 @@ async def test_nothing_is_ever_written_over(source: Path, tmp_path: Path) -> Non
 async def test_the_command_says_what_it_would_do(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import argparse
 
     monkeypatch.setenv("DUCAT_WALLET_SHARD_COUNT", "1")
     parser = argparse.ArgumentParser()
@@ -180,3 +181,82 @@ def test_a_shard_of_another_number_of_shards_is_refused(source: Path, tmp_path: 
     restore_shard(config(tmp_path / "target"), source, 0, dry_run=False)
     with pytest.raises(ShardsMismatch):
         open_host(four)
+
+
+@pytest.fixture
+async def whole_source(tmp_path: Path) -> Path:
+    """A shard that has kept its log from the first event, over three segments, with a snapshot in the middle."""
+    host = await WalletHost.open(replace(config(tmp_path / "source"), keep_history=True))
+    await host.create_accounts([AccountRow(CLEARING, "USD", 12), AccountRow(SELLER, "USD")])
+    await pay(host, 24_000, 1)
+    await host.snapshot(0)
+    await pay(host, 24_000, 2)
+    await host.close()
+    return tmp_path / "source"
+
+
+def borders(folder: Path) -> list[tuple[int, int, str]]:
+    """(last event, time, digest) of every frame."""
+    frames = read_frames(folder / "shard-0000" / "log", 0)
+    return [(frame.last_sequence, frame.timestamp_ns, frame.digest.hex()) for frame in frames]
+
+
+async def test_a_shard_ends_where_it_was_chosen(whole_source: Path, tmp_path: Path) -> None:
+    source = whole_source
+    frames = borders(source)
+    early, late = len(frames) // 4, 3 * len(frames) // 4
+    wanted = [(Cut(sequence=frames[0][0]), 0)]
+    for at in (early, late):
+        last, time_ns, _ = frames[at]
+        wanted += [
+            (Cut(sequence=last), at),
+            (Cut(sequence=last + 1), at),  # inside the next batch
+            (Cut(time_ns=time_ns), at),
+            (Cut(time_ns=frames[at + 1][1] - 1), at),
+        ]
+    wanted.append((Cut(time_ns=time.time_ns()), len(frames) - 1))
+    for number, (cut, at) in enumerate(wanted):
+        target = tmp_path / f"target-{number}"
+        for dry_run in (True, False):
+            report = restore_shard(config(target), source, 0, dry_run=dry_run, cut=cut)
+            assert (report["sequence_number"], report["digest"]) == (frames[at][0], frames[at][2]), cut
+    target = tmp_path / "target-5"  # and it goes on from there
+    host = await WalletHost.open(config(target))
+    await pay(host, 5, 30)
+    await host.close()
+    last = (await state_of(target))[0]
+    end = FileArchive(config(target)).verify(0, last, lambda at: True)
+    assert (end.ok, end.problem, last) == (True, "", frames[late][0] + 5)
+
+
+async def test_an_end_that_is_not_in_the_source_is_refused(whole_source: Path, tmp_path: Path) -> None:
+    frames = borders(whole_source)
+    for cut, words in (
+        (Cut(sequence=frames[-1][0] + 1), f"ends with event {frames[-1][0]}, before the wanted event"),
+        (Cut(time_ns=frames[0][1] - 1), "no event at or before"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(FailedPrecondition, match=words):
+                restore_shard(config(tmp_path / "target"), whole_source, 0, dry_run=dry_run, cut=cut)
+    assert not list(tmp_path.glob("target/shard-*"))
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(words)
+    args.run(args)
+
+
+def test_the_command_takes_an_event_or_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, said in (
+        (["--to-event", "0"], "numbered from 1"),
+        (["--at", "yesterday"], "expected a time such as"),
+        (["--to-event", "1", "--at", "2026-01-31T12:00:00Z"], "not allowed with"),
+    ):
+        with pytest.raises((InvalidArgument, SystemExit)) as caught:
+            main(["wallet", "restore", "--shard", "0", "--from", str(tmp_path), *words])
+        assert said in f"{caught.value} {capsys.readouterr().err}"
