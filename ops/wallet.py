@@ -110,7 +110,10 @@ def add_parser(subparsers: Any) -> None:
     restore.add_argument("--to", dest="target", type=Path, help="data folder (default: the settings' data_dir/wallet)")
     upto = restore.add_mutually_exclusive_group()
     upto.add_argument(
-        "--to-event", type=int, metavar="SEQ", help="end with this event, or with the last batch before it (default: all there is)"
+        "--to-event",
+        type=int,
+        metavar="SEQ",
+        help="end with this event, or with the last batch before it (default: all there is)",
     )
     upto.add_argument("--at", metavar="TIME", help="end with the last batch at or before 2026-01-31T12:00:00Z")
     restore.add_argument("--dry-run", action="store_true", help="only say what would be done")

@@ -286,7 +286,9 @@ class Settings(BaseSettings):
         "", description="where `ducat backup` keeps backups: a folder, or s3://bucket/prefix; empty = given by --to"
     )
     backup_s3_endpoint: str = Field("", description="URL of an S3-compatible server; empty = Amazon's own")
-    backup_s3_region: str = Field("", description="region of the bucket; empty = what boto3 finds in its own configuration")
+    backup_s3_region: str = Field(
+        "", description="region of the bucket; empty = what boto3 finds in its own configuration"
+    )
     backup_s3_access_key: str = Field("", description="access key; empty = what boto3 finds (environment, role)")
     backup_s3_secret_key: SecretStr = Field(SecretStr(""), description="the secret of the access key")
 
