@@ -1,4 +1,6 @@
-"""`ducat bus dead-letter list|retry`: look at messages that no try could handle, and send them again."""
+"""`ducat bus dead-letter list|retry`: look at messages that no try could handle, and send them again.
+`ducat bus groups`, `ducat bus groups remove`: who reads what and how far behind, and the end of a group that nobody reads any more.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
 from ducat.event.v1.event_pb2 import Envelope
 from kernel.errors import Unavailable
 from runtime.bus import TOPICS, Bus, BusPolicy, open_bus
 from runtime.bus.dead_letter import DeadLetter, DeadLetterStore, list_dead_letters, retry, retry_all
+from runtime.bus.groups import Group, GroupStore, remove
 from runtime.embedded import EmbeddedValkey
 from runtime.settings import Settings
 
 __all__ = ["add_parser", "run"]
+
+TIME_MS_MAX = 253_402_300_799_000
+"""The end of the year 9999: a later time was written by nobody of ours."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,6 +49,15 @@ def add_parser(subparsers: Any) -> None:
         "--all", action="store_true", help="every dead letter of the topic, or of all topics without --topic"
     )
     again.add_argument("ids", nargs="*", metavar="ID", help="as `list` shows them; needs --topic")
+
+    groups = rooms.add_parser("groups", help="who reads which topic, and how far behind")
+    groups.add_argument("--topic", default="", help="one topic; default: all")
+    groups.add_argument("--json", action="store_true", help="one JSON object a line")
+    group_actions = groups.add_subparsers(dest="action", metavar="ACTION")
+    gone = group_actions.add_parser("remove", help="remove a group that nobody reads any more")
+    gone.add_argument("--topic", dest="of_topic", required=True, help=f"such as {', '.join(TOPICS)}")
+    gone.add_argument("--group", required=True, help="as `ducat bus groups` shows it")
+    gone.add_argument("--force", action="store_true", help="also while it has living members")
     parser.set_defaults(run=run)
 
 
@@ -61,9 +80,16 @@ async def _run(args: argparse.Namespace, settings: Settings) -> int:
         policy=BusPolicy(),
         name="ducat-bus",
     )
-    store = cast("DeadLetterStore", bus)
+    store, group_store = cast("DeadLetterStore", bus), cast("GroupStore", bus)
     try:
-        if args.action == "list":
+        if args.room == "groups" and args.action == "remove":
+            removed = await remove(group_store, args.of_topic, args.group, force=args.force)
+            print(
+                f"removed group {removed.name} of {removed.topic}: {removed.lag + removed.pending} messages it had not handled"
+            )
+        elif args.room == "groups":
+            _show_groups(await group_store.groups(args.topic), as_json=args.json)
+        elif args.action == "list":
             _show(await list_dead_letters(store, args.topic, limit=args.limit), as_json=args.json)
         else:
             topics = [args.topic] if args.topic else await store.dead_letter_topics()
@@ -97,10 +123,12 @@ def _show(letters: Sequence[DeadLetter], *, as_json: bool) -> None:
     for letter in letters:
         row = _row(letter)
         print(
-            f"{row['id']}  {row['topic']} → {row['group']}  {row['kind']}  key {row['key']}  message {row['message_id']}"
+            _printable(
+                f"{row['id']}  {row['topic']} → {row['group']}  {row['kind']}  key {row['key']}  message {row['message_id']}"
+            )
         )
         print(f"    {row['deliveries']} tries, first {row['first_failed']}, last {row['last_failed']}")
-        print(f"    {row['error']}")
+        print(f"    {_printable(row['error'])}")
 
 
 def _row(letter: DeadLetter) -> dict[str, Any]:
@@ -108,7 +136,7 @@ def _row(letter: DeadLetter) -> dict[str, Any]:
         "id": letter.id,
         "topic": letter.message.topic,
         "group": letter.group,
-        "kind": kind_of(letter.message.payload),
+        "kind": "(no message)" if letter.raw else kind_of(letter.message.payload),
         "key": letter.message.key,
         "message_id": letter.message.message_id,
         "deliveries": letter.delivery_count,
@@ -116,7 +144,46 @@ def _row(letter: DeadLetter) -> dict[str, Any]:
         "last_failed": _time_of(letter.last_failed_ms),
         "error": letter.error,
         "traceparent": letter.message.traceparent,
+        "position": letter.message.position,
+        **({"raw": letter.raw.decode(errors="backslashreplace")} if letter.raw else {}),
     }
+
+
+def _show_groups(groups: Sequence[Group], *, as_json: bool) -> None:
+    if as_json:
+        for group in groups:
+            print(json.dumps(_group_row(group), ensure_ascii=False))
+        return
+    if not groups:
+        print("no groups")
+        return
+    table = Table("topic", "group", *(Column(name, justify="right") for name in _GROUP_COLUMNS), box=None)
+    for group in groups:
+        row = _group_row(group)
+        cells = ("-" if row[name] is None else str(row[name]) for name in ("topic", "group", *_GROUP_COLUMNS))
+        table.add_row(*(escape(_printable(cell)) for cell in cells))
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+_GROUP_COLUMNS = ("members", "lag", "pending", "waiting_s", "idle_s", "last_delivered")
+
+
+def _group_row(group: Group) -> dict[str, Any]:
+    return {
+        "topic": group.topic,
+        "group": group.name,
+        "members": group.members,
+        "lag": group.lag,
+        "pending": group.pending,
+        "waiting_s": round(group.waiting_s, 1),
+        "idle_s": None if group.idle_s is None else round(group.idle_s, 1),
+        "last_delivered": _time_of(group.last_delivered_ms) if group.last_delivered_ms else None,
+    }
+
+
+def _printable(text: str) -> str:
+    """Text of strangers on a terminal: control characters are shown, not obeyed."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def kind_of(payload: bytes) -> str:
@@ -128,4 +195,5 @@ def kind_of(payload: bytes) -> str:
 
 
 def _time_of(time_ms: int) -> str:
+    time_ms = time_ms if 0 <= time_ms <= TIME_MS_MAX else 0
     return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -254,9 +254,13 @@ class Process:
             redis_url=self._need("redis_url") if settings.bus == "valkey" else "",
             kafka_bootstrap=settings.kafka_bootstrap,
             policy=BusPolicy(
-                delivery_count_max=settings.bus_delivery_count_max, claim_idle_ms=settings.bus_claim_idle_ms
+                delivery_count_max=settings.bus_delivery_count_max,
+                claim_idle_ms=settings.bus_claim_idle_ms,
+                group_idle_max_s=settings.bus_group_idle_max_s,
+                stream_length_max=settings.bus_stream_length_max,
             ),
             name=self.name,
+            examine=True,
         )
         self.on_close("bus", bus.close)
         return bus

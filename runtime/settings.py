@@ -269,6 +269,16 @@ class Settings(BaseSettings):
         8, ge=1, description="deliveries of a message before it goes to the dead-letter topic"
     )
     bus_claim_idle_ms: int = Field(5_000, ge=100, description="after how long another consumer takes a stalled message")
+    bus_group_idle_max_s: int = Field(
+        86_400,
+        ge=1,
+        description="Valkey: how long a group without a living member holds back the trimming of its streams",
+    )
+    bus_stream_length_max: int = Field(
+        1_000_000,
+        ge=1_000,
+        description="Valkey: messages that a stream keeps, about; the feed of the publisher has the rest",
+    )
 
     # feeds (docs/bus.md)
     feed_check_interval_s: float = Field(

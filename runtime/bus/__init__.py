@@ -183,10 +183,10 @@ def is_transient(error: BaseException) -> bool:
     """True when the failure is of the surroundings and not of the message: tried again without end, never dead-lettered."""
     if isinstance(error, _TRANSIENT):
         return True
-    if isinstance(
-        error, asyncpg.InterfaceError
-    ):  # "connection is closed", "pool is closing": asyncpg has no class of its own for it
-        return "clos" in str(error) or "connection" in str(error)
+    if isinstance(error, asyncpg.InterfaceError):
+        # "connection is closed", "pool is closing": asyncpg has no class of its own for it. Its DataError is a ValueError too, and quotes
+        # the value that it refuses: whatever that says, it is the message's fault.
+        return not isinstance(error, ValueError) and ("clos" in str(error) or "connection" in str(error))
     return isinstance(error, OSError)
 
 

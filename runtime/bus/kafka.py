@@ -39,18 +39,20 @@ import structlog
 from confluent_kafka import (
     OFFSET_BEGINNING,
     Consumer,
+    ConsumerGroupTopicPartitions,
     KafkaError,
     KafkaException,
     Producer,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec  # type: ignore[attr-defined]
 
-from kernel.errors import InvalidArgument, Unavailable
+from kernel.errors import FailedPrecondition, InvalidArgument, Unavailable
 from runtime.bus import DEAD_LETTER_SUFFIX, TOPICS, BusPolicy, Message, dead_letter_topic
 from runtime.bus._decode import decode, number
 from runtime.bus._dispatch import Delivery, Dispatcher
 from runtime.bus.dead_letter import LIST_MAX, DeadLetter
+from runtime.bus.groups import Group
 
 __all__ = ["KafkaBus"]
 
@@ -63,10 +65,14 @@ HANDLER_PATIENCE_S = 1.0
 COMMIT_INTERVAL_S = 0.05
 """Offsets that are ready within this time share a commit."""
 REVOKE_TIMEOUT_S = 30.0
+TOPIC_PROPAGATION_MS = 5_000
+"""How long a new consumer waits for a topic to show up before it takes it for deleted."""
 UNCOMMITTED_MAX = 20_000
 """Offsets of a partition that may be delivered beyond one whose message waits for its next try."""
 SESSION_TIMEOUT_MS_MIN = 6_000
 """A broker's default for group.min.session.timeout.ms."""
+DEAD_LETTER_BYTES_MAX = 8 * 1024 * 1024
+"""A message that was just small enough for its topic, with the error and its story beside it."""
 RETENTION_MS = 14 * 86_400_000
 """Of topics that this bus makes. Must stay below the inbox's retention: a lost group offset replays from the oldest message."""
 ADMIN_TIMEOUT_S = 15.0
@@ -75,6 +81,7 @@ COMPLAIN_INTERVAL_S = 10.0
 TRIES_MAX = 1_000_000
 BACKOFF_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.0)
 
+_TOPIC_GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 _HEADER_ID, _HEADER_TRACE, _HEADER_POSITION = "message-id", "traceparent", "position"
 _log = structlog.get_logger("runtime.bus.kafka")
 _library_log = logging.getLogger("runtime.bus.kafka.librdkafka")
@@ -243,7 +250,8 @@ class KafkaBus:
 
     def _new_topic(self, topic: str) -> Any:
         if topic.endswith(DEAD_LETTER_SUFFIX):
-            return NewTopic(topic, num_partitions=1, replication_factor=-1, config={"cleanup.policy": "compact"})
+            config = {"cleanup.policy": "compact", "max.message.bytes": str(DEAD_LETTER_BYTES_MAX)}
+            return NewTopic(topic, num_partitions=1, replication_factor=-1, config=config)
         config = {"retention.ms": str(RETENTION_MS), "message.timestamp.type": "LogAppendTime"}
         return NewTopic(topic, num_partitions=self.policy.partition_count, replication_factor=-1, config=config)
 
@@ -267,6 +275,73 @@ class KafkaBus:
 
     def _admin(self) -> Any:
         return AdminClient(dict(self.settings))
+
+    # --- groups
+
+    async def groups(self, topic: str = "") -> list[Group]:
+        """See GroupStore. A group is of all topics here; it is listed under each of which it has an offset."""
+        names = [topic] if topic else sorted((await self.metadata()).topics)
+        try:
+            return await asyncio.to_thread(self._read_groups, {name for name in names if not name.startswith("__")})
+        except KafkaException as error:
+            raise Unavailable(f"Kafka's groups cannot be read: {error.args[0].str()}") from error
+
+    async def remove_group(self, topic: str, group: str) -> None:
+        """See GroupStore. Refused while it has members or reads other topics too: Kafka only removes the whole group."""
+        others = sorted(known.topic for known in await self.groups() if known.name == group and known.topic != topic)
+        if others:
+            raise FailedPrecondition(
+                f"group {group} also reads {', '.join(others)}: Kafka removes it from all topics or none; use kafka-consumer-groups"
+                " --delete-offsets for one topic"
+            )
+        admin = self._admin()
+        (future,) = admin.delete_consumer_groups([group], request_timeout=ADMIN_TIMEOUT_S).values()
+        try:
+            await asyncio.wrap_future(future)
+        except KafkaException as error:
+            raise FailedPrecondition(f"Kafka does not remove group {group}: {error.args[0].str()}") from error
+
+    def _read_groups(self, topics: set[str]) -> list[Group]:
+        """Blocks. What is committed beside the ends of the partitions."""
+        admin = self._admin()
+        listed = admin.list_consumer_groups(request_timeout=ADMIN_TIMEOUT_S).result().valid
+        names = sorted(group.group_id for group in listed)
+        found: list[Group] = []
+        if not names:
+            return found
+        described = admin.describe_consumer_groups(names, request_timeout=ADMIN_TIMEOUT_S)
+        for name in names:
+            members = described[name].result().members
+            (future,) = admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(name)]).values()
+            committed = [offset for offset in future.result().topic_partitions if offset.topic in topics]
+            for topic in sorted({offset.topic for offset in committed}):
+                of_topic = [offset for offset in committed if offset.topic == topic]
+                ends = admin.list_offsets(
+                    {
+                        TopicPartition(topic, offset.partition): OffsetSpec.latest()  # type: ignore[no-untyped-call]
+                        for offset in of_topic
+                    },
+                    request_timeout=ADMIN_TIMEOUT_S,
+                )
+                at = {place.partition: end.result().offset for place, end in ends.items()}
+                living = [
+                    member
+                    for member in members
+                    if any(place.topic == topic for place in member.assignment.topic_partitions)
+                ]
+                found.append(
+                    Group(
+                        topic=topic,
+                        name=name,
+                        members=len(living),
+                        pending=0,
+                        lag=sum(max(0, at[offset.partition] - max(0, offset.offset)) for offset in of_topic),
+                        last_delivered_ms=0,
+                        idle_s=0.0 if living else None,
+                        waiting_s=0.0,
+                    )
+                )
+        return sorted(found, key=lambda group: (group.topic, group.name))
 
     # --- dead letters
 
@@ -295,7 +370,7 @@ class KafkaBus:
         await self.ensure_topics([topic])
         now_ms = _now_ms()
         headers: Headers = [
-            *((("raw", delivery.raw),) if delivery.raw else ()),
+            *(_raw_headers_of(*delivery.raw) if delivery.refusal else ()),
             *_headers_of(message),
             ("key", message.key.encode()),
             ("group", group.encode()),
@@ -304,8 +379,15 @@ class KafkaBus:
             ("first-failed-ms", str(delivery.first_failed_ms or now_ms).encode()),
             ("last-failed-ms", str(now_ms).encode()),
         ]
-        name = f"{group}/{delivery.partition}/{delivery.position}"
-        await self._producer.send([(topic, name.encode(), message.payload, headers)])
+        name = f"{group}/{delivery.partition}/{delivery.position}".encode()
+        try:
+            await self._producer.send([(topic, name, message.payload, headers)])
+        except _TooLarge:
+            note = (
+                f"{error[:1_000]} (too large for {topic}: what is kept is only that it was there, at {name.decode()})"
+            )
+            kept: Headers = [(name, value) for name, value in headers if not name.startswith("raw") and name != "error"]
+            await self._producer.send([(topic, name, b"", [*kept, ("error", note.encode(errors="backslashreplace"))])])
 
     def _read_dead_letters(self, topic: str) -> list[DeadLetter]:
         name = dead_letter_topic(topic)
@@ -337,6 +419,14 @@ class KafkaBus:
 Headers = list[tuple[str, bytes | None]]
 Record = tuple[str, bytes | None, bytes | None, Headers]
 """Topic, key, value, headers."""
+
+
+class _TooLarge(Unavailable):
+    """The broker does not take a message of this size."""
+
+
+def _unavailable(error: KafkaError) -> type[Unavailable]:
+    return _TooLarge if error.code() == KafkaError.MSG_SIZE_TOO_LARGE else Unavailable
 
 
 class _Pending:
@@ -375,6 +465,7 @@ class _ThreadedProducer:
             "max.in.flight.requests.per.connection": 1,
             "linger.ms": 1,
             "message.timeout.ms": MESSAGE_TIMEOUT_MS,
+            "message.max.bytes": DEAD_LETTER_BYTES_MAX,  # each topic has its own limit, at the broker
             "partitioner": "murmur2_random",  # the same as Java's producers
         }
         self._loop = loop
@@ -398,13 +489,13 @@ class _ThreadedProducer:
                         await asyncio.sleep(PRODUCE_QUEUE_WAIT_S)
                     except KafkaException as error:
                         self._replace(producer)
-                        raise Unavailable(
+                        raise _unavailable(error.args[0])(
                             f"Kafka does not take messages for {topic}: {error.args[0].str()}; publish again"
                         ) from error
         failure = await pending.future
         if failure is not None:
             self._replace(producer)
-            raise Unavailable(
+            raise _unavailable(failure)(
                 f"Kafka did not acknowledge {len(records)} messages for {records[0][0]}: {failure.str()}; publish again"
             )
 
@@ -478,6 +569,7 @@ class _Consumer:
         self._on_gap = on_gap
         self._assignments = 0
         self._was_down = False
+        self._is_topic_gone = False
         self._making: concurrent.futures.Future[None] | None = None
         """The topic, after it was deleted."""
         self._topic = topic
@@ -639,6 +731,7 @@ class _Consumer:
             self._loop.call_soon_threadsafe(_resolve, ended, failure)
 
     def _poll_until_stopped(self) -> None:
+        self._is_topic_gone = False
         session_timeout_ms = max(SESSION_TIMEOUT_MS_MIN, self._bus.policy.claim_idle_ms)
         consumer = self._consumer = Consumer(
             {
@@ -655,6 +748,7 @@ class _Consumer:
                 "fetch.min.bytes": 1,
                 "fetch.wait.max.ms": 500,
                 "topic.metadata.refresh.interval.ms": 60_000,
+                "topic.metadata.propagation.max.ms": TOPIC_PROPAGATION_MS,
                 "error_cb": self._on_error,
             }
         )
@@ -664,6 +758,8 @@ class _Consumer:
             )
             while not self._stopping:
                 self._commit(consumer)
+                if self._is_topic_gone:
+                    self._begin_again()
                 if self._may_fetch.wait(HANDLER_PATIENCE_S):
                     self._fetch(consumer)
                 else:
@@ -673,6 +769,14 @@ class _Consumer:
                 consumer.close()  # calls _on_revoke for what is left
             finally:
                 self._consumer = None
+
+    def _begin_again(self) -> None:
+        """The topic was deleted: make it again, and go on with a new consumer. Raises KafkaException."""
+        self._tell_gap_from_thread("the topic was gone")
+        if self._making is None or self._making.done():
+            self._bus.forget_topic(self._topic)
+            self._making = asyncio.run_coroutine_threadsafe(self._make_topic(), self._loop)
+        raise KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART, f"topic {self._topic} was deleted"))
 
     def _fetch(self, consumer: Any) -> None:
         record = consumer.poll(POLL_S)
@@ -720,6 +824,8 @@ class _Consumer:
         self._bus.complain(error)
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self._was_down = True
+        if error.code() in _TOPIC_GONE:
+            self._is_topic_gone = True
 
     def _failed(self, record: Any) -> bool:
         """Whether it is an error instead of a record. Raises KafkaException for one that only a new consumer gets over."""
@@ -734,12 +840,8 @@ class _Consumer:
         if error.code() == KafkaError._PARTITION_EOF:
             return True
         _log.warning("Kafka reports an error", topic=self._topic, group=self._group, error=error.str())
-        if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION):
-            self._tell_gap_from_thread("the topic was gone")
-            if self._making is None or self._making.done():
-                self._bus.forget_topic(self._topic)
-                self._making = asyncio.run_coroutine_threadsafe(self._make_topic(), self._loop)
-            raise KafkaException(error)
+        if error.code() in _TOPIC_GONE:
+            self._is_topic_gone = True
         if error.code() in (KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET):
             self._tell_gap_from_thread("the offset was out of range")
         return True
@@ -771,7 +873,7 @@ class _Consumer:
 
     def _on_revoke(self, consumer: Any, partitions: Sequence[Any]) -> None:
         offsets = self._on_loop(self._revoke([partition.partition for partition in partitions]))
-        if offsets:
+        if offsets and not self._is_topic_gone:  # they would hide the first messages of a topic that is made again
             with contextlib.suppress(KafkaException):
                 consumer.commit(offsets=offsets, asynchronous=False)
         self._unpause(consumer, partitions)
@@ -827,18 +929,35 @@ def _delivery_of(record: Any) -> Delivery:
     message, refusal = decode(record.topic(), key, get(_HEADER_ID), value, get(_HEADER_TRACE), get(_HEADER_POSITION))
     delivery = Delivery(message, record.partition(), record.offset())
     if refusal:
-        delivery.refusal, delivery.raw = refusal, _pack(key, value, headers)
+        delivery.refusal, delivery.raw = refusal, (key, value is None, headers)
     return delivery
 
 
-def _pack(key: bytes | None, value: bytes | None, headers: Headers) -> bytes:
-    """A record as it came but for its value, which the dead letter has as its own; only that there was none is noted."""
-    hexed = [[name, None if text is None else text.hex()] for name, text in headers]
-    return json.dumps([None if key is None else key.hex(), value is None, hexed]).encode()
+def _raw_headers_of(key: bytes | None, is_null: bool, headers: Headers) -> Headers:
+    """What of a record that is no message goes into its dead letter, beside the value."""
+    return [
+        ("raw", b"null" if is_null else b"value"),
+        *([] if key is None else [("raw-key", key)]),
+        *((f"raw.{name}", value) for name, value in headers),
+    ]
+
+
+def _raw_of(headers: Headers) -> bytes:
+    """The same as text: key, whether the value was null, headers."""
+    get = dict(headers).get
+    kind, key = get("raw"), get("raw-key")
+    if kind is None:
+        return b""
+    hexed = [
+        [name.removeprefix("raw."), None if value is None else value.hex()]
+        for name, value in headers
+        if name.startswith("raw.")
+    ]
+    return json.dumps([None if key is None else key.hex(), kind == b"null", hexed]).encode()
 
 
 def _raw_record_of(letter: DeadLetter) -> Record:
-    """What `_pack` kept. Raises InvalidArgument where somebody else wrote it."""
+    """What `_raw_of` tells. Raises InvalidArgument where it is something else."""
     try:
         key, is_null, hexed = json.loads(letter.raw)
         headers: Headers = [(str(name), None if text is None else bytes.fromhex(text)) for name, text in hexed]
@@ -862,7 +981,7 @@ def _letter_of(topic: str, identity: str, record: Any) -> DeadLetter:
         delivery_count=number(get("deliveries")),
         first_failed_ms=number(get("first-failed-ms")),
         last_failed_ms=number(get("last-failed-ms")),
-        raw=get("raw") or b"",
+        raw=_raw_of(headers),
     )
 
 

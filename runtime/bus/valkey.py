@@ -316,13 +316,21 @@ class ValkeyBus:
 
     async def remove_group(self, topic: str, group: str) -> None:
         """See GroupStore."""
-        name = group.encode(errors="surrogateescape")
-        prefix = f"bus:{{{topic}}}:".encode() + name
-        commands: list[Command] = [("XGROUP", "DESTROY", stream, name) for stream in (await self.topic(topic)).streams]
-        commands.append(("DEL", prefix + b":leases", prefix + b":members"))
-        _check(
-            await self.link.call(commands), f"removing group {group} of {topic}", "ERR The XGROUP", "ERR no such key"
-        )
+        streams = (await self.topic(topic)).streams
+        doing = f"removing group {group} of {topic}"
+        listed = await self.link.call([("XINFO", "GROUPS", stream) for stream in streams])
+        names = {
+            known[b"name"]
+            for reply in listed
+            if not isinstance(reply, ReplyError)
+            for known in map(_pairs, reply)
+            if _text(known[b"name"]) == group
+        }
+        for name in names:
+            prefix = f"bus:{{{topic}}}:".encode() + name
+            keys: Command = ("DEL", prefix + b":leases", prefix + b":members")
+            commands: list[Command] = [*(("XGROUP", "DESTROY", stream, name) for stream in streams), keys]
+            _check(await self.link.call(commands), doing, "ERR The XGROUP", "ERR no such key")
 
     async def _names_of(self, kind: str) -> list[str]:
         """The topics that have a key of this kind, sorted."""
@@ -633,6 +641,8 @@ class _Consumer:
             for index, partition in enumerate(list(cursors)):
                 claimed, pending = replies[2 * index], replies[2 * index + 1]
                 cursors[partition] = claimed[0]
+                if len(claimed) > 2 and claimed[2]:
+                    self._tell_gap("messages were trimmed before they were acknowledged")
                 self._offer(partition, claimed[1], {entry[0]: entry[3] for entry in pending})
                 if claimed[0] == b"0-0":
                     del cursors[partition]
@@ -747,8 +757,9 @@ class _Consumer:
         if look.server and self._server and look.server != self._server:
             self._tell_gap("this is another server, or another history of its data")
         self._server = look.server or self._server
-        if any(place is not None and place.is_torn for place in mine.values()):
-            self._tell_gap("messages were trimmed before they were delivered")
+        length_max = self._bus.policy.stream_length_max
+        if any(place is not None and (place.is_torn or place.lag >= length_max) for place in mine.values()):
+            self._tell_gap("the streams are full: messages may have been trimmed before they were delivered")
         if is_reporter:
             self._lag.note(look.groups(), time.monotonic())
         commands: list[Command] = []
@@ -916,7 +927,8 @@ def _place_of(group: dict[bytes, Any], stream: dict[bytes, Any], pending: Any, f
 
 
 def _text(name: bytes) -> str:
-    return name.decode(errors="surrogateescape")
+    """A group's name; anybody may have made it."""
+    return name.decode(errors="backslashreplace")
 
 
 def _now_ms() -> int:

@@ -9,11 +9,16 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
+import redis.asyncio
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
 
 from kernel.errors import Unavailable
 from runtime.bus import Bus, BusPolicy, Message, open_bus
+from runtime.bus.groups import Group, GroupStore
 from runtime.embedded import EmbeddedValkey
 from tests.kafka_broker import KafkaBroker
 
@@ -90,6 +95,35 @@ class Harness:
         self._processes.append(process)
         return process
 
+    async def groups(self, bus: Bus, topic: str) -> list[Group]:
+        return await cast("GroupStore", bus).groups(topic)
+
+    async def write_garbage(self, topic: str) -> int:
+        """What strangers may write into the broker; the number of entries that are no messages."""
+        if self.backend == "valkey":
+            async with redis.asyncio.Redis.from_url(self.address) as client:
+                for n, fields in enumerate(GARBAGE_ENTRIES):
+                    await client.execute_command("XADD", f"bus:{{{topic}}}:{n % 8}", "*", *fields)
+            return len(GARBAGE_ENTRIES)
+
+        def produce() -> int:
+            producer = Producer({"bootstrap.servers": self.address})
+            for n, (key, value, headers) in enumerate(GARBAGE_RECORDS):
+                producer.produce(topic, value, key, partition=n % 8, headers=headers)
+            assert producer.flush(30) == 0
+            return len(GARBAGE_RECORDS)
+
+        return await asyncio.to_thread(produce)
+
+    async def delete_topic(self, topic: str) -> None:
+        """An operator, or a server that lost its disk."""
+        if self.backend == "valkey":
+            async with redis.asyncio.Redis.from_url(self.address) as client:
+                await client.delete(*[f"bus:{{{topic}}}:{n}" for n in range(8)], f"bus:{{{topic}}}:partitions")
+            return
+        admin = AdminClient({"bootstrap.servers": self.address})
+        await asyncio.wrap_future(admin.delete_topics([topic])[topic])
+
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -103,6 +137,52 @@ class Harness:
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
+
+
+GARBAGE_ENTRIES: list[list[bytes]] = [
+    [b"k", b"\xff"],
+    [b"k", b"\xff", b"i", b"1", b"p", b"x"],
+    [b"k", b"key", b"i", b"\xfe\xff", b"p", b"x"],
+    [b"i", b"1", b"p", b"x"],
+    [b"k", b"key", b"p", b"x"],
+    [b"k", b"key", b"i", b"", b"p", b"x"],
+    [b"k", b"key", b"i", b"1"],
+    [b"k", b"key", b"i", b"1", b"p", b"x", b"n", b"many"],
+    [b"k", b"key", b"i", b"1", b"p", b"x", b"n", b"-1"],
+    [b"k", b"key", b"i", b"1", b"p", b"x", b"n", b"9" * 5_000],
+    [b"k", b"key\0", b"i", b"1", b"p", b"x"],
+    [b"k", b"k" * 1_000_000, b"i", b"1", b"p", b"x"],
+    [b"k", b"key", b"i", b"1" * 10_000, b"p", b"x"],
+    [b"\xff", b"\xff"],
+    [b"", b""],
+]
+GARBAGE_RECORDS: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]]]] = [
+    (None, None, []),
+    (None, b"x", [("message-id", b"id")]),
+    (b"key", None, [("message-id", b"id")]),
+    (b"\xff", b"x", [("message-id", b"id")]),
+    (b"key", b"x", []),
+    (b"key", b"x", [("message-id", None)]),
+    (b"key", b"x", [("message-id", b"\xff")]),
+    (b"key", b"x", [("message-id", b"id"), ("position", b"many")]),
+    (b"k" * 500_000, b"x", [("message-id", b"id")]),
+]
+
+
+class Gaps:
+    """Counts what `on_gap` says."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._told = asyncio.Event()
+
+    def note(self) -> None:
+        self.count += 1
+        self._told.set()
+
+    async def told(self) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            await self._told.wait()
 
 
 class Seen:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+from structlog.testing import capture_logs
 
-from kernel.errors import NotFound, Unavailable
-from runtime.bus import Message, RetryLater
+from kernel.errors import FailedPrecondition, NotFound, Unavailable
+from runtime.bus import Message, RetryLater, groups, open_bus
 from runtime.bus.dead_letter import list_dead_letters, retry, retry_all
-from tests.contract.bus.conftest import Harness, Seen, eventually, messages_of, publish_surely
+from tests.contract.bus.conftest import Gaps, Harness, Seen, eventually, messages_of, publish_surely
 
 
 async def test_order_within_a_key_survives_batches_and_two_consumers(harness: Harness) -> None:
@@ -32,11 +34,12 @@ async def test_message_arrives_whole(harness: Harness) -> None:
     topic, seen = harness.topic(), Seen()
     bus = await harness.open()
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    sent = Message(topic, "schlüssel/1", "id-é", bytes(range(256)) + b"\r\n", trace)
+    sent = Message(topic, "schlüssel/1", "id-é", bytes(range(256)) + b"\r\n", trace, position=2**62)
     await bus.publish([sent, Message(topic, "k", "empty", b"")])
     harness.start(bus.consume(topic, "g", seen.batch))
     await seen.has(["id-é", "empty"])
     assert next(message for message in seen.messages if message.message_id == "id-é") == sent
+    assert next(message for message in seen.messages if message.message_id == "empty").position == 0
 
 
 async def test_keys_run_in_parallel_and_one_key_never_does(harness: Harness) -> None:
@@ -298,7 +301,7 @@ async def test_dead_letters_can_be_retried(harness: Harness) -> None:
             raise ValueError("broken")
         seen.add(message)
 
-    sent = messages_of(topic, 3, key_count=3)
+    sent = [replace(message, position=n + 1) for n, message in enumerate(messages_of(topic, 3, key_count=3))]
     await bus.publish(sent)
     harness.start(bus.consume_each(topic, "g", handle))
 
@@ -318,6 +321,110 @@ async def test_dead_letters_can_be_retried(harness: Harness) -> None:
     assert len(await retry_all(bus, topic)) == 2
     await seen.has(["id-0", "id-1", "id-2"])
     assert await list_dead_letters(bus, topic) == []
+    assert sorted(seen.messages, key=lambda message: message.position) == sent
+
+
+@pytest.mark.parametrize("mode", ["consume", "consume_each"])
+async def test_what_is_no_message_becomes_a_dead_letter_and_the_rest_passes(harness: Harness, mode: str) -> None:
+    """Whatever a stranger writes into the broker: no crash, no loop, its raw form is kept, it can be listed and retried."""
+    topic, bus, seen = harness.topic(), await harness.open(), Seen()
+    await bus.publish(messages_of(topic, 5, key_count=5))
+    garbage_count = await harness.write_garbage(topic)
+    await bus.publish(messages_of(topic, 5, key_count=5, start=5))
+    if mode == "consume":
+        harness.start(bus.consume(topic, "g", seen.batch))
+    else:
+        harness.start(bus.consume_each(topic, "g", seen.each))
+    await seen.has([f"id-{n}" for n in range(10)])
+
+    async def all_buried() -> bool:
+        return len(await list_dead_letters(bus, topic)) == garbage_count
+
+    await eventually(all_buried)
+    letters = await list_dead_letters(bus, topic)
+    assert all(letter.raw and letter.group == "g" for letter in letters)
+    assert all(letter.error.startswith("Undecodable: this is no message of the bus: ") for letter in letters)
+    assert {message.message_id for message in seen.messages} == {f"id-{n}" for n in range(10)}
+
+    assert await retry(bus, topic, [letters[0].id]) == letters[:1]
+
+    async def is_buried_again() -> bool:
+        again = await list_dead_letters(bus, topic)
+        return len(again) == garbage_count and letters[0].id not in {letter.id for letter in again}
+
+    await eventually(is_buried_again)
+    again = (await list_dead_letters(bus, topic))[-1]
+    assert (again.raw, again.error) == (letters[0].raw, letters[0].error)
+
+
+async def test_new_group_may_begin_at_the_end(harness: Harness) -> None:
+    topic, bus, seen = harness.topic(), await harness.open(), Seen()
+    await bus.publish(messages_of(topic, 20, key_count=20))
+    task = harness.start(bus.consume(topic, "late", seen.batch, from_end=True))
+
+    async def exists() -> bool:
+        return any(group.name == "late" and group.members for group in await harness.groups(bus, topic))
+
+    await eventually(exists)
+    await bus.publish(messages_of(topic, 20, key_count=20, start=20))
+    await seen.has([f"id-{n}" for n in range(20, 40)])
+    await harness.stop(task)
+    await bus.publish(messages_of(topic, 20, key_count=20, start=40))
+    harness.start(bus.consume(topic, "late", seen.batch, from_end=True))  # it exists: it goes on where it was
+    await seen.has([f"id-{n}" for n in range(20, 60)])
+    assert not set(seen.ids) & {f"id-{n}" for n in range(20)}
+
+
+async def test_groups_are_listed_and_removed(harness: Harness) -> None:
+    topic, bus, seen = harness.topic(), await harness.open(), Seen()
+    task = harness.start(bus.consume(topic, f"old-{topic}", seen.batch))
+    await bus.publish(messages_of(topic, 3))
+    await seen.has(["id-0", "id-1", "id-2"])
+
+    async def state() -> tuple[int, int, int]:
+        found = [group for group in await harness.groups(bus, topic) if group.name == f"old-{topic}"]
+        return (found[0].members, found[0].lag, found[0].pending) if found else (0, 0, 0)
+
+    async def has_nothing_left() -> bool:
+        return await state() == (1, 0, 0)
+
+    await eventually(has_nothing_left)
+    with pytest.raises(FailedPrecondition, match="1 living members"):
+        await groups.remove(bus, topic, f"old-{topic}")
+    await harness.stop(task)
+    await bus.publish(messages_of(topic, 4, start=3))
+
+    async def lags() -> bool:
+        return await state() == (0, 4, 0)
+
+    await eventually(lags)
+    assert (await groups.remove(bus, topic, f"old-{topic}")).lag == 4
+    assert await harness.groups(bus, topic) == []
+    with pytest.raises(NotFound, match="has no group"):
+        await groups.remove(bus, topic, f"old-{topic}")
+
+
+async def test_one_broker_alone_is_said_on_kafka(harness: Harness) -> None:
+    if harness.backend == "valkey" or harness.server is None:
+        pytest.skip("Valkey's settings: test_valkey_hostile.py; somebody's own brokers may be as they should be")
+    with capture_logs() as logs:
+        bus = await open_bus("kafka", kafka_bootstrap=harness.address, name="contract", examine=True)
+        await bus.close()
+    (said,) = [entry for entry in logs if entry["event"] == "the bus may forget"]
+    assert "1 brokers" in said["detail"]
+    assert "payment.events" in said["detail"]
+
+
+async def test_topic_that_was_deleted_comes_back_and_the_gap_is_told(harness: Harness) -> None:
+    topic, bus, seen, gaps = harness.topic(), await harness.open(), Seen(), Gaps()
+    harness.start(bus.consume(topic, "g", seen.batch, on_gap=gaps.note))
+    await bus.publish(messages_of(topic, 10, key_count=5))
+    await seen.has([f"id-{n}" for n in range(10)])
+    assert gaps.count == 0
+    await harness.delete_topic(topic)
+    await gaps.told()
+    await publish_surely(bus, messages_of(topic, 10, key_count=5, start=10))
+    await seen.has([f"id-{n}" for n in range(20)])
 
 
 async def test_message_that_kills_its_consumers_ends_as_a_dead_letter(harness: Harness) -> None:
@@ -365,8 +472,8 @@ async def test_publish_is_refused_not_lost_when_the_broker_is_away(
 async def test_consumer_survives_a_broker_restart(harness: Harness) -> None:
     if harness.server is None:
         pytest.skip("the broker is somebody's own: this suite does not kill it")
-    topic, bus, seen = harness.topic(), await harness.open(), Seen()
-    harness.start(bus.consume(topic, "g", seen.batch))
+    topic, bus, seen, gaps = harness.topic(), await harness.open(), Seen(), Gaps()
+    harness.start(bus.consume(topic, "g", seen.batch, on_gap=gaps.note))
     for start in (0, 10):
         await publish_surely(bus, messages_of(topic, 10, key_count=3, start=start))
         if start:
@@ -377,6 +484,7 @@ async def test_consumer_survives_a_broker_restart(harness: Harness) -> None:
     await seen.has([f"id-{n}" for n in range(30)])
     for key in range(3):
         assert seen.ids_of(f"key-{key}") == [f"id-{n}" for n in range(30) if n % 3 == key]
+    await gaps.told()
 
 
 async def test_partitions_that_left_during_a_long_handler_come_back_to_life(harness: Harness) -> None:

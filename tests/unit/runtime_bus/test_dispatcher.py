@@ -332,3 +332,22 @@ def test_policy_refuses_limits_that_contradict_each_other() -> None:
 def test_backoff_grows_to_its_cap() -> None:
     policy = BusPolicy(retry_base_ms=100, retry_cap_ms=1_000)
     assert [policy.backoff_s(n) for n in (1, 2, 3, 4, 5, 99)] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("batch_max", "concurrency"), [(64, 1), (1, 4)])
+async def test_what_is_no_message_is_buried_without_a_try_and_its_key_goes_on(batch_max: int, concurrency: int) -> None:
+    handled: list[str] = []
+
+    async def handle(messages: Sequence[Message]) -> None:
+        handled.extend(message.message_id for message in messages)
+
+    fixture = Fixture(handle, batch_max=batch_max, concurrency=concurrency)
+    refused = delivery(1)
+    refused.refusal = "this is no message"
+    fixture.bury_failures_left = 2
+    async with fixture.running() as dispatcher:
+        dispatcher.offer([delivery(0), refused, delivery(2)])
+        await fixture.settled(3)
+        assert dispatcher.in_flight == 0
+    assert fixture.buried == [(1, "Undecodable: this is no message")]
+    assert handled == ["0", "2"]
