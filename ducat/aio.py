@@ -67,7 +67,7 @@ class Client(BaseClient[grpc.aio.Channel]):
         await self.close()
 
     def _open(self, address: str) -> grpc.aio.Channel:
-        options = self._config.options()
+        options = self._config.options(address)
         if self._config.tls is None:
             return grpc.aio.insecure_channel(address, options=options)
         return grpc.aio.secure_channel(address, self._config.tls.credentials(), options=options)

@@ -34,9 +34,9 @@ class BaseClient(ABC, Generic[_Channel]):
     ``address`` serves every service that has no address of its own; with no address at all, those of `ducat up` are
     used. ``token`` is a token, or a function that returns one (for tokens that change). ``timeout_s`` is the deadline
     of a unary call, all tries together; each call may have its own. ``retry=ducat.Retry(count_max=0)`` turns retries
-    off.
+    off. ``use_proxy`` lets calls beyond loopback go through the proxy of the environment (grpc_proxy, https_proxy); it needs ``tls``.
 
-    Raises ValueError where a token would leave this machine without TLS.
+    Raises ValueError where a token would leave this machine, or a proxy would be used, without TLS.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class BaseClient(ABC, Generic[_Channel]):
         tls: TLS | None = None,
         timeout_s: float = 10.0,
         retry: Retry | None = None,
+        use_proxy: bool = False,
     ) -> None:
         self._config = Config.of(
             address=address,
@@ -64,6 +65,7 @@ class BaseClient(ABC, Generic[_Channel]):
             tls=tls,
             timeout_s=timeout_s,
             retry=retry,
+            use_proxy=use_proxy,
         )
         self._channels: dict[str, _Channel] = {}
         self._lock = threading.Lock()
@@ -150,7 +152,7 @@ class Client(BaseClient[grpc.Channel]):
         self.close()
 
     def _open(self, address: str) -> grpc.Channel:
-        options = self._config.options()
+        options = self._config.options(address)
         if self._config.tls is None:
             return grpc.insecure_channel(address, options=options)
         return grpc.secure_channel(address, self._config.tls.credentials(), options=options)

@@ -76,6 +76,7 @@ class Config:
     tls: TLS | None
     timeout_s: float
     retry: Retry
+    use_proxy: bool = False
     message_bytes_max: int = MESSAGE_BYTES_MAX
 
     @classmethod
@@ -88,6 +89,7 @@ class Config:
         tls: TLS | None,
         timeout_s: float,
         retry: Retry | None,
+        use_proxy: bool = False,
     ) -> Config:
         """Raises ValueError where a token would leave this machine in the clear, and for a deadline that is none."""
         found = {name: given or address or "" for name, given in addresses.items()}
@@ -102,7 +104,12 @@ class Config:
                         f"{name}_address {each}: a token would cross the network in the clear; "
                         "give tls=ducat.TLS(ca=…), or ducat.TLS() for the system's authorities"
                     )
-        return cls(found, token, tls, timeout_s, retry or Retry())
+        if use_proxy and tls is None:
+            raise ValueError(
+                "use_proxy: the proxy would read every message in the clear; "
+                "give tls=ducat.TLS(ca=…), or ducat.TLS() for the system's authorities"
+            )
+        return cls(found, token, tls, timeout_s, retry or Retry(), use_proxy)
 
     def address_of(self, service: str) -> str:
         """Raises ValueError where the client was given no address for this service."""
@@ -111,9 +118,10 @@ class Config:
             raise ValueError(f"this client has no address for {service}: give {service}_address=… or address=…")
         return address
 
-    def options(self) -> list[tuple[str, int | str]]:
-        """Of a channel."""
+    def options(self, address: str) -> list[tuple[str, int | str]]:
+        """Of a channel to ``address``. The proxies of the environment are looked at only with use_proxy, and never on loopback."""
         return [
+            ("grpc.enable_http_proxy", int(self.use_proxy and not is_loopback(address))),
             ("grpc.primary_user_agent", "ducat-python"),
             ("grpc.max_receive_message_length", self.message_bytes_max),
             ("grpc.max_send_message_length", self.message_bytes_max),

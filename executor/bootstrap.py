@@ -17,6 +17,7 @@ from executor.service.ports import Due
 from kernel.clock import SystemClock
 from runtime import trace
 from runtime.feed import Feeds
+from runtime.http_client import may_be_proxied
 from runtime.inbox import InboxRecorder
 from runtime.logs import get_logger
 from runtime.outbox import OutboxRelay
@@ -120,6 +121,10 @@ def adapters_of(settings: Settings) -> dict[str, PspAdapter]:
                 f"psps: {psp.name}: no adapter {psp.adapter!r}; there are: {', '.join(sorted(ADAPTERS))}"
             )
         config = _config(psp, settings)
+        if settings.psp_proxy and not may_be_proxied(psp.base_url):
+            raise SettingsInvalid(
+                f"psps: {psp.name}: base_url {psp.base_url}: with psp_proxy it must be https, or the proxy reads what is sent"
+            )
         adapter = adapters[psp.name] = make(config)
         if type(adapter).verify is not PspBase.verify and not config.webhook_secrets:
             raise SettingsInvalid(
@@ -148,6 +153,7 @@ def _config(psp: PspSettings, settings: Settings) -> PspConfig:
         currency_codes=frozenset(psp.currency_codes),
         weight=psp.weight,
         webhook_secret_previous=psp.webhook_secret_previous.get_secret_value(),
+        proxy=settings.psp_proxy,
     )
 
 

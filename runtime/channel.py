@@ -22,7 +22,7 @@ from runtime.logs import get_logger
 from runtime.security import RELOAD_INTERVAL_S, channel_credentials
 from runtime.settings import Settings, SettingsInvalid, is_loopback
 
-__all__ = ["CHANNEL_OPTIONS", "Channel", "open_channel"]
+__all__ = ["CHANNEL_OPTIONS", "Channel", "open_channel", "proxy_option"]
 
 KEEPALIVE_TIME_MS = 30_000
 """A ping after so much silence. The server allows one each 10 s (grpc_server.KEEPALIVE_MIN_MS)."""
@@ -39,10 +39,16 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
 _logger = get_logger("channel")
 
 
+def proxy_option(address: str, settings: Settings) -> tuple[str, int]:
+    """Whether a channel looks at the proxies of the environment: only with ``grpc_proxy``, and never on loopback."""
+    return ("grpc.enable_http_proxy", int(settings.grpc_proxy and not is_loopback(address)))
+
+
 def open_channel(address: str, settings: Settings) -> Channel:
     """A channel to ``address`` with the token, certificates and limits of ``settings``. Connects at the first call."""
     options = (
         *CHANNEL_OPTIONS,
+        proxy_option(address, settings),
         ("grpc.max_receive_message_length", settings.grpc_message_bytes_max),
         ("grpc.max_send_message_length", settings.grpc_message_bytes_max),
     )

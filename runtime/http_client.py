@@ -19,7 +19,9 @@ from urllib.parse import urlsplit
 import aiohttp
 import yarl
 
-__all__ = ["HttpPool", "NoReply", "NotSent", "Reply"]
+from runtime.settings import is_loopback
+
+__all__ = ["HttpPool", "NoReply", "NotSent", "Reply", "may_be_proxied"]
 
 CONNECTION_COUNT_MAX = 64
 KEEPALIVE_S = 20.0
@@ -48,8 +50,21 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+def may_be_proxied(base_url: str) -> bool:
+    """Whether calls to a URL may be sent where there is a proxy: over https, which it cannot read, or on loopback, without it."""
+    return urlsplit(base_url).scheme == "https" or _is_local(base_url)
+
+
+def _is_local(base_url: str) -> bool:
+    return is_loopback(f"{urlsplit(base_url).hostname or '?'}:0")
+
+
 class HttpPool:
-    """Connections to one origin, such as ``http://127.0.0.1:8080``. A path in the base URL goes before every target."""
+    """Connections to one origin, such as ``http://127.0.0.1:8080``. A path in the base URL goes before every target.
+
+    ``proxy`` is the URL of an HTTP proxy; it gets a CONNECT and sees nothing else. Loopback never goes through it, and the proxies of
+    the environment are not looked at. Raises ValueError for a proxy with a base URL that is not https.
+    """
 
     def __init__(
         self,
@@ -58,10 +73,14 @@ class HttpPool:
         timeout_s: float,
         connection_count_max: int = CONNECTION_COUNT_MAX,
         body_bytes_max: int = BODY_BYTES_MAX,
+        proxy: str = "",
     ) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"base_url: expected http://host[:port][/path] or https://…, got {base_url!r}")
+        if proxy and not may_be_proxied(base_url):
+            raise ValueError(f"base_url: a proxy would read what is sent to {base_url!r}; use https, or no proxy")
+        self._proxy = None if _is_local(base_url) else proxy or None
         self._base = base_url.rstrip("/")
         self._origin = f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
         self._timeout_s = timeout_s
@@ -90,7 +109,7 @@ class HttpPool:
                     raise
                 is_repeat = True  # the first one may have arrived: from here on nothing is certainly not sent
                 return await self._exchange(self._session, method, url, headers, body)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.ClientHttpProxyError) as error:
             why = getattr(error, "strerror", None) or error
             raise (NoReply if is_repeat else NotSent)(
                 f"no connection to {self._origin} ({type(error).__name__}: {why})"
@@ -115,12 +134,15 @@ class HttpPool:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=("Accept-Encoding", "Accept", "User-Agent"),
+            trust_env=False,
         )
 
     async def _exchange(
         self, session: aiohttp.ClientSession, method: str, url: yarl.URL, headers: Mapping[str, str], body: bytes | None
     ) -> Reply:
-        async with session.request(method, url, headers=headers, data=body, allow_redirects=False) as answer:
+        async with session.request(
+            method, url, headers=headers, data=body, allow_redirects=False, proxy=self._proxy
+        ) as answer:
             content = bytearray()
             async for piece in answer.content.iter_any():
                 content += piece

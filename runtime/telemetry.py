@@ -33,8 +33,9 @@ spans: Spans | None = None
 """Set by `start`."""
 
 
-def start(process: str, endpoint: str) -> Callable[[], None]:
-    """Begins to export spans to ``endpoint`` (OTLP over gRPC); returns what flushes and stops (blocking).
+def start(process: str, endpoint: str, *, use_proxy: bool = False) -> Callable[[], None]:
+    """Begins to export spans to ``endpoint`` (OTLP over gRPC); returns what flushes and stops (blocking). Only with ``use_proxy``
+    through the proxy of the environment.
 
     Raises SettingsInvalid where the optional extra is not installed.
     """
@@ -50,7 +51,11 @@ def start(process: str, endpoint: str) -> Callable[[], None]:
             "or leave otel_endpoint empty"
         ) from None
     provider = TracerProvider(resource=Resource.create({"service.name": f"ducat-{process}"}))
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
+    exporter = OTLPSpanExporter(
+        endpoint=endpoint,
+        insecure=not endpoint.startswith("https://"),
+        channel_options=(("grpc.enable_http_proxy", int(use_proxy and endpoint.startswith("https://"))),),  # type: ignore[arg-type]
+    )
     provider.add_span_processor(BatchSpanProcessor(exporter))
     spans = _OpenTelemetrySpans(provider.get_tracer("ducat"))
 

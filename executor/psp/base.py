@@ -66,6 +66,8 @@ class PspConfig:
     currency_codes: frozenset[str] = frozenset()
     weight: int = 1
     webhook_secret_previous: str = field(default="", repr=False)
+    proxy: str = field(default="", repr=False)
+    """URL of the proxy that it is called through; empty = none."""
 
     @property
     def webhook_secrets(self) -> tuple[str, ...]:
@@ -190,8 +192,11 @@ class Http:
     """Calls to one PSP over kept-alive connections. What goes wrong is a value: `NotSent` only where the request certainly never
     left, `NoAnswer` for everything after that. Every POST carries an idempotency key (see runtime/http_client.py)."""
 
-    def __init__(self, base_url: str, timeout_ms: int, *, connection_count_max: int = CONNECTION_COUNT_MAX) -> None:
+    def __init__(
+        self, base_url: str, timeout_ms: int, *, connection_count_max: int = CONNECTION_COUNT_MAX, proxy: str = ""
+    ) -> None:
         self._base_url = base_url
+        self._proxy = proxy
         self._timeout_s = timeout_ms / 1000
         self._connection_count_max = connection_count_max
         self._pool: HttpPool | None = None
@@ -220,6 +225,7 @@ class Http:
             timeout_s=self._timeout_s,
             connection_count_max=self._connection_count_max,
             body_bytes_max=BODY_BYTES_MAX,
+            proxy=self._proxy,
         )
         return self._pool
 

@@ -20,6 +20,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.max_send_message_length", 16 * 1024 * 1024),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
 ]
 SYNC_S = 1.0
 SMALL_BYTES, LARGE_BYTES = 4096, 1 << 20

@@ -23,7 +23,7 @@ class SandboxPsp(PspBase):
 
     def __init__(self, config: PspConfig) -> None:
         super().__init__(config)
-        self._http = Http(config.base_url, config.timeout_ms)
+        self._http = Http(config.base_url, config.timeout_ms, proxy=config.proxy)
         self._headers = {"Authorization": f"Bearer {config.api_key}", "Content-Type": "application/json"}
         self._payout_headers = {"X-API-Key": config.payout_api_key, "Content-Type": "application/json"}
 
