@@ -7,12 +7,15 @@ API.
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, make_asgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -22,6 +25,9 @@ from runtime.settings import Settings, SettingsInvalid, is_loopback, split_addre
 __all__ = ["RpcMetrics", "counter", "gauge", "histogram", "serve_metrics"]
 
 LATENCY_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+CONNECTIONS_MAX = 64
+"""To the metrics endpoint."""
+STOP_S = 1.0
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 _made: dict[str, Counter | Gauge | Histogram] = {}
@@ -116,31 +122,38 @@ class RpcMetrics(Collector):
 
 
 def serve_metrics(listen: str, settings: Settings) -> tuple[str, Callable[[], None]]:
-    """Serves the default registry on ``listen``; returns the real address and what stops it.
+    """Serves the default registry on ``listen`` from a thread of its own; returns the real address and what stops it.
 
-    Beyond loopback only with mTLS (tls_cert_file, tls_key_file, tls_ca_file): raises SettingsInvalid otherwise.
+    Beyond loopback only with mTLS (tls_cert_file, tls_key_file, tls_ca_file): raises SettingsInvalid otherwise. The server is the one of
+    runtime/http_server.py with few connections, so a stranger costs no more here than at the gateway.
     """
+    from runtime.http_server import HttpLimits, make_server
+
     host, port = split_address(listen)
-    if is_loopback(listen):
-        server, thread = start_http_server(port, host)
-    elif settings.tls_cert_file and settings.tls_key_file and settings.tls_ca_file:
-        server, thread = start_http_server(
-            port,
-            host,
-            certfile=settings.tls_cert_file,
-            keyfile=settings.tls_key_file,
-            client_cafile=settings.tls_ca_file,
-            client_auth_required=True,
-        )
-    else:
+    is_guarded = not is_loopback(listen)
+    if is_guarded and not (settings.tls_cert_file and settings.tls_key_file and settings.tls_ca_file):
         raise SettingsInvalid(
             f"metrics on {listen}: beyond loopback they need tls_cert_file, tls_key_file and tls_ca_file; "
             "set them, or listen on 127.0.0.1"
         )
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise SettingsInvalid(f"cannot listen on {listen} for metrics: {error.strerror}") from None
+    server = make_server(
+        make_asgi_app(),
+        limits=HttpLimits(connections_max=CONNECTIONS_MAX),
+        cert_file=settings.tls_cert_file if is_guarded else "",
+        key_file=settings.tls_key_file if is_guarded else "",
+        client_ca_file=settings.tls_ca_file if is_guarded else "",
+    )
+    thread = threading.Thread(
+        target=lambda: asyncio.run(server.serve(sockets=[listening])), name="metrics", daemon=True
+    )
+    thread.start()
 
     def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=1)
+        server.should_exit = True
+        thread.join(timeout=STOP_S)
 
-    return f"{host}:{server.server_port}", stop
+    return f"{host}:{listening.getsockname()[1]}", stop

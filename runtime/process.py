@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from runtime.bus import Bus
     from runtime.channel import Channel
     from runtime.grpc_server import Servicer
+    from runtime.http_server import HttpLimits
 
 __all__ = ["Process", "ProcessCrashed", "run"]
 
@@ -209,7 +210,7 @@ class Process:
 
     def _start_telemetry(self) -> None:
         if self.settings.otel_endpoint:
-            stop = telemetry.start(self.name, self.settings.otel_endpoint)
+            stop = telemetry.start(self.name, self.settings.otel_endpoint, use_proxy=self.settings.grpc_proxy)
             self.on_close("telemetry", _in_thread(stop))
 
     def _start_metrics(self) -> None:
@@ -351,54 +352,36 @@ class Process:
             metrics.close()
 
     async def serve_http(
-        self, listen: str, app: Any, *, concurrency_max: int = 1024, protocol: Any = "httptools"
+        self, listen: str, app: Any, *, limits: HttpLimits | None = None, trusted_proxies: str = ""
     ) -> None:
-        """Serves an ASGI application with uvicorn until the process should stop, then ends gracefully.
-
-        ``protocol`` is uvicorn's ``http`` setting: a name, or a protocol class that bounds more than uvicorn does.
+        """Serves an ASGI application until the process should stop, then ends gracefully. See runtime/http_server.py for what
+        bounds a client.
         """
-        import uvicorn
+        from runtime.http_server import make_server
 
         check_listen(self.name, listen, self.settings)
         settings = self.settings
         host, port = split_address(listen)
         listening = _bind(host, port, listen)
         real = listening.getsockname()[1]
-        config = uvicorn.Config(
+        server = make_server(
             app,
-            http=protocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=concurrency_max,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, settings.shutdown_grace_ms // 1000),
-            ssl_certfile=settings.tls_cert_file or None,
-            ssl_keyfile=settings.tls_key_file or None,
+            limits=limits,
+            grace_s=settings.shutdown_grace_ms / 1000,
+            trusted_proxies=trusted_proxies,
+            cert_file=settings.tls_cert_file,
+            key_file=settings.tls_key_file,
         )
-        if settings.tls_cert_file:
-            config.load()
-            assert config.ssl is not None
-            reload_at_handshakes(config.ssl, settings)
-        server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]  # we have our own
+        if server.config.ssl is not None:
+            reload_at_handshakes(server.config.ssl, settings)
         self._serving = True
-        started = asyncio.Event()
-        startup = server.startup
-
-        async def startup_and_tell(sockets: list[socket.socket] | None = None) -> None:
-            await startup(sockets=sockets)
-            started.set()
-
-        server.startup = startup_and_tell  # type: ignore[method-assign]
         loop = asyncio.get_running_loop()
         serving = loop.create_task(server.serve(sockets=[listening]), name="http")
-        starting, stopping = loop.create_task(started.wait()), loop.create_task(self._stopping.wait())
+        starting = loop.create_task(server.is_listening.wait())
+        stopping = loop.create_task(self._stopping.wait())
         try:
             await asyncio.wait({serving, starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if started.is_set() and not self._stopping.is_set():
+            if server.is_listening.is_set() and not self._stopping.is_set():
                 self.ready(f"[{host}]:{real}" if ":" in host else f"{host}:{real}")
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True

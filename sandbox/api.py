@@ -23,6 +23,7 @@ from sandbox.store import Store, Stored, encode
 __all__ = ["BODY_BYTES_MAX", "SandboxApi"]
 
 BODY_BYTES_MAX = 65_536
+BODY_TIMEOUT_S = 10.0
 KEY_LENGTH_MAX = 255
 HOLD_S_MAX = 60.0
 """How long an answer that never comes holds its connection."""
@@ -302,13 +303,17 @@ def _unauthenticated(where: str) -> ApiError:
 
 
 async def _body(receive: Receive) -> bytes:
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    while message.get("more_body"):
-        if len(body) > BODY_BYTES_MAX:
-            break
-        message = await receive()
-        body += message.get("body", b"")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            message = await receive()
+            body: bytes = message.get("body", b"")
+            while message.get("more_body") and len(body) <= BODY_BYTES_MAX:
+                message = await receive()
+                body += message.get("body", b"")
+    except TimeoutError:
+        raise ApiError(
+            408, "invalid_request_error", "body_too_slow", f"the body did not come within {BODY_TIMEOUT_S:g} s"
+        ) from None
     if len(body) > BODY_BYTES_MAX:
         raise ApiError(
             413, "invalid_request_error", "body_too_large", f"the body is larger than {BODY_BYTES_MAX} bytes"
