@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from ipaddress import ip_address, ip_network
+
 from gateway.adapters.app import GatewayApp
-from gateway.adapters.http_protocol import CONNECTIONS_MAX, BoundedHttpProtocol
 from gateway.adapters.payment import PaymentClient
+from runtime.http_server import HttpLimits
 from runtime.metrics import RpcMetrics
 from runtime.process import Process
-from runtime.settings import Settings
+from runtime.settings import Settings, SettingsInvalid
 
-__all__ = ["main"]
+__all__ = ["limits_of", "main"]
+
+ALWAYS = frozenset({"/healthz", "/readyz"})
 
 
 async def main() -> None:
@@ -19,5 +24,34 @@ async def main() -> None:
         payment = PaymentClient(await process.channel(settings.payment_address))
         app = GatewayApp(settings, payment, RpcMetrics("http"))
         await process.serve_http(
-            settings.gateway_listen, app, concurrency_max=CONNECTIONS_MAX, protocol=BoundedHttpProtocol
+            settings.gateway_listen,
+            app,
+            limits=limits_of(settings, app),
+            trusted_proxies=settings.gateway_trusted_proxies,
         )
+
+
+def limits_of(settings: Settings, app: GatewayApp) -> HttpLimits:
+    """How many connections the gateway takes. Raises SettingsInvalid."""
+    return HttpLimits(
+        settings.gateway_connections_max,
+        settings.gateway_connections_per_address_max,
+        ALWAYS,
+        _is_in(settings.gateway_trusted_proxies),
+        lambda status: app.shedding.note("connections", status),
+    )
+
+
+def _is_in(networks: str) -> Callable[[str], bool]:
+    try:
+        known = [ip_network(each.strip(), strict=False) for each in networks.split(",") if each.strip()]
+    except ValueError as error:
+        raise SettingsInvalid(f"gateway_trusted_proxies: expected addresses or networks with commas: {error}") from None
+
+    def is_in(address: str) -> bool:
+        try:
+            return any(ip_address(address) in network for network in known)
+        except ValueError:
+            return False
+
+    return is_in

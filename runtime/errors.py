@@ -39,6 +39,7 @@ from runtime import trace
 __all__ = [
     "DETAILS_KEY",
     "DOMAIN",
+    "RETRY_AFTER_KEY",
     "TABLE",
     "Row",
     "as_ducat_error",
@@ -51,6 +52,9 @@ __all__ = [
 ]
 
 DOMAIN = "ducat"
+RETRY_AFTER_KEY = "retry_after_s"
+"""Metadata of an error: whole seconds after which a retry makes sense. Goes out as google.rpc.RetryInfo too, and at the REST edge
+as Retry-After."""
 DETAILS_KEY = "grpc-status-details-bin"
 VIOLATIONS_MAX = 100
 """Most field violations in one answer: a status travels in trailing metadata, which is bounded."""
@@ -139,6 +143,10 @@ def _status(
 ) -> status_pb2.Status:
     status = status_pb2.Status(code=row.code.value[0], message=message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
+    if metadata.get(RETRY_AFTER_KEY, "").isdecimal():
+        retry_info = error_details_pb2.RetryInfo()
+        retry_info.retry_delay.seconds = int(metadata[RETRY_AFTER_KEY])
+        status.details.add().Pack(retry_info)
     if violations:
         bad_request = error_details_pb2.BadRequest()
         for violation in violations:

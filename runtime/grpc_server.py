@@ -2,9 +2,11 @@
 
 What stands around a servicer's method, from the outside in; each is one small function below:
 
-    shed           more than grpc_concurrency_max at once → RESOURCE_EXHAUSTED, before anything is parsed
+    shed           more than grpc_concurrency_max at once → UNAVAILABLE, before anything is parsed. What processes ask of one another
+                   (INTERNAL_SCOPES, INTERNAL_SERVICES) has a room of its own, and health needs none: callers cannot starve it
     trace          bind the caller's traceparent, or start one
     authorize      token and scope; with authentication on, a method without a scope entry is refused
+    rate           more than grpc_caller_rate_max a second of one token → RESOURCE_EXHAUSTED
     parse          the message is parsed here, so that nobody without a token can make us parse one
     validate       protovalidate rules of the .proto → INVALID_ARGUMENT with one violation a field
     deadline       request_deadline_ms where the caller set none
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -43,11 +46,14 @@ from kernel.errors import (
     InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
+    Unavailable,
     Unimplemented,
 )
 from runtime import errors, telemetry, trace
+from runtime.errors import RETRY_AFTER_KEY
 from runtime.logs import get_logger
 from runtime.metrics import RpcMetrics
+from runtime.rates import CallerRates
 from runtime.security import TokenStore, server_credentials, set_current_caller
 from runtime.settings import Settings, SettingsInvalid, split_address
 
@@ -56,6 +62,16 @@ __all__ = ["GrpcServer", "Servicer", "shielded", "validate", "violations_of"]
 KEEPALIVE_MIN_MS = 10_000
 """Clients may ping this often (channel.KEEPALIVE_TIME_MS is 30 s); more often is answered by too_many_pings."""
 METADATA_BYTES_MAX = 16 * 1024
+CONNECTIONS_MAX = 4_096
+STREAMS_PER_CONNECTION_MAX = 4_096
+"""RPCs of one connection that are open at once; a client queues what is above. More than all budgets of a gateway together, so that
+its health checks and webhooks never wait behind its callers."""
+HANDSHAKE_TIMEOUT_MS = 10_000
+"""From the connection to the end of the HTTP/2 handshake."""
+RETRY_AFTER_S = 1
+"""What we ask of callers that were shed."""
+INTERNAL_SCOPES = frozenset({"notifications.write", "payouts.instruct", "wallet.relay"})
+INTERNAL_SERVICES = ("/ducat.event.v1.FeedService/",)
 HEALTH_DRAIN_S = 0.05
 """Between NOT_SERVING and the end of accepting calls, so that a watching balancer can turn away."""
 
@@ -123,6 +139,25 @@ def validate(request: Message) -> None:
         )
 
 
+class _Room:
+    """Calls of one kind that run at once."""
+
+    def __init__(self, running_max: int) -> None:
+        self.running_max = running_max
+        self.running = 0
+
+    def overloaded(self) -> Unavailable:
+        return Unavailable(
+            f"more than {self.running_max} calls at once; retry with backoff",
+            reason="OVERLOADED",
+            metadata={
+                "limit": "grpc_concurrency_max",
+                "limit_value": str(self.running_max),
+                RETRY_AFTER_KEY: str(RETRY_AFTER_S),
+            },
+        )
+
+
 class _Guard:
     """Everything that stands around the servicers' methods."""
 
@@ -139,10 +174,13 @@ class _Guard:
         self._tokens = tokens
         self._metrics = metrics
         self._deadline_s = settings.request_deadline_ms / 1000
-        self._concurrency_max = settings.grpc_concurrency_max
-        self._unary_running = 0
-        self._streams_running = 0
-        metrics.in_flight = lambda: self._unary_running + self._streams_running
+        self._rooms = {
+            (is_internal, is_stream): _Room(settings.grpc_concurrency_max)
+            for is_internal in (False, True)
+            for is_stream in (False, True)
+        }
+        self._rates = CallerRates(settings.grpc_caller_rate_max)
+        metrics.in_flight = lambda: sum(room.running for room in self._rooms.values())
         self._tasks: set[asyncio.Task[Any]] = set()
         self.scopeless: list[str] = []
 
@@ -181,15 +219,16 @@ class _Guard:
         is_message = handler.request_deserializer is not None
         shield = not method.rpartition("/")[2].startswith(_READ_PREFIXES) and method not in self._unshielded
         scope = self._scopes.get(method)
+        room = self._room(method, scope, is_stream=False)
         record = self._metrics.record
 
         async def call(raw: bytes, context: Any) -> bytes:
             begin_s = time.perf_counter()
             code = _OK
-            self._unary_running += 1
+            room.running += 1
             try:
-                if self._unary_running > self._concurrency_max:
-                    raise self._overloaded()
+                if room.running > room.running_max:
+                    raise room.overloaded()
                 self._authorize(method, scope, _trace(context.invocation_metadata()))
                 request = parse(raw)
                 if is_message:
@@ -210,7 +249,7 @@ class _Guard:
                 await context.abort(*status)
                 raise
             finally:
-                self._unary_running -= 1
+                room.running -= 1
                 record(method, code, begin_s)
 
         return call
@@ -223,15 +262,16 @@ class _Guard:
     ) -> Callable[..., Awaitable[Any]]:
         """A method with a stream on either side, or both. ``parse`` is given where the request is one message."""
         scope = self._scopes.get(method)
+        room = self._room(method, scope, is_stream=True)
         generates = inspect.isasyncgenfunction(behaviour)
 
         async def call(requests: Any, context: Any) -> Any:
             begin_s = time.perf_counter()
             code = _OK
-            self._streams_running += 1
+            room.running += 1
             try:
-                if self._streams_running > self._concurrency_max:
-                    raise self._overloaded()
+                if room.running > room.running_max:
+                    raise room.overloaded()
                 self._authorize(method, scope, _trace(context.invocation_metadata()))
                 if parse is not None:
                     requests = parse(requests)
@@ -249,7 +289,7 @@ class _Guard:
                 await context.abort(*status)
                 raise
             finally:
-                self._streams_running -= 1
+                room.running -= 1
                 self._metrics.record(method, code, begin_s)
 
         return call
@@ -274,11 +314,8 @@ class _Guard:
 
     # --- the steps, each call
 
-    def _overloaded(self) -> ResourceExhausted:
-        return ResourceExhausted(
-            f"more than {self._concurrency_max} calls at once; retry with backoff",
-            metadata={"limit": "grpc_concurrency_max", "limit_value": str(self._concurrency_max)},
-        )
+    def _room(self, method: str, scope: str | None, *, is_stream: bool) -> _Room:
+        return self._rooms[_is_internal(method, scope), is_stream]
 
     def _authorize(self, method: str, scope: str | None, authorization: str) -> None:
         if self._tokens is None:
@@ -286,7 +323,15 @@ class _Guard:
         if scope is None:
             self._tokens.authenticate(authorization)
             raise PermissionDenied(f"{method[1:]} has no scope on this server, so nobody may call it")
-        set_current_caller(self._tokens.authorize(authorization, scope).name)
+        caller = self._tokens.authorize(authorization, scope)
+        set_current_caller(caller.name)
+        if self._rates.per_s and not _is_internal(method, scope):
+            wait_s = self._rates.spend(caller.name)
+            if wait_s:
+                raise ResourceExhausted(
+                    f"more than {self._rates.per_s:g} calls a second of token {caller.name!r}; slow down",
+                    metadata={"limit": "grpc_caller_rate_max", RETRY_AFTER_KEY: str(math.ceil(wait_s))},
+                )
 
     async def _run_shielded(self, work: Coroutine[Any, Any, Any], left_s: float | None) -> Any:
         """Runs ``work`` in a task of its own. Where its caller goes away or the deadline passes, only the wait ends.
@@ -343,6 +388,11 @@ class _Guard:
         """Waits for the shielded calls whose callers have left."""
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=grace_s)
+
+
+def _is_internal(method: str, scope: str | None) -> bool:
+    """Whether only our own processes call a method."""
+    return scope in INTERNAL_SCOPES or method.startswith(INTERNAL_SERVICES)
 
 
 def _as_it_is(raw: Any) -> Any:
@@ -533,6 +583,10 @@ def _options(settings: Settings) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", settings.grpc_message_bytes_max),
         ("grpc.max_send_message_length", settings.grpc_message_bytes_max),
         ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+        ("grpc.max_allowed_incoming_connections", CONNECTIONS_MAX),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MIN_MS),

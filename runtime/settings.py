@@ -145,6 +145,11 @@ class Settings(BaseSettings):
     )
     auth_token: SecretStr = Field(SecretStr(""), description="token that this process sends")
 
+    grpc_proxy: bool = Field(
+        False,
+        description="calls beyond loopback go through the proxy of the environment (grpc_proxy, https_proxy); needs TLS",
+    )
+
     # what an operator sees
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
     log_format: Literal["json", "text"] = Field("json", description="json for machines, text for people")
@@ -154,7 +159,12 @@ class Settings(BaseSettings):
 
     # limits
     grpc_concurrency_max: int = Field(
-        512, ge=1, description="RPCs at once; unary calls and streams each; more are refused"
+        512,
+        ge=1,
+        description="RPCs at once: unary calls and streams, of callers and of other processes each; more are refused",
+    )
+    grpc_caller_rate_max: float = Field(
+        0, ge=0, description="calls a second of one token; a bulk stream is one call; more are refused; 0 = any"
     )
     grpc_message_bytes_max: int = Field(8 * 1024 * 1024, ge=4096, description="largest gRPC message")
     request_deadline_ms: int = Field(10_000, ge=1, description="deadline of a unary call whose caller set none")
@@ -162,6 +172,23 @@ class Settings(BaseSettings):
     orders_per_payment_max: int = Field(100, ge=1, le=1000, description="payment orders in one checkout")
     order_expiry_s: int = Field(86_400, ge=60, description="how long an order may stay unpaid before it expires")
     body_bytes_max: int = Field(262_144, ge=1024, description="largest HTTP body at the gateway")
+    gateway_api_concurrency_max: int = Field(512, ge=1, description="calls of the REST API at once; more get 503")
+    gateway_webhook_concurrency_max: int = Field(256, ge=1, description="webhooks at once; more get 503")
+    gateway_page_concurrency_max: int = Field(256, ge=1, description="requests for pages at once; more get 503")
+    gateway_caller_rate_max: float = Field(
+        1_000, ge=0, description="calls a second of one token, or of one address without tokens; more get 429; 0 = any"
+    )
+    gateway_address_rate_max: float = Field(
+        1_000, ge=0, description="webhooks, and pages, a second from one address; more get 429; 0 = any"
+    )
+    gateway_connections_max: int = Field(4_096, ge=1, description="HTTP connections of the gateway, idle ones included")
+    gateway_connections_per_address_max: int = Field(
+        3_072, ge=0, description="HTTP connections of the gateway from one address; 0 = as many as there are"
+    )
+    gateway_trusted_proxies: str = Field(
+        "",
+        description="addresses or networks of your own reverse proxies, with commas: their X-Forwarded-For is believed",
+    )
     postgres_connections_max: int = Field(
         10, ge=3, description="connections of one process's pool; the outbox relay keeps one of them"
     )
@@ -169,6 +196,12 @@ class Settings(BaseSettings):
     # executor
     executor_concurrency: int = Field(32, ge=1, description="orders that one executor runs at once")
     psp_timeout_ms: int = Field(10_000, ge=1, description="deadline of one call to a PSP")
+    psp_proxy: str = Field(
+        "",
+        repr=False,
+        pattern=r"^(https?://[^\s/]+/?)?$",
+        description="proxy that PSPs are called through, such as http://egress.internal:3128; empty = none, whatever the environment says",
+    )
     statement_descriptor: str = Field(
         "DUCAT MARKET",
         min_length=5,
@@ -344,6 +377,8 @@ class Settings(BaseSettings):
             raise ValueError("bus = kafka needs kafka_bootstrap (host:port)")
         if self.wallet_log == "kafka" and not self.kafka_bootstrap:
             raise ValueError("wallet_log = kafka needs kafka_bootstrap (host:port)")
+        if self.grpc_proxy and not self.tls_ca_file:
+            raise ValueError("grpc_proxy needs tls_ca_file: a proxy would read account numbers in the clear")
         if bool(self.tls_cert_file) != bool(self.tls_key_file):
             raise ValueError("tls_cert_file and tls_key_file belong together; set both or neither")
         if self.tls_client_auth and not (self.tls_ca_file and self.tls_cert_file):

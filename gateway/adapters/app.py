@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
 from gateway.adapters import pages
+from gateway.adapters.budgets import Budget, Rates, Shedding
 from gateway.adapters.exchange import (
+    BodyReader,
     HttpProblem,
     Receive,
     Request,
@@ -20,7 +23,6 @@ from gateway.adapters.exchange import (
     json_response,
     problem,
     problem_of,
-    read_body,
 )
 from gateway.adapters.openapi import OPENAPI_JSON
 from gateway.adapters.payment import PaymentClient
@@ -42,6 +44,9 @@ HEADERS_MAX = 64
 QUERY_BYTES_MAX = 4_096
 QUERY_FIELDS_MAX = 32
 PAGE_KEY_LENGTH_MAX = 128
+READY_TIMEOUT_S = 1.0
+READY_KEPT_S = 1.0
+"""How long an answer about readiness is kept."""
 
 _PSP = re.compile(r"[a-z0-9_-]{1,64}")
 # They are about one connection, or about this host alone: nothing that a PSP signs.
@@ -72,14 +77,28 @@ _Handler = Callable[[Request], Awaitable[Response]]
 
 
 class GatewayApp:
-    """``GatewayApp(settings, payment)`` is an ASGI application. settings.grpc_concurrency_max bounds its requests."""
+    """``GatewayApp(settings, payment)`` is an ASGI application. Who is turned away, and when: gateway/adapters/budgets.py."""
 
     def __init__(self, settings: Settings, payment: PaymentClient, metrics: RpcMetrics | None = None) -> None:
         self._settings = settings
         self._payment = payment
         self._metrics = metrics
         self._tokens = TokenStore(settings.auth_tokens_file) if settings.auth_tokens_file else None
-        self._requests_max = settings.grpc_concurrency_max
+        self.shedding = Shedding()
+        self._budgets = {
+            name: Budget(name, running_max, self.shedding)
+            for name, running_max in (
+                ("api", settings.gateway_api_concurrency_max),
+                ("webhooks", settings.gateway_webhook_concurrency_max),
+                ("pages", settings.gateway_page_concurrency_max),
+            )
+        }
+        self._caller_rates = Rates("api", settings.gateway_caller_rate_max, self.shedding)
+        self._address_rates = {
+            name: Rates(name, settings.gateway_address_rate_max, self.shedding) for name in ("webhooks", "pages")
+        }
+        self._bodies = BodyReader(settings.body_bytes_max)
+        self._readiness = Readiness({"payment": payment.check_health} if payment is not None else {})
         self._running = 0
         if metrics is not None:
             metrics.in_flight = lambda: self._running
@@ -120,10 +139,8 @@ class GatewayApp:
             error = HttpProblem(405, f"this path takes {allowed}", headers=((b"allow", allowed.encode()),))
             return problem_of(error, _shown(path)), "unknown"
         try:
-            self._admit(route, headers)
-            return await self._handlers[route.operation](
-                Request(path, argument, headers, scope, receive)
-            ), route.operation
+            request = Request(path, argument, headers, scope, receive)
+            return await self._run(route, request), route.operation
         except (HttpProblem, DucatError) as error:
             return self._refused(route, path, error), route.operation
         except Exception as error:
@@ -131,11 +148,50 @@ class GatewayApp:
             _logger.exception("request failed", operation=route.operation)
             return self._refused(route, path, known), route.operation
 
-    def _admit(self, route: Route, headers: dict[bytes, bytes]) -> None:
-        if self._running > self._requests_max:
-            raise HttpProblem(503, f"{self._requests_max} requests run already; try again", reason="OVERLOADED")
-        if self._tokens is not None and route.scope:
-            self._tokens.authorize(headers.get(b"authorization", b"").decode("latin-1"), route.scope)
+    async def _run(self, route: Route, request: Request) -> Response:
+        """The handler's response. What a client takes its time for, its body, comes before there is room for it in the budget."""
+        handler = self._handlers[route.operation]
+        name = _budget_of(route)
+        if not name:
+            return await handler(request)
+        budget = self._budgets[name]
+        self._admit(route, request, name)
+        budget.check()
+        if route.method == "POST":
+            self._check_head(route, request)
+            request.body = await self._read_body(request, name)
+        with budget.taken():
+            return await handler(request)
+
+    def _admit(self, route: Route, request: Request, budget: str) -> None:
+        """Token and rate. Raises Unauthenticated, PermissionDenied, HttpProblem."""
+        client = request.scope.get("client")
+        caller = client[0] if client else ""
+        if budget != "api":
+            self._address_rates[budget].spend(caller)
+            return
+        if self._tokens is not None:
+            authorization = request.headers.get(b"authorization", b"").decode("latin-1")
+            caller = f"token {self._tokens.authorize(authorization, route.scope).name}"
+        self._caller_rates.spend(caller)
+
+    def _check_head(self, route: Route, request: Request) -> None:
+        """What is refused before a body is read. Raises NotFound, HttpProblem."""
+        if route.scope:
+            media_type, _, parameters = request.headers.get(b"content-type", b"").lower().partition(b";")
+            charset = parameters.strip().removeprefix(b"charset=").strip(b'"')
+            if media_type.strip() != b"application/json" or charset not in (b"", b"utf-8"):
+                raise HttpProblem(415, "send the body as application/json in UTF-8")
+        elif _PSP.fullmatch(request.argument) is None:
+            raise NotFound("no payment service provider of that name is configured", reason="PROVIDER_UNKNOWN")
+
+    async def _read_body(self, request: Request, budget: str) -> bytes:
+        try:
+            return await self._bodies.read(request)
+        except HttpProblem as error:
+            if error.status == 503:
+                self.shedding.note(budget, 503)
+            raise
 
     def _refused(self, route: Route, path: str, error: DucatError | HttpProblem) -> Response:
         response = problem_of(error, _shown(path))
@@ -180,11 +236,7 @@ class GatewayApp:
         return json_response(200, payout_view(await self._payment.get_payout(_id_in_path(request, "payout"))))
 
     async def _json_body(self, request: Request) -> bytes:
-        media_type, _, parameters = request.headers.get(b"content-type", b"").lower().partition(b";")
-        charset = parameters.strip().removeprefix(b"charset=").strip(b'"')
-        if media_type.strip() != b"application/json" or charset not in (b"", b"utf-8"):
-            raise HttpProblem(415, "send the body as application/json in UTF-8")
-        return await read_body(request, self._settings.body_bytes_max)
+        return request.body
 
     # --- findings
 
@@ -220,11 +272,8 @@ class GatewayApp:
 
     async def _record_notification(self, request: Request, *, is_payout: bool) -> Response:
         """The raw body and headers, passed on. The 2xx goes out only after the payment service has answered."""
-        if _PSP.fullmatch(request.argument) is None:
-            raise NotFound("no payment service provider of that name is configured", reason="PROVIDER_UNKNOWN")
         headers = _passed_on(request.scope["headers"])
-        body = await read_body(request, self._settings.body_bytes_max)
-        answer = await self._payment.record_notification(request.argument, body, headers, is_payout=is_payout)
+        answer = await self._payment.record_notification(request.argument, request.body, headers, is_payout=is_payout)
         return json_response(
             200,
             {
@@ -263,11 +312,55 @@ class GatewayApp:
         return json_response(200, {"status": "ok"})
 
     async def _readyz(self, request: Request) -> Response:
-        await self._payment.check_health()
+        missing = await self._readiness.missing()
+        if missing:
+            names = ", ".join(missing)
+            raise HttpProblem(503, f"not ready: {names} cannot be reached or does not serve; try again", "UNAVAILABLE")
         return json_response(200, {"status": "ready"})
 
     async def _openapi(self, request: Request) -> Response:
         return Response(200, OPENAPI_JSON, ((b"content-type", b"application/json"),))
+
+
+_UNBUDGETED = frozenset({"healthz", "readyz"})
+
+
+def _budget_of(route: Route) -> str:
+    """The name of the budget of an operation; empty for what is always answered."""
+    if route.operation in _UNBUDGETED:
+        return ""
+    if route.path.startswith("/webhooks/"):
+        return "webhooks"
+    return "api" if route.scope else "pages"
+
+
+class Readiness:
+    """Whether everything that the gateway needs is there. Looked at once in READY_KEPT_S, however many ask."""
+
+    def __init__(self, checks: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
+        self._checks = checks
+        self._missing: list[str] = []
+        self._looked_s = -READY_KEPT_S
+        self._looking: asyncio.Task[None] | None = None
+
+    async def missing(self) -> list[str]:
+        """The names of what is not there."""
+        if time.monotonic() - self._looked_s >= READY_KEPT_S:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.get_running_loop().create_task(self._look())
+            await asyncio.shield(self._looking)
+        return self._missing
+
+    async def _look(self) -> None:
+        missing = []
+        for name, check in self._checks.items():
+            try:
+                async with asyncio.timeout(READY_TIMEOUT_S):
+                    await check()
+            except Exception as error:
+                _logger.warning("not ready", missing=name, error=f"{type(error).__name__}: {error}")
+                missing.append(name)
+        self._missing, self._looked_s = missing, time.monotonic()
 
 
 def _created(view: dict[str, Any], location: str, replayed: bool) -> Response:

@@ -8,6 +8,7 @@ does for a call (docs/rest.md has the figures).
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -16,11 +17,13 @@ from typing import Any, TypeAlias
 from gateway.adapters.views import encode
 from kernel.errors import DucatError, InvalidArgument
 from runtime import trace
-from runtime.errors import http_status_of
+from runtime.errors import RETRY_AFTER_KEY, http_status_of
 
 __all__ = [
+    "BODIES_BYTES_MAX",
     "BODY_TIMEOUT_S",
     "RETRY_AFTER_S",
+    "BodyReader",
     "HttpProblem",
     "Receive",
     "Request",
@@ -31,7 +34,7 @@ __all__ = [
     "json_response",
     "problem",
     "problem_of",
-    "read_body",
+    "retry_after",
 ]
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -41,6 +44,8 @@ Header: TypeAlias = tuple[bytes, bytes]
 
 BODY_TIMEOUT_S = 10.0
 """How long a client may take to send its body."""
+BODIES_BYTES_MAX = 64 * 1024 * 1024
+"""Of all bodies that are arriving at once."""
 RETRY_AFTER_S = 2
 """What we ask of callers that may try again (429, 503, 504)."""
 
@@ -59,6 +64,7 @@ class Request:
     headers: dict[bytes, bytes]
     scope: Scope
     receive: Receive
+    body: bytes = b""
 
 
 @dataclass(slots=True)
@@ -105,8 +111,8 @@ def problem(
     }
     if violations:
         document["violations"] = violations
-    if status in _RETRIED:
-        headers = (*headers, (b"retry-after", str(RETRY_AFTER_S).encode()))
+    if status in _RETRIED and not any(name == b"retry-after" for name, _ in headers):
+        headers = (*headers, retry_after(RETRY_AFTER_S))
     return Response(status, encode(document), (_PROBLEM, *headers))
 
 
@@ -119,39 +125,62 @@ def problem_of(error: DucatError | HttpProblem, instance: str) -> Response:
         violations = tuple({"field": each.field, "description": each.description} for each in error.violations)
     status = http_status_of(error)
     headers: tuple[Header, ...] = ((b"www-authenticate", b"Bearer"),) if status == 401 else ()
+    if status in _RETRIED and error.metadata.get(RETRY_AFTER_KEY, "").isdecimal():
+        headers = (retry_after(int(error.metadata[RETRY_AFTER_KEY])),)
     return problem(status, error.reason, error.message, instance, violations, *headers)
 
 
-async def read_body(request: Request, bytes_max: int) -> bytes:
-    """The whole body. Raises HttpProblem: 413 above ``bytes_max``, 408 for a client that is too slow or gone."""
-    declared = request.headers.get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > bytes_max:
-        raise _too_large(bytes_max)
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await _read_all(request.receive, bytes_max)
-    except TimeoutError:
-        raise HttpProblem(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s", headers=(_CLOSE,)) from None
+def retry_after(seconds: float) -> Header:
+    """The header that asks a caller to wait: whole seconds, at least one."""
+    return (b"retry-after", str(max(1, math.ceil(seconds))).encode())
 
 
-async def _read_all(receive: Receive, bytes_max: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise HttpProblem(400, "the connection closed before the end of the body")
-        part: bytes = message.get("body", b"")
-        size += len(part)
-        if size > bytes_max:
-            raise _too_large(bytes_max)
-        if not message.get("more_body", False):
-            return b"".join((*parts, part)) if parts else part
-        parts.append(part)
+class BodyReader:
+    """Reads bodies: each within ``bytes_max`` and BODY_TIMEOUT_S, all that arrive at once within BODIES_BYTES_MAX."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._held = 0
+
+    async def read(self, request: Request) -> bytes:
+        """The whole body. Raises HttpProblem: 413 for one that is too large, 408 for a client that is too slow, 400 for one
+        that is gone, 503 while too many bodies arrive.
+        """
+        declared = request.headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self._bytes_max:
+            raise self._too_large()
+        held: list[int] = []
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await self._read_all(request.receive, held)
+        except TimeoutError:
+            raise HttpProblem(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s", headers=(_CLOSE,)) from None
+        finally:
+            self._held -= sum(held)
+
+    async def _read_all(self, receive: Receive, held: list[int]) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise HttpProblem(400, "the connection closed before the end of the body")
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size > self._bytes_max:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return b"".join((*parts, part)) if parts else part
+            if not part:
+                continue
+            self._held += len(part)
+            held.append(len(part))
+            if self._held > BODIES_BYTES_MAX:
+                raise HttpProblem(503, "too many bodies arrive at once; try again", "OVERLOADED", (_CLOSE,))
+            parts.append(part)
+
+    def _too_large(self) -> HttpProblem:
+        return HttpProblem(413, f"the body may have at most {self._bytes_max} bytes", headers=(_CLOSE,))
 
 
 _CLOSE: Header = (b"connection", b"close")
-
-
-def _too_large(bytes_max: int) -> HttpProblem:
-    return HttpProblem(413, f"the body may have at most {bytes_max} bytes", headers=(_CLOSE,))

@@ -6,18 +6,17 @@ import asyncio
 import hashlib
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from typing import Any
-
-import uvicorn
 
 from ducat.payment.v1 import finding_pb2, payment_pb2, payment_service_pb2_grpc, payout_pb2
 from gateway.adapters.app import GatewayApp
-from gateway.adapters.http_protocol import CONNECTIONS_MAX, BoundedHttpProtocol
 from gateway.adapters.payment import SERVICE_NAME, PaymentClient
+from gateway.bootstrap import limits_of
 from kernel.errors import AlreadyExists, DucatError, NotFound, PermissionDenied
 from runtime.channel import open_channel
 from runtime.grpc_server import GrpcServer
+from runtime.http_server import make_server
 from runtime.metrics import RpcMetrics
 from runtime.settings import Settings
 
@@ -156,6 +155,7 @@ async def gateway_over(fake: FakePayment, *, is_down: bool = False, **overrides:
     add = payment_service_pb2_grpc.add_PaymentServiceServicer_to_server
     methods = [name for name in dir(payment_service_pb2_grpc.PaymentServiceServicer) if name[0].isupper()]
     scopes = {f"/{SERVICE_NAME}/{name}": "payments.write" for name in methods}
+    scopes[f"/{SERVICE_NAME}/RecordNotification"] = "notifications.write"
     server = GrpcServer(
         settings.model_copy(update={"auth_tokens_file": ""}), [(fake, add, SERVICE_NAME)], scopes, (), metrics, ()
     )
@@ -169,26 +169,14 @@ async def gateway_over(fake: FakePayment, *, is_down: bool = False, **overrides:
 
 
 @asynccontextmanager
-async def serving(fake: FakePayment, **overrides: Any) -> AsyncIterator[str]:
+async def serving(fake: FakePayment, *, is_down: bool = False, **overrides: Any) -> AsyncIterator[str]:
     """The gateway's URL: the real application behind the real HTTP server."""
-    async with gateway_over(fake, **overrides) as app:
+    async with gateway_over(fake, is_down=is_down, **overrides) as app:
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(
-            app,
-            http=BoundedHttpProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=CONNECTIONS_MAX,
-        )
-        server = uvicorn.Server(config)
-        server.capture_signals = nullcontext  # type: ignore[method-assign, assignment]
+        server = make_server(app, limits=limits_of(Settings.load(overrides, environ={}), app))
         running = asyncio.get_running_loop().create_task(server.serve(sockets=[listening]))
-        while not server.started and not running.done():  # noqa: ASYNC110 - uvicorn has nothing to wait on
-            await asyncio.sleep(0.005)
+        await server.is_listening.wait()
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:

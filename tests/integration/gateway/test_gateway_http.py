@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from ducat.payment.v1 import finding_pb2
-from gateway.adapters import exchange, http_protocol
+from gateway.adapters import app, exchange
 from gateway.adapters.routes import ROUTES
 from kernel.errors import (
     DeadlineExceeded,
@@ -27,8 +27,8 @@ from kernel.errors import (
     Unavailable,
     Unimplemented,
 )
+from runtime import http_server
 from runtime.security import create_token
-from tests.integration.gateway import fake_payment
 from tests.integration.gateway.fake_payment import GOOD_SIGNATURE, FakePayment, page_key_of, serving
 
 EVENT: dict[str, Any] = json.loads(
@@ -304,29 +304,116 @@ async def test_bodies_are_bounded_and_typed(fake: FakePayment) -> None:
             assert (await http.post("/v1/payments", data=b"{}", headers={"Content-Type": media_type})).status == 400
 
 
-async def test_too_many_requests_at_once_are_refused(fake: FakePayment) -> None:
-    async with serving(fake, grpc_concurrency_max=1) as url, aiohttp.ClientSession(url) as http:
-        release = asyncio.Event()
+class SlowPayment(FakePayment):
+    """Holds callers' calls until it is told to go on; notifications pass."""
 
-        async def slow() -> AsyncIterator[bytes]:
-            yield b"{"
-            await release.wait()
-            yield b"}"
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = asyncio.Event()
+        self.held = 0
 
-        first = asyncio.ensure_future(
-            http.post("/v1/payments", data=slow(), headers={"Content-Type": "application/json"})
-        )
-        for _ in range(200):
-            answer = await http.get("/healthz")
-            if answer.status == 503:
-                break
-            await asyncio.sleep(0.005)
-        assert answer.status == 503
-        assert (await problem_in(answer))["reason"] == "OVERLOADED"
-        assert "retry-after" in answer.headers
-        release.set()
-        assert (await first).status == 400
-        assert (await http.get("/healthz")).status == 200
+    async def GetPayment(self, request: Any, context: Any) -> Any:
+        self.held += 1
+        await self.go_on.wait()
+        return await super().GetPayment(request, context)
+
+
+async def test_held_calls_take_nothing_from_webhooks_and_health() -> None:
+    """Before: 2,000 slow calls, and liveness, readiness and webhooks got 503 like everything else."""
+    slow = SlowPayment()
+    async with (
+        serving(slow, gateway_caller_rate_max=0) as url,
+        aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http,
+        aiohttp.ClientSession(url) as other,
+    ):
+
+        async def call(number: int) -> tuple[int, str]:
+            async with http.get(f"/v1/payments/{number}") as answer:
+                return answer.status, answer.headers.get("retry-after", "")
+
+        calls = [asyncio.ensure_future(call(number)) for number in range(2_000)]
+        try:
+            async with asyncio.timeout(30):
+                while slow.held < 512 or sum(call.done() for call in calls) < 2_000 - 512:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            for method, path in (("POST", "/webhooks/sandbox"), ("GET", "/healthz"), ("GET", "/readyz")):
+                async with asyncio.timeout(2), other.request(method, path, headers=SIGNED) as answer:
+                    assert answer.status == 200, path
+            assert (await other.get("/openapi.json")).status == 200
+            assert {call.result() for call in calls if call.done()} == {(503, "2")}
+            answer = await other.get("/v1/payments/x")
+            assert (await problem_in(answer))["reason"] == "OVERLOADED"
+        finally:
+            slow.go_on.set()
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert answers.count((404, "")) == 512
+
+
+async def test_bodies_that_come_slowly_take_no_room(fake: FakePayment) -> None:
+    limits = {"gateway_webhook_concurrency_max": 1, "gateway_api_concurrency_max": 1}
+    async with serving(fake, **limits) as url, aiohttp.ClientSession(url) as http:
+        host, port = url.removeprefix("http://").split(":")
+        writers = []
+        for path in ("/webhooks/sandbox", "/v1/payments"):
+            for _ in range(5):
+                _, writer = await asyncio.open_connection(host, int(port))
+                head = (
+                    f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
+                )
+                writer.write(head.encode())
+                writers.append(writer)
+        assert (await http.post("/webhooks/sandbox", data=b"{}", headers=SIGNED)).status == 200
+        assert (await http.post("/v1/payments", json=EVENT)).status == 201
+        for writer in writers:
+            writer.close()
+
+
+async def test_callers_who_ask_too_often_get_429_each_for_itself(fake: FakePayment, tmp_path: Path) -> None:
+    path = str(tmp_path / "tokens.toml")
+    tokens = [create_token(path, name, ["payments.*"]) for name in ("one", "two")]
+    limits = {"gateway_caller_rate_max": 1, "gateway_address_rate_max": 2, "auth_tokens_file": path}
+    async with serving(fake, **limits) as url, aiohttp.ClientSession(url) as http:
+        for token in tokens:
+            statuses = []
+            for _ in range(4):
+                answer = await http.get("/v1/payments/x", headers={"Authorization": f"Bearer {token}"})
+                statuses.append(answer.status)
+            assert statuses == [404, 404, 429, 429]
+            assert 1 <= int(answer.headers["retry-after"]) <= 2
+            assert (await problem_in(answer))["reason"] == "OVERLOADED"
+        webhooks = [await http.post("/webhooks/sandbox", data=b"{}", headers=SIGNED) for _ in range(6)]
+        assert [answer.status for answer in webhooks].count(429) >= 1
+        assert {answer.status for answer in webhooks[:4]} == {200}
+        for _ in range(20):
+            assert (await http.get("/healthz")).status == 200
+
+
+async def test_readiness_names_what_is_missing_and_asks_once(fake: FakePayment) -> None:
+    async with serving(fake, is_down=True) as url, aiohttp.ClientSession(url) as http:
+        answers = await asyncio.gather(*(http.get("/readyz") for _ in range(20)))
+        assert {answer.status for answer in answers} == {503}
+        assert "payment" in (await problem_in(answers[0]))["detail"]
+    asked = 0
+
+    async def check() -> None:
+        nonlocal asked
+        asked += 1
+        await asyncio.Event().wait()
+
+    readiness = app.Readiness({"payment": check})
+    assert await asyncio.gather(*(readiness.missing() for _ in range(20))) == [["payment"]] * 20
+    assert await readiness.missing() == ["payment"]
+    assert asked == 1, "a stranger who asks often costs payment nothing"
+
+
+async def test_a_signature_in_a_trailer_is_none(url: str, fake: FakePayment) -> None:
+    answer = await exchange_raw(
+        url,
+        b"POST /webhooks/sandbox HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTrailer: sandbox-signature\r\n\r\n"
+        b"2\r\n{}\r\n0\r\nSandbox-Signature: " + GOOD_SIGNATURE.encode() + b"\r\n\r\n",
+    )
+    assert answer.startswith(b"HTTP/1.1 403")
+    assert not fake.notifications
 
 
 async def exchange_raw(url: str, *parts: bytes, wait_s: float = 9.0) -> bytes:
@@ -406,7 +493,7 @@ async def test_a_head_that_does_not_end_is_cut_off(url: str, monkeypatch: pytest
     for endless in (many_headers, one_value):
         answer = await exchange_raw(url, *endless)
         assert answer == b"" or answer.startswith(b"HTTP/1.1 431")
-    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.05)
     assert (await exchange_raw(url, b"GET / HT")).startswith(b"HTTP/1.1 408")
     assert (await exchange_raw(url)).startswith(b"HTTP/1.1 408")
 
@@ -430,36 +517,37 @@ async def test_what_is_refused_before_it_is_a_request_is_a_problem_document_too(
     no_http = problem_of_raw(await exchange_raw(url, b"\x00\x01\x02\r\n\r\n"))
     assert (no_http["status"], no_http["reason"]) == (400, "INVALID_ARGUMENT")
     assert no_http["trace_id"] != problem_of_raw(await exchange_raw(url, b"nonsense\r\n\r\n"))["trace_id"]
-    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.05)
     assert problem_of_raw(await exchange_raw(url, b"GET / HT"))["detail"].endswith("within 0.05 s")
-    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 10.0)
-    monkeypatch.setattr(http_protocol, "HEAD_BYTES_MAX", 1_000)
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 10.0)
+    monkeypatch.setattr(http_server, "HEAD_BYTES_MAX", 1_000)
     assert problem_of_raw(await exchange_raw(url, b"GET / HTTP/1.1\r\nX-A: " + b"a" * 2_000))["status"] == 431
 
 
-async def test_too_many_connections_get_a_problem_document_until_some_leave(
-    fake: FakePayment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fake_payment, "CONNECTIONS_MAX", 3)
-    request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-    async with serving(fake) as address:
-        host, port = address.removeprefix("http://").split(":")
-        idle = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
-        refused = await exchange_raw(address, request)
-        problem = problem_of_raw(refused)
-        assert (problem["status"], problem["reason"]) == (503, "OVERLOADED")
-        assert b"retry-after: 2" in refused.lower()
-        for _, writer in idle:
-            writer.close()
-            await writer.wait_closed()
-        last = request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
-        async with asyncio.timeout(9):
-            while not (await exchange_raw(address, last)).startswith(b"HTTP/1.1 200"):  # noqa: ASYNC110 - nothing announces it
-                await asyncio.sleep(0.01)
+async def test_too_many_connections_get_a_problem_document_until_some_leave(fake: FakePayment) -> None:
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    for limit, status in (("gateway_connections_max", 503), ("gateway_connections_per_address_max", 429)):
+        async with serving(fake, **{limit: 2}) as address:
+            host, port = address.removeprefix("http://").split(":")
+            idle = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+            refused = await exchange_raw(address, request)
+            problem = problem_of_raw(refused)
+            assert (problem["status"], problem["reason"]) == (status, "OVERLOADED")
+            assert b"retry-after: 2" in refused.lower()
+            alive = await exchange_raw(address, request.replace(b"openapi.json", b"healthz"))
+            assert alive.startswith(b"HTTP/1.1 200")
+            assert b"connection: close" in alive
+            for _, writer in idle:
+                writer.close()
+                await writer.wait_closed()
+            last = request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+            async with asyncio.timeout(9):
+                while not (await exchange_raw(address, last)).startswith(b"HTTP/1.1 200"):  # noqa: ASYNC110 - nothing announces it
+                    await asyncio.sleep(0.01)
 
 
 async def test_the_second_head_of_a_connection_is_bounded_too(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.05)
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -364,8 +364,9 @@ async def test_overload_is_shed_with_a_reason_and_health_still_answers() -> None
         running = [asyncio.ensure_future(stub.CancelPayment(CANCEL)) for _ in range(2)]
         await until(lambda: servicer.calls == 2)
         got = await failure(stub.GetPayment(GET))
-        assert type(got) is ResourceExhausted
+        assert type(got) is Unavailable, "it is about us, not about the caller"
         assert (got.reason, got.metadata["limit"]) == ("OVERLOADED", "grpc_concurrency_max")
+        assert got.metadata["retry_after_s"] == "1"
         watched = stub.WatchPayment(payment_pb2.WatchPaymentRequest(checkout_id="CHK-1"))
         assert (await anext(watched.__aiter__())).payment.checkout_id == "CHK-1", "streams have a limit of their own"
         watched.cancel()
@@ -374,6 +375,37 @@ async def test_overload_is_shed_with_a_reason_and_health_still_answers() -> None
         go_on.set()
         await asyncio.gather(*running)
         await stub.GetPayment(GET)
+
+
+async def test_what_processes_ask_of_one_another_has_room_when_callers_have_taken_theirs() -> None:
+    go_on = asyncio.Event()
+    servicer = PaymentServicer(lambda *_: go_on.wait())
+    async with served(servicer, load(grpc_concurrency_max=1)) as (stub, server, _):
+        running = asyncio.ensure_future(stub.CancelPayment(CANCEL))
+        await until(lambda: servicer.calls == 1)
+        guard = server._guard
+        callers = guard._room("/ducat.payment.v1.PaymentService/GetPayment", "payments.read", is_stream=False)
+        assert callers.running == callers.running_max == 1
+        for method, scope in (
+            ("/ducat.payment.v1.PaymentService/RecordNotification", "notifications.write"),
+            ("/ducat.payment.v1.PaymentService/OpenPayout", "payouts.instruct"),
+            ("/ducat.event.v1.FeedService/GetFeed", None),
+        ):
+            assert guard._room(method, scope, is_stream=False).running == 0, method
+        go_on.set()
+        await running
+
+
+async def test_a_token_that_calls_too_often_is_told_when_to_come_back(tmp_path: Any) -> None:
+    path = str(tmp_path / "tokens.toml")
+    token = create_token(path, "shop", ["*"])
+    settings = load(grpc_caller_rate_max=1, auth_tokens_file=path, auth_token=token)
+    async with served(PaymentServicer(), settings) as (stub, _, _):
+        for _ in range(2):
+            await stub.GetPayment(GET)
+        got = await failure(stub.GetPayment(GET))
+        assert type(got) is ResourceExhausted
+        assert (got.metadata["limit"], got.metadata["retry_after_s"]) == ("grpc_caller_rate_max", "1")
 
 
 # --- stopping
