@@ -237,6 +237,7 @@ def _is_dependency_down(error: BaseException) -> bool:
         | asyncpg.OperatorInterventionError
         | asyncpg.PostgresSystemError
         | asyncpg.ReadOnlySQLTransactionError
+        | asyncpg.InternalClientError  # what a connection says that was cut in the middle of a statement
         | asyncpg.InterfaceError,
     ):
         return not isinstance(error, asyncpg.InterfaceError) or "clos" in str(error)

@@ -59,6 +59,7 @@ def test_a_subclass_goes_out_as_its_base() -> None:
         (asyncpg.PostgresIOError("input/output error"), "postgres"),
         (asyncpg.ReadOnlySQLTransactionError("a standby"), "postgres"),
         (asyncpg.InterfaceError("connection is closed"), "postgres"),
+        (asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress"), "postgres"),
         (redis.exceptions.ConnectionError("gone"), "valkey"),
         (redis.exceptions.TimeoutError("slow"), "valkey"),
         (redis.exceptions.BusyLoadingError("loading"), "valkey"),
