@@ -324,6 +324,21 @@ class TestUnknown:
         assert world.store.events[1].fields["kind"] == "order_succeeded"
         assert world.store.events[1].fields["amount"] == Money("USD", 7500)
 
+    async def test_a_command_from_the_feed_is_not_sent_while_the_bus_has_it_sent(self) -> None:
+        """Both bring it at once: whoever began sends it, and after its death the poller does."""
+        psp = FakePsp().says("register", DONE)
+        world = World(psp)
+        await world.store.begin(ORDER, "a", world.clock.now_ns(), world.clock.now_ns() + 30 * S, "")
+        attempt = await world.executor.execute(ORDER, takes_over=False)
+        assert (attempt.state, psp.calls) == (AttemptState.SENDING, [])
+        await world.poll_after(30)
+        assert psp.calls == ["query", "register"]
+
+    async def test_a_command_that_only_the_feed_has_is_sent(self) -> None:
+        psp = FakePsp().says("register", DONE)
+        assert (await World(psp).executor.execute(ORDER, takes_over=False)).state is AttemptState.ACCEPTED
+        assert psp.calls == ["register"]
+
     async def test_a_redelivered_command_leaves_it_to_the_poller(self) -> None:
         psp = FakePsp().says("register", NoAnswer("timeout"))
         world = World(psp)
