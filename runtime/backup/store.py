@@ -201,6 +201,7 @@ class S3Store:
                 aws_secret_access_key=secret or None,
                 config=botocore.config.Config(
                     retries={"total_max_attempts": S3_TRIES_MAX, "mode": "standard"},
+                    proxies={},  # those of the environment are not for us
                     connect_timeout=S3_TIMEOUT_S,
                     read_timeout=S3_TIMEOUT_S,
                     # a server of one's own has one name, not one a bucket, and not every one knows the newer checksums

@@ -215,6 +215,14 @@ def test_a_download_that_breaks_off_goes_on(s3: FlakyS3, monkeypatch: pytest.Mon
     assert first + b"".join(rest) == data
 
 
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_a_proxy_of_the_environment_sees_nothing(s3: FlakyS3, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    s3.fail = lambda request: False
+    monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(DucatError, match="no such bucket"):
+        open_store(s3_settings(s3), "s3://no-such-bucket").objects()
+
+
 def test_a_bucket_that_is_not_there_is_said(s3: FlakyS3) -> None:
     s3.fail = lambda request: False
     store = open_store(s3_settings(s3), "s3://no-such-bucket")
