@@ -65,8 +65,10 @@ SELECT position, message_id, key, payload, traceparent, create_time FROM (
 WHERE bytes_before < $4 ORDER BY position
 """
 _LIST_IDS = "SELECT position, message_id, key FROM feed WHERE topic = $1 AND position > $2 ORDER BY position LIMIT $3"
+# What waits in the outbox gets the next positions: a consumer that lacks it has not applied everything that was published.
 _CONSUMERS = """
-SELECT c.*, greatest(h.position, (SELECT max(position) FROM feed AS f WHERE f.topic = c.topic), 0) AS head
+SELECT c.*, greatest(h.position, (SELECT max(position) FROM feed AS f WHERE f.topic = c.topic), 0)
+            + (SELECT count(*) FROM outbox AS o WHERE o.topic = c.topic) AS head
 FROM feed_consumer AS c LEFT JOIN feed_head AS h USING (topic) ORDER BY c.topic, c.consumer
 """
 _PRUNE = """

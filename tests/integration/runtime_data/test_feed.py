@@ -235,6 +235,19 @@ async def test_pruning_waits_for_every_consumer_and_forgetting_lets_it_go(room: 
         )
 
 
+async def test_what_waits_in_the_outbox_is_not_applied(room: Room) -> None:
+    """A relay that cannot move: nobody has applied what is committed, so no consumer may be shown as being at the head."""
+    async with running(room.relay):
+        await room.say(3)
+    await room.pool.execute("INSERT INTO feed_consumer (topic, consumer, proven_position) VALUES ('t', 'c', 3)")
+    stub: Any = feed_pb2_grpc.FeedServiceStub(room.channel)
+    waiting = [Message(TOPIC, "k", f"id-{n}", b"", "") for n in (3, 4)]
+    for count in (0, 2):
+        await transaction(room.pool, lambda connection: outbox.insert(connection, waiting[:count]))  # noqa: B023
+        (consumer,) = (await stub.ListFeedConsumers(feed_pb2.ListFeedConsumersRequest())).consumers
+        assert (consumer.proven_position, consumer.head_position) == (3, 3 + count)
+
+
 async def _noted(room: Room, position: int) -> bool:
     async with running(OutboxRelay(room.pool, SCHEMA, room.bus)):  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
