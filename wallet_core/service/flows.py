@@ -287,9 +287,12 @@ class Flows:
         plain = [name for name, (_, flags) in missing.items() if not flags & AccountFlags.STRIPED]
         states = await self._host.accounts([self._id(name) for name in plain]) if plain else []
         there = {name for name, state in zip(plain, states, strict=True) if state is not None}
+        # Also the names of those that are there: a directory that was restored to an older state lacks them.
+        await self._directory.add(
+            [NamedAccount(self._id(name), name, currency) for name, (currency, _) in missing.items()]
+        )
         names = [name for name in missing if name not in there]  # a striped one may have no part here yet: always asked
         if names:
-            await self._directory.add([NamedAccount(self._id(name), name, missing[name][0]) for name in names])
             rows = [AccountRow(self._id(name), missing[name][0], missing[name][1]) for name in names]
             results = await self._host.create_accounts(rows)
             for name, result in zip(names, results, strict=True):

@@ -121,6 +121,15 @@ async def test_known_accounts_are_opened_and_named_only_once(world: World) -> No
     assert {shard: world.host.durable_sequence(shard) for shard in (0, 1)} == before
 
 
+async def test_a_directory_restored_to_an_older_state_gets_its_names_again(world: World) -> None:
+    """The account is in the log, its name was in PostgreSQL alone: without it nobody lists the account."""
+    await world.handle(captured("ORD-1"))
+    world.directory.entries.clear()
+    world.restart()
+    await world.handle(captured("ORD-2"))
+    assert world.directory.entries[account_id(SELLER)].name == SELLER
+
+
 async def test_the_name_is_written_before_the_account_is_opened(world: World) -> None:
     async def fail(rows, *, update=False):  # type: ignore[no-untyped-def]
         raise Unavailable("killed")
