@@ -118,6 +118,8 @@ def parse_resolution(body: bytes) -> Resolution | list[FieldViolation]:
         or len(reason) > REASON_LENGTH_MAX
     ):
         wrong.append(FieldViolation("reason", f"must be text of 1 to {REASON_LENGTH_MAX} characters"))
+    elif any("\ud800" <= letter <= "\udfff" for letter in reason):
+        wrong.append(FieldViolation("reason", "has half of a surrogate pair"))
     if not isinstance(request_id, str) or isinstance(request_id, NumberText) or not is_id(request_id):
         wrong.append(
             FieldViolation(

@@ -936,6 +936,7 @@ async def test_a_finding_is_resolved_with_a_reason_in_the_name_of_the_caller(fak
         '{"reason": "", "request_id": "R"}',
         '{"reason": " ", "request_id": "R"}',
         '{"reason": 5, "request_id": "R"}',
+        '{"reason": "\\ud800", "request_id": "R"}',
         '{"reason": "x", "request_id": 5}',
         '{"reason": "x", "request_id": "a b"}',
         '{"reason": "x", "request_id": "R", "resolved_by": "me"}',
