@@ -441,8 +441,8 @@ class _Consumer:
         """Entries of each partition from their offer to their acknowledgement at the server."""
         self._acks: dict[int, list[bytes]] = {}
         self._ack_timer: asyncio.TimerHandle | None = None
-        self._others: dict[str, str] = {}
-        self._gone_since: dict[str, float] = {}
+        self._others: dict[bytes, bytes] = {}
+        self._gone_since: dict[bytes, float] = {}
         self._trim_at = 0.0
         self._lag = LagReport(topic)
         self._passed_over: set[str] = set()
@@ -585,7 +585,7 @@ class _Consumer:
             is_new_connection = True
             self._tell_gap("the membership was gone")
         self._gone_since = {member: since for member, since in self._gone_since.items() if member not in dead}
-        self._others = {others[i].decode(): others[i + 1].decode() for i in range(0, len(others), 2)}
+        self._others = {others[i]: others[i + 1] for i in range(0, len(others), 2)}  # bytes: anybody can write there
         leased = set(mine)
         lost = self._owned - leased
         surplus = sorted(self._owned & leased)[share:] if len(leased) > share else []
@@ -612,7 +612,7 @@ class _Consumer:
         (listed,) = await connection.call([("CLIENT", "LIST", "ID", *clients)])
         if isinstance(listed, ReplyError):  # not allowed on this server: the membership's end must do
             return False
-        living = {line.split(b" ", 1)[0].removeprefix(b"id=").decode() for line in listed.splitlines()}
+        living = {line.split(b" ", 1)[0].removeprefix(b"id=") for line in listed.splitlines()}
         now = time.monotonic()
         self._gone_since = {
             member: self._gone_since.get(member, now) for client, member in clients.items() if client not in living
