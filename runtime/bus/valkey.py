@@ -77,6 +77,7 @@ local function forget(member)
 end
 for i = 5, #ARGV do forget(ARGV[i]) end
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', members, '-inf', now)) do forget(member) end
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', members, now + 10 * ttl_ms, '+inf')) do forget(member) end
 local is_new = redis.call('ZADD', members, now + ttl_ms, me)
 if redis.call('HGET', leases, 'c:' .. me) ~= client then redis.call('HSET', leases, 'c:' .. me, client) end
 redis.call('HSET', leases, 'seen', now)
