@@ -79,6 +79,8 @@ class _ShardsMethods:
     verify_shard = ServerStream(shard_pb2.VerifyShardRequest, shard_pb2.VerifyShardResponse)
     check_balances = Unary(shard_pb2.CheckBalancesRequest, shard_pb2.CheckBalancesResponse)
     rebuild_read_model = Unary(shard_pb2.RebuildReadModelRequest, shard_pb2.RebuildReadModelResponse)
+    list_account_names = Unary(shard_pb2.ListAccountNamesRequest, shard_pb2.ListAccountNamesResponse)
+    read_booked_balances = Unary(shard_pb2.ReadBookedBalancesRequest, shard_pb2.ReadBookedBalancesResponse)
 
 
 class _LedgerMethods:
@@ -92,6 +94,7 @@ class _LedgerMethods:
     import_settlement = Unary(ledger_pb2.ImportSettlementRequest, ledger_pb2.ImportSettlementResponse)
     list_breaks = Unary(ledger_pb2.ListBreaksRequest, ledger_pb2.ListBreaksResponse)
     resolve_break = Unary(ledger_pb2.ResolveBreakRequest, ledger_pb2.ResolveBreakResponse)
+    compare_wallet = Unary(ledger_pb2.CompareWalletRequest, ledger_pb2.CompareWalletResponse)
 
 
 class Payments(_PaymentsMethods, SyncService):

@@ -418,7 +418,10 @@ def _summary(backup: Backup) -> str:
 
 async def _list(session: _Session) -> int:
     code = 0
-    for one in _look(session.store):
+    found = list(_look(session.store))
+    if not found and not session.args.json:
+        print(f"no backups in {session.store.place}")
+    for one in found:
         if one.backup is not None:
             record = {**_record(one.backup), "state": "damaged" if one.problem else "good", "problem": one.problem}
             text = f"{one.name}  {_summary(one.backup)}"
@@ -649,10 +652,15 @@ class _Restore:
 
         if problem := missing_wal(self.backup.postgres):
             raise BackupDamaged(problem)
-        if self.target.exists() and any(self.target.iterdir()):
-            raise FailedPrecondition(f"{self.target} is not empty; choose another folder, nothing is ever written over")
+        try:
+            if self.target.exists() and any(self.target.iterdir()):
+                raise FailedPrecondition(
+                    f"{self.target} is not empty; choose another folder, nothing is ever written over"
+                )
+            self.target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise FailedPrecondition(f"--to {self.target}: no folder can be made there: {error.strerror}") from error
         data = self.target / "postgres" / "data"
-        self.target.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.session.step("PostgreSQL: base backup")
         lay_base(self.session.store, self.backup.postgres, data)
         self.session.step(f"PostgreSQL: {len(self.backup.postgres.wal)} log segments")

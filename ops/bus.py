@@ -1,4 +1,4 @@
-"""`ducat bus dead-letter list|retry`: look at messages that no try could handle, and send them again.
+"""`ducat bus dead-letter list|retry|discard`: look at messages that no try could handle, send them again, or remove them.
 `ducat bus groups`, `ducat bus groups remove`: who reads what and how far behind, and the end of a group that nobody reads any more.
 """
 
@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from ducat.event.v1.event_pb2 import Envelope
 from kernel.errors import Unavailable
 from runtime.bus import TOPICS, Bus, BusPolicy, open_bus
-from runtime.bus.dead_letter import DeadLetter, DeadLetterStore, list_dead_letters, retry, retry_all
+from runtime.bus.dead_letter import DeadLetter, DeadLetterStore, discard, list_dead_letters, retry, retry_all
 from runtime.bus.groups import Group, GroupStore, remove
 from runtime.embedded import EmbeddedValkey
 from runtime.settings import Settings
@@ -49,6 +49,10 @@ def add_parser(subparsers: Any) -> None:
         "--all", action="store_true", help="every dead letter of the topic, or of all topics without --topic"
     )
     again.add_argument("ids", nargs="*", metavar="ID", help="as `list` shows them; needs --topic")
+
+    drop = actions.add_parser("discard", help="remove them; the feed of their topic still has every message")
+    drop.add_argument("--topic", required=True, help=f"such as {', '.join(TOPICS)}")
+    drop.add_argument("ids", nargs="+", metavar="ID", help="as `list` shows them")
 
     groups = rooms.add_parser("groups", help="who reads which topic, and how far behind")
     groups.add_argument("--topic", default="", help="one topic; default: all")
@@ -91,12 +95,19 @@ async def _run(args: argparse.Namespace, settings: Settings) -> int:
             _show_groups(await group_store.groups(args.topic), as_json=args.json)
         elif args.action == "list":
             _show(await list_dead_letters(store, args.topic, limit=args.limit), as_json=args.json)
+        elif args.action == "discard":
+            print(f"removed {len(await discard(store, args.topic, args.ids))}")
         else:
             topics = [args.topic] if args.topic else await store.dead_letter_topics()
             retried: list[DeadLetter] = []
             for topic in topics:
                 retried += await (retry_all(store, topic) if args.all else retry(store, topic, args.ids))
             print(f"retried {len(retried)}: {', '.join(letter.id for letter in retried) or 'nothing to retry'}")
+            left = [letter for letter in await list_dead_letters(store, args.topic) if letter.raw] if args.all else []
+            if left:
+                print(
+                    f"left {len(left)} that are no message: look with `list`, then `discard` them, or `retry` them by id"
+                )
     finally:
         await bus.close()
     return 0

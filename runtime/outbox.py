@@ -80,6 +80,8 @@ PUBLISH_PATIENCE_S = 0.25
 """How long moving waits for a publish, so that the rows that come meanwhile go as one batch. A slower bus is not waited for."""
 TAKEOVER_INTERVAL_S = 1.0
 """How often a relay that stands by asks for the lock."""
+STALLED_S = 30.0
+"""How old a row of the outbox may get while another relay holds the lock, before that is an error."""
 BACKOFF_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 _LOCK_NAMESPACE = 0x0D0C  # first half of the two-part advisory lock; the second is a hash of the schema
 
@@ -111,6 +113,11 @@ SELECT * FROM unnest($1::text[], $2::bigint[], $3::bigint[])
 ON CONFLICT (topic) DO UPDATE SET position = excluded.position, published_position = excluded.published_position
 """
 # The head is noted a little later than it moves; what the feed holds is always right, and never all pruned before that.
+_OLDEST = """
+SELECT extract(epoch FROM now() - (SELECT create_time FROM {schema}.outbox ORDER BY position LIMIT 1))::float8 AS seconds,
+       (SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = $1::bigint::oid
+        AND objid = (hashtext($2)::bigint & 4294967295)::oid LIMIT 1) AS pid
+"""
 _HEADS = """
 SELECT topic, published_position,
        greatest(position, (SELECT max(f.position) FROM {schema}.feed AS f WHERE f.topic = h.topic)) AS position
@@ -217,11 +224,27 @@ class OutboxRelay:
 
     async def _become_active(self, connection: Any) -> None:
         ask = "SELECT pg_try_advisory_lock($1, hashtext($2))"
+        loop = asyncio.get_running_loop()
+        look_s = loop.time() + STALLED_S
         while not await connection.fetchval(ask, _LOCK_NAMESPACE, self._schema):
             if await self._woken_within(TAKEOVER_INTERVAL_S):
                 await connection.execute("SELECT pg_notify($1, '')", f"{self._schema}_outbox")
+            if loop.time() >= look_s:
+                look_s = loop.time() + STALLED_S
+                await self._look_for_stall(connection)
         self.is_active = True
         _log.info("outbox relay is active", schema=self._schema)
+
+    async def _look_for_stall(self, connection: Any) -> None:
+        """Another relay has the lock. Where it moves nothing, nobody publishes: its process is stopped, or its connection is half open."""
+        oldest = await connection.fetchrow(_OLDEST.format(schema=self._schema), _LOCK_NAMESPACE, self._schema)
+        if (oldest["seconds"] or 0) >= STALLED_S:
+            _log.error(
+                "the outbox is not moved: the session that holds its relay's lock stands still; end it with pg_terminate_backend",
+                schema=self._schema,
+                oldest_s=round(oldest["seconds"]),
+                pid=oldest["pid"],
+            )
 
     async def _begin(self, connection: Any) -> None:
         """Where the feed and its publishing stand. What another relay has moved and not noted as published is published again."""

@@ -397,7 +397,7 @@ def _passed_on(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
 
 def _query(scope: Scope, *, is_strict: bool = False) -> dict[str, str]:
     """The query's fields, the first of each name. An unreadable query is an empty one for a page, which shows what it can;
-    `is_strict`: it is refused, as filters that are left out would show everything.
+    `is_strict`: it is refused, and so is a name that comes twice, as filters that are left out would show everything.
     """
     raw: bytes = scope["query_string"]
     try:
@@ -413,7 +413,10 @@ def _query(scope: Scope, *, is_strict: bool = False) -> dict[str, str]:
         if is_strict:
             raise InvalidArgument(f"the query cannot be read: {error}") from None
         return {}
-    return dict(reversed(pairs))
+    fields = dict(reversed(pairs))
+    if is_strict and len(fields) < len(pairs):
+        raise InvalidArgument("the query has a name more than once; give each filter once")
+    return fields
 
 
 def _shown(path: str) -> str:

@@ -13,7 +13,7 @@ from typing import Protocol
 from kernel.errors import NotFound
 from runtime.bus import Message
 
-__all__ = ["LIST_MAX", "DeadLetter", "DeadLetterStore", "list_dead_letters", "retry", "retry_all"]
+__all__ = ["LIST_MAX", "DeadLetter", "DeadLetterStore", "discard", "list_dead_letters", "retry", "retry_all"]
 
 LIST_MAX = 1_000
 """Dead letters that one look returns of a topic."""
@@ -47,6 +47,9 @@ class DeadLetterStore(Protocol):
     async def republish_dead_letter(self, letter: DeadLetter) -> None:
         """Publish it to its topic again, then remove it. A crash between the two publishes it twice at the next retry."""
 
+    async def remove_dead_letter(self, letter: DeadLetter) -> None:
+        """Remove it."""
+
 
 async def list_dead_letters(store: DeadLetterStore, topic: str = "", *, limit: int = LIST_MAX) -> list[DeadLetter]:
     """The oldest dead letters of one topic, or of every topic."""
@@ -56,6 +59,32 @@ async def list_dead_letters(store: DeadLetterStore, topic: str = "", *, limit: i
 
 async def retry(store: DeadLetterStore, topic: str, ids: Sequence[str]) -> list[DeadLetter]:
     """Retry the named dead letters of a topic, oldest first. Raises NotFound, before any effect, when one does not exist."""
+    found = await _named(store, topic, ids)
+    for letter in found:
+        await store.republish_dead_letter(letter)
+    return found
+
+
+async def discard(store: DeadLetterStore, topic: str, ids: Sequence[str]) -> list[DeadLetter]:
+    """Remove the named dead letters of a topic. Raises NotFound, before any effect, when one does not exist."""
+    found = await _named(store, topic, ids)
+    for letter in found:
+        await store.remove_dead_letter(letter)
+    return found
+
+
+async def retry_all(store: DeadLetterStore, topic: str) -> list[DeadLetter]:
+    """Retry every dead letter that the topic has now, oldest first; one that fails again during this is not retried twice.
+
+    What is no message is passed over: a retry gives it to every group of the topic, none can decode it, and there are more than before.
+    """
+    letters = [letter for letter in await store.dead_letters(topic, limit=2**31) if not letter.raw]
+    for letter in letters:
+        await store.republish_dead_letter(letter)
+    return letters
+
+
+async def _named(store: DeadLetterStore, topic: str, ids: Sequence[str]) -> list[DeadLetter]:
     wanted = set(ids)
     found = [letter for letter in await store.dead_letters(topic, limit=2**31) if letter.id in wanted]
     missing = wanted - {letter.id for letter in found}
@@ -63,14 +92,4 @@ async def retry(store: DeadLetterStore, topic: str, ids: Sequence[str]) -> list[
         raise NotFound(
             f"topic {topic} has no dead letter {', '.join(sorted(missing))}; see `ducat bus dead-letter list`"
         )
-    for letter in found:
-        await store.republish_dead_letter(letter)
     return found
-
-
-async def retry_all(store: DeadLetterStore, topic: str) -> list[DeadLetter]:
-    """Retry every dead letter that the topic has now, oldest first; one that fails again during this is not retried twice."""
-    letters = await store.dead_letters(topic, limit=2**31)
-    for letter in letters:
-        await store.republish_dead_letter(letter)
-    return letters

@@ -361,6 +361,10 @@ class KafkaBus:
         """See DeadLetterStore."""
         await self.ensure_topics([letter.message.topic])
         await self._producer.send([_raw_record_of(letter) if letter.raw else _record_of(letter.message)])
+        await self.remove_dead_letter(letter)
+
+    async def remove_dead_letter(self, letter: DeadLetter) -> None:
+        """See DeadLetterStore."""
         await self._producer.send([(dead_letter_topic(letter.message.topic), letter.id.encode(), None, [])])
 
     async def bury(self, group: str, delivery: Delivery, error: str) -> None:

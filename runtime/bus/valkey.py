@@ -377,7 +377,12 @@ class ValkeyBus:
         else:
             add = ("XADD", topic.stream_of(message.key), "*", *_fields(message))
         _check(await self.link.call([add]), doing)
-        _check(await self.link.call([("XDEL", _dead_letter_stream(message.topic), letter.id)]), doing)
+        await self.remove_dead_letter(letter)
+
+    async def remove_dead_letter(self, letter: DeadLetter) -> None:
+        """See DeadLetterStore."""
+        stream = _dead_letter_stream(letter.message.topic)
+        _check(await self.link.call([("XDEL", stream, letter.id)]), f"removing dead letter {letter.id}")
 
     async def bury(self, topic: _Topic, group: str, delivery: Delivery, error: str) -> None:
         """Move a message to the dead letters, then acknowledge it. Not in one transaction: that would acknowledge also where the first

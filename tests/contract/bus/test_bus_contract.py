@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from kernel.errors import FailedPrecondition, NotFound, Unavailable
 from runtime.bus import Message, RetryLater, groups, open_bus
-from runtime.bus.dead_letter import list_dead_letters, retry, retry_all
+from runtime.bus.dead_letter import discard, list_dead_letters, retry, retry_all
 from tests.contract.bus.conftest import Gaps, Harness, Seen, eventually, messages_of, publish_surely
 
 
@@ -355,6 +355,10 @@ async def test_what_is_no_message_becomes_a_dead_letter_and_the_rest_passes(harn
     await eventually(is_buried_again)
     again = (await list_dead_letters(bus, topic))[-1]
     assert (again.raw, again.error) == (letters[0].raw, letters[0].error)
+
+    assert await retry_all(bus, topic) == []  # each group would bury it again: there would be more each time
+    assert await discard(bus, topic, [again.id]) == [again]
+    assert len(await list_dead_letters(bus, topic)) == garbage_count - 1
 
 
 async def test_new_group_may_begin_at_the_end(harness: Harness) -> None:

@@ -340,6 +340,10 @@ def test_what_cannot_be_is_said(system: System, tmp_path: Path, monkeypatch: pyt
         run("create", "--name", "a/b")
     with pytest.raises(InvalidArgument, match="choose another"):
         run("create", "--name", "one")
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(FailedPrecondition, match="no folder can be made there"):
+            run("restore", "--to", str(target))
     assert not (tmp_path / "x").exists()
     monkeypatch.setenv("DUCAT_WALLET_SHARD_COUNT", "3")
     with pytest.raises(FailedPrecondition, match="is of 2 shards, 3 are configured"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from structlog.testing import capture_logs
 
 from ducat.event.v1 import feed_pb2, feed_pb2_grpc
 from kernel.errors import NotFound
@@ -246,6 +247,25 @@ async def test_what_waits_in_the_outbox_is_not_applied(room: Room) -> None:
         await transaction(room.pool, lambda connection: outbox.insert(connection, waiting[:count]))  # noqa: B023
         (consumer,) = (await stub.ListFeedConsumers(feed_pb2.ListFeedConsumersRequest())).consumers
         assert (consumer.proven_position, consumer.head_position) == (3, 3 + count)
+
+
+async def test_a_relay_that_waits_for_one_that_stands_still_says_so(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "STALLED_S", 0.05)
+    monkeypatch.setattr(outbox, "TAKEOVER_INTERVAL_S", 0.02)
+    async with room.pool.acquire() as stopped:
+        await stopped.execute("SELECT pg_advisory_lock($1, hashtext($2))", outbox._LOCK_NAMESPACE, SCHEMA)
+        await outbox.insert(stopped, [Message(TOPIC, "k", "id-0", b"", "")])
+        pid = await stopped.fetchval("SELECT pg_backend_pid()")
+        with capture_logs() as logs:
+
+            async def is_told() -> bool:
+                return any(line.get("pid") == pid and line["log_level"] == "error" for line in logs)
+
+            async with running(room.relay):
+                await until(is_told)
+        await stopped.execute("SELECT pg_advisory_unlock_all()")
 
 
 async def _noted(room: Room, position: int) -> bool:

@@ -62,6 +62,7 @@ class WalletProcess:
 async def start_wallet(tmp_path: Path, postgres_dsn: str, valkey_url: str) -> AsyncIterator[StartWallet]:
     """Starts wallet processes on one data folder; stops what is left."""
     started: list[WalletProcess] = []
+    processes: list[asyncio.subprocess.Process] = []
 
     async def start(**settings: object) -> WalletProcess:
         env = {
@@ -80,6 +81,9 @@ async def start_wallet(tmp_path: Path, postgres_dsn: str, valkey_url: str) -> As
             sys.executable, "-m", "wallet_core", env=env, stdout=asyncio.subprocess.PIPE
         )
         assert process.stdout is not None
+        processes.append(
+            process
+        )  # before the wait: one that starts too slowly must not go on reading the session's bus
         async with asyncio.timeout(START_S):
             line = (await process.stdout.readline()).decode()
         if not line.startswith("ready wallet "):
@@ -94,6 +98,10 @@ async def start_wallet(tmp_path: Path, postgres_dsn: str, valkey_url: str) -> As
     for one in started:
         if one.process.returncode is None:
             await one.kill()
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 @pytest.fixture
