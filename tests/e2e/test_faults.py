@@ -22,8 +22,8 @@ from ops.platform import Platform
 from tests.e2e.checkouts import checkout
 from tests.e2e.test_kill import stubborn_checkout
 
-CHECKOUT_COUNT = int(os.environ.get("DUCAT_TEST_FAULT_CHECKOUTS", "60"))
-STALL_S = float(os.environ.get("DUCAT_TEST_STALL_S", "4"))
+CHECKOUT_COUNT = int(os.environ.get("DUCAT_TEST_FAULT_CHECKOUTS", "32"))
+STALL_S = float(os.environ.get("DUCAT_TEST_STALL_S", "3"))
 AT_ONCE = 6
 REFUSALS_SEEN_S = 3.0
 

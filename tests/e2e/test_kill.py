@@ -13,7 +13,7 @@ from ops.demo import Outcome, order_state, run_checkout
 from ops.platform import Platform
 from tests.e2e.checkouts import checkout
 
-CHECKOUT_COUNT = int(os.environ.get("DUCAT_TEST_KILL_CHECKOUTS", "100"))
+CHECKOUT_COUNT = int(os.environ.get("DUCAT_TEST_KILL_CHECKOUTS", "48"))
 AT_ONCE = 8
 VICTIMS = ("payment", "executor", "wallet", "ledger", "gateway", "sandbox", "valkey", "postgres")
 

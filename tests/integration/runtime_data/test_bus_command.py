@@ -96,6 +96,10 @@ def test_what_is_no_message_is_listed_and_retried(
     assert run(command("list", "--json")) == 0
     assert json.loads(capsys.readouterr().out)["raw"].startswith("*4\r\n$1\r\nk")
     assert run(command("retry", "--all")) == 0
+    assert "left 1 that are no message" in capsys.readouterr().out
+    with redis.Redis.from_url(valkey_url) as client:
+        letter_id = client.xrange("bus:{payment.events}:dead-letter")[0][0].decode()
+    assert run(command("retry", "--topic", "payment.events", letter_id)) == 0
     with redis.Redis.from_url(valkey_url) as client:
         streams = [client.xrange(key) for key in client.keys("bus:{payment.events}:?")]
     assert [entry for stream in streams for _, entry in stream] == [{b"k": b"\xff\x1b[2J", b"i": b"e-1"}]
