@@ -16,16 +16,31 @@ from pathlib import Path
 import asyncpg
 import pytest
 import redis.asyncio
+import redis.exceptions
 
 from ops.demo import Outcome, order_state
 from ops.platform import Platform
 from tests.e2e.checkouts import checkout
 from tests.e2e.test_kill import stubborn_checkout
 
-CHECKOUT_COUNT = int(os.environ.get("DUCAT_TEST_FAULT_CHECKOUTS", "32"))
+CHECKOUT_COUNT = int(os.environ.get("DUCAT_TEST_FAULT_CHECKOUTS", "48"))
 STALL_S = float(os.environ.get("DUCAT_TEST_STALL_S", "3"))
 AT_ONCE = 6
 REFUSALS_SEEN_S = 3.0
+
+
+async def _answers(platform: Platform) -> None:
+    """The Valkey of the fault before is back."""
+    deadline = asyncio.get_running_loop().time() + 30
+    while True:
+        try:
+            async with redis.asyncio.Redis.from_url(platform.redis_url) as valkey:
+                await valkey.ping()
+            return
+        except redis.exceptions.ConnectionError:
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(0.1)
 
 
 async def flush_the_bus(platform: Platform) -> None:
@@ -46,6 +61,8 @@ async def restart_the_bus_empty(platform: Platform) -> None:
     assert platform.valkey is not None
     shutil.rmtree(platform.data_dir / "valkey" / "data" / "appendonlydir")
     platform.kill("valkey")
+    await asyncio.sleep(0.5)
+    await _answers(platform)
 
 
 async def forget_the_last_second(platform: Platform) -> None:
@@ -54,6 +71,8 @@ async def forget_the_last_second(platform: Platform) -> None:
         await valkey.config_set("appendonly", "no")
     await asyncio.sleep(1.0)
     platform.kill("valkey")
+    await asyncio.sleep(0.5)
+    await _answers(platform)
 
 
 async def take_a_shard_away(platform: Platform) -> None:
