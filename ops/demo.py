@@ -36,11 +36,26 @@ from kernel.money import Money
 from ops.platform import Platform, ProcessFailed
 from runtime.settings import Settings
 
-__all__ = ["Books", "EventRefused", "Outcome", "add_parser", "read_books", "run", "run_checkout"]
+__all__ = [
+    "Books",
+    "EventRefused",
+    "Outcome",
+    "add_parser",
+    "pay_checkout",
+    "payment_if_done",
+    "play_buyer",
+    "post_event",
+    "read_books",
+    "run",
+    "run_checkout",
+    "wait_for",
+]
 
 EXIT_OK, EXIT_FAILED, EXIT_INVALID = 0, 1, 2
 WAIT_S_MAX = 60.0
 POLL_S = 0.05
+POLL_S_MAX = 0.5
+POLL_GROWTH = 1.2
 CARD_NUMBER = "4242424242424242"
 BUYERS_AT_ONCE_MAX = 16
 
@@ -215,13 +230,9 @@ async def run_checkout(platform: Platform, body: bytes, *, log: Callable[[str], 
         platform.http_session() as http,
         platform.client() as client,
     ):
-        checkout_id, checkout_url = await _post_event(http, platform, body)
-        log(f"checkout {checkout_id}: {checkout_url}")
-        await _play_buyer(http, client, checkout_id)
-        payment = await _wait(lambda: _payment_if_done(client, checkout_id), f"payment {checkout_id} to be done")
-        await _wait(lambda: _captures_landed(client, payment), "wallets and ledger to have every paid order")
+        payment = await pay_checkout(platform, http, client, body, log=log)
         payouts, note = await _pay_half_out(client, payment) if pay_out else ([], "")
-        outcome = await _wait(lambda: _outcome_if_settled(client, payment), "the wallets to agree with the ledger")
+        outcome = await wait_for(lambda: _outcome_if_settled(client, payment), "the wallets to agree with the ledger")
         outcome.payouts, outcome.note = payouts, note
         references = [order.payment_order_id for order in payment.payment_orders] + [
             payout.reference for payout in payouts
@@ -234,10 +245,29 @@ async def run_checkout(platform: Platform, body: bytes, *, log: Callable[[str], 
         return outcome
 
 
+async def pay_checkout(
+    platform: Platform,
+    http: aiohttp.ClientSession,
+    client: ducat.aio.Client,
+    body: bytes,
+    *,
+    log: Callable[[str], None],
+) -> payment_pb2.Payment:
+    """Posts a payment event, pays every order, and waits until wallets and ledger have each of them. Others' accounts are not
+    looked at."""
+    checkout_id, checkout_url = await post_event(http, platform, body)
+    log(f"checkout {checkout_id}: {checkout_url}")
+    await play_buyer(http, client, checkout_id)
+    payment = await wait_for(lambda: payment_if_done(client, checkout_id), f"payment {checkout_id} to be done")
+    await wait_for(lambda: _captures_landed(client, payment), "wallets and ledger to have every paid order")
+    return payment
+
+
 # Steps
 
 
-async def _post_event(http: aiohttp.ClientSession, platform: Platform, body: bytes) -> tuple[str, str]:
+async def post_event(http: aiohttp.ClientSession, platform: Platform, body: bytes) -> tuple[str, str]:
+    """The checkout's id and the address of its page. Raises EventRefused."""
     headers = {"content-type": "application/json", **platform.http_headers()}
     async with http.post(f"{platform.gateway_url}/v1/payments", data=body, headers=headers) as answer:
         document = json.loads(await answer.read())
@@ -246,7 +276,7 @@ async def _post_event(http: aiohttp.ClientSession, platform: Platform, body: byt
         return str(document["checkout_id"]), str(document["checkout_url"])
 
 
-async def _play_buyer(http: aiohttp.ClientSession, client: ducat.aio.Client, checkout_id: str) -> None:
+async def play_buyer(http: aiohttp.ClientSession, client: ducat.aio.Client, checkout_id: str) -> None:
     """Opens each order's hosted page as soon as there is one, fills the form in and sends it, as a browser without
     JavaScript does."""
     gate = asyncio.Semaphore(BUYERS_AT_ONCE_MAX)
@@ -267,7 +297,7 @@ async def _play_buyer(http: aiohttp.ClientSession, client: ducat.aio.Client, che
             for order in payment.payment_orders
         )
 
-    await _wait(all_visited, "a hosted page for every order")
+    await wait_for(all_visited, "a hosted page for every order")
     await asyncio.gather(*visited.values())
 
 
@@ -315,7 +345,8 @@ class _Form(html.parser.HTMLParser):
             self.fields[values["name"]] = values.get("value", "")
 
 
-async def _payment_if_done(client: ducat.aio.Client, checkout_id: str) -> payment_pb2.Payment | None:
+async def payment_if_done(client: ducat.aio.Client, checkout_id: str) -> payment_pb2.Payment | None:
+    """The payment, once all its orders have ended."""
     payment = (await client.payments.get_payment(payment_pb2.GetPaymentRequest(checkout_id=checkout_id))).payment
     return payment if payment.is_payment_done else None
 
@@ -374,7 +405,7 @@ async def _pay_half_out(client: ducat.aio.Client, payment: payment_pb2.Payment) 
             )
         )
 
-    return [await _wait(final_payout, f"payout {reference} to end")], ""
+    return [await wait_for(final_payout, f"payout {reference} to end")], ""
 
 
 def _bank_account(currency: str) -> payout_pb2.BankAccount:
@@ -451,9 +482,9 @@ async def _accounts(list_accounts: Callable[..., Awaitable[Any]]) -> AsyncIterat
             return
 
 
-async def _wait(look: Callable[[], Awaitable[Seen | None]], what: str) -> Seen:
+async def wait_for(look: Callable[[], Awaitable[Seen | None]], what: str) -> Seen:
     """Looks until there is something to see."""
-    deadline = time.monotonic() + WAIT_S_MAX
+    deadline, pause_s = time.monotonic() + WAIT_S_MAX, POLL_S
     while True:
         seen = await look()
         if seen:
@@ -462,7 +493,8 @@ async def _wait(look: Callable[[], Awaitable[Seen | None]], what: str) -> Seen:
             raise DemoFailed(
                 f"waited {WAIT_S_MAX:.0f} s in vain for {what}; `.venv/bin/ducat demo --keep-data` leaves its logs to look at"
             )
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(pause_s)
+        pause_s = min(pause_s * POLL_GROWTH, POLL_S_MAX)
 
 
 # What people read

@@ -34,10 +34,12 @@ __all__ = ["kafka_bootstrap", "kafka_broker"]
 _database_number = itertools.count(1)
 
 KAFKA = "what needs Kafka"
+PLATFORM = "e2e/ on one platform"
 
 LONG_FILES = (
     KAFKA,
-    "e2e/test_kill.py",
+    PLATFORM,
+    "e2e/test_faults.py",
     "contract/bus/test_bus_contract.py",
     "integration/runtime_data/test_outbox.py",
     "e2e/",
@@ -50,9 +52,15 @@ LONG_FILES = (
 """By the time that they take, the longest first; then all others."""
 
 
+ON_ONE_PLATFORM = ("tests/e2e/test_backup.py", "tests/e2e/test_checkout.py", "tests/e2e/test_lost_bus.py")
+
+
 def scope_of(node_id: str) -> str:
-    """What a test shares a session with: all that needs Kafka, else its file."""
-    return KAFKA if "kafka" in node_id else node_id.partition("::")[0]
+    """What a test shares a session with: all that needs Kafka, all that uses the one platform (tests/e2e/conftest.py), else its file."""
+    if "kafka" in node_id:
+        return KAFKA
+    file = node_id.partition("::")[0]
+    return PLATFORM if file in ON_ONE_PLATFORM else file
 
 
 @pytest.hookimpl(optionalhook=True)

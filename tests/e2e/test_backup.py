@@ -17,14 +17,17 @@ from typing import Any
 import asyncpg
 import pytest
 
-from ops.demo import run_checkout
+from ops.demo import pay_checkout
 from ops.platform import Platform
 from runtime.embedded import EmbeddedPostgres
 from tests.e2e.checkouts import checkout
 
 IS_LARGE = bool(os.environ.get("DUCAT_TEST_BACKUP_LARGE"))
 LOAD_S = 15.0 if IS_LARGE else 0.5
-AT_ONCE = 3
+AT_ONCE = 2
+PAUSE_S = 0.2
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def ducat_backup(*words: str) -> Any:
@@ -70,9 +73,11 @@ async def test_a_backup_under_load_is_restored_to_a_moment_in_it(platform: Platf
 
     async def load() -> None:
         nonlocal done
-        while not stop.is_set():
-            await run_checkout(platform, checkout(2, sellers=10), log=lambda line: None, pay_out=False)
-            done += 1
+        async with platform.http_session() as http, platform.client() as client:
+            while not stop.is_set():
+                await pay_checkout(platform, http, client, checkout(2, sellers=10), log=lambda line: None)
+                done += 1
+                await asyncio.sleep(PAUSE_S)
 
     async def under_load(*words: str) -> Any:
         stop.clear()

@@ -14,7 +14,7 @@ import pytest
 from ducat.ledger.v1 import ledger_pb2
 from ducat.payment.v1 import payment_pb2
 from ops.__main__ import main
-from ops.demo import EventRefused, Outcome, _wait, order_state, payout_state, run_checkout
+from ops.demo import EventRefused, Outcome, order_state, payout_state, run_checkout, wait_for
 from ops.platform import DataFolderBusy, Platform
 from tests.e2e.checkouts import checkout
 
@@ -141,7 +141,7 @@ async def test_a_refund_in_the_dashboard_leaves_the_wallet_before_the_next_payou
                 and account.account.balance_minor == 500
             )
 
-        await _wait(is_booked, "the refund to be booked in the ledger")
+        await wait_for(is_booked, "the refund to be booked in the ledger")
         again = await run_checkout(platform, json.dumps(body).encode(), log=print, pay_out=False)
         assert again.as_json()["wallets"][wallet] == 500
         assert again.invariants() == {"wallet_zero_sum": True, "ledger_balanced": True, "wallet_matches_ledger": True}

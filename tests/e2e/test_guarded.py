@@ -39,58 +39,54 @@ def guarded(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(400)
-async def test_a_checkout_and_a_payout_over_mtls_with_tokens_and_one_trace(
+async def test_over_mtls_with_tokens_one_trace_and_given_servers_twice(
     postgres_dsn: str, valkey_url: str, tmp_path: Path
 ) -> None:
-    env = {**guarded(tmp_path), "DUCAT_DATABASE_URL": postgres_dsn, "DUCAT_REDIS_URL": valkey_url}
-    platform = Platform(tmp_path / "data", free_ports=True, executor_count=2, env=env, log=print)
-    try:
-        await platform.start()
-        outcome = await run_checkout(platform, checkout(4, currencies=("USD", "KWD")), log=print)
+    """Risks too: an embedded server is filled beside the given one; a restart of everything loses or repeats a payment."""
+    (tmp_path / "dsn").write_text(postgres_dsn)
+    env = {
+        **guarded(tmp_path),
+        "DUCAT_DATABASE_URL_FILE": str(tmp_path / "dsn"),
+        "DUCAT_REDIS_URL": valkey_url,
+    }
+    body = checkout(4, currencies=("USD", "KWD"))
+    outcomes = []
+    for executor_count in (2, 1):
+        platform = Platform(tmp_path / "data", free_ports=True, executor_count=executor_count, env=env, log=print)
+        try:
+            await platform.start()
+            outcomes.append(await run_checkout(platform, body, log=print))
+            if len(outcomes) == 1:
+                await _strangers_get_nothing(platform, tmp_path)
+        finally:
+            await platform.stop()
+        assert (platform.postgres, platform.valkey) == (None, None)
+        assert not (tmp_path / "data" / "postgres").exists()
+    for outcome in outcomes:
         assert {order_state(order.state) for order in outcome.payment.payment_orders} == {"SUCCESS"}
         assert [payout_state(payout.state) for payout in outcome.payouts] == ["COMPLETED"]
         assert all(outcome.invariants().values())
-
-        trusting = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=str(tmp_path / "ca.pem")))
-        async with aiohttp.ClientSession(connector=trusting) as http:
-            for path, method in (("/v1/payments", "POST"), ("/v1/payments/CHK-1", "GET"), ("/v1/payouts/P-1", "GET")):
-                async with http.request(method, platform.gateway_url + path) as refused:
-                    assert refused.status == 401, "no token, no answer"
-        plain = grpc.aio.insecure_channel(platform.grpc_address("wallet"))
-        stub = wallet_service_pb2_grpc.WalletServiceStub(plain)
-        with pytest.raises(grpc.aio.AioRpcError):
-            await stub.GetBalance(wallet_pb2.GetBalanceRequest(name="seller/S/USD"), timeout=3)  # type: ignore[misc]
-        await plain.close()
-    finally:
-        await platform.stop()
+    first, second = ({**outcome.as_json(), "payout": outcome.payouts[0].psp_payout_id} for outcome in outcomes)
+    assert first == second, "the same checkout and payout again: the same ids, the same balances"
 
     logs = {path.stem: path.read_text() for path in (tmp_path / "data" / "logs").iterdir()}
     secret = (tmp_path / "token").read_text()
     assert [name for name, text in logs.items() if secret in text or "sk_test" in text or "whsec" in text] == []
-    checkout_id = outcome.payment.checkout_id
+    checkout_id = outcomes[0].payment.checkout_id
     created = next(json.loads(line) for line in logs["payment"].splitlines() if checkout_id in line)
     seen = {re.sub(r"-\d+$", "", name) for name, text in logs.items() if created["trace_id"] in text}
     assert seen >= {"gateway", "payment", "executor", "ledger", "wallet"}
 
 
-@pytest.mark.timeout(400)
-async def test_given_servers_are_used_and_a_second_start_finds_everything_again(
-    postgres_dsn: str, valkey_url: str, tmp_path: Path
-) -> None:
-    """Risk: an embedded server is filled beside the given one; a restart of everything loses or repeats a payment."""
-    (tmp_path / "dsn").write_text(postgres_dsn)
-    env = {"DUCAT_DATABASE_URL_FILE": str(tmp_path / "dsn"), "DUCAT_REDIS_URL": valkey_url}
-    body = checkout(2)
-    seen = []
-    for _ in range(2):
-        platform = Platform(tmp_path / "data", free_ports=True, env=env, log=print)
-        try:
-            await platform.start()
-            outcome = await run_checkout(platform, body, log=print)
-        finally:
-            await platform.stop()
-        assert (platform.postgres, platform.valkey) == (None, None)
-        assert not (tmp_path / "data" / "postgres").exists()
-        seen.append({**outcome.as_json(), "payout": outcome.payouts[0].psp_payout_id})
-    assert seen[0] == seen[1], "the same checkout and payout again: the same ids, the same balances"
-    assert all(seen[1]["invariants"].values())
+async def _strangers_get_nothing(platform: Platform, folder: Path) -> None:
+    """Neither who has no token, nor who has no certificate."""
+    trusting = aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=str(folder / "ca.pem")))
+    async with aiohttp.ClientSession(connector=trusting) as http:
+        for path, method in (("/v1/payments", "POST"), ("/v1/payments/CHK-1", "GET"), ("/v1/payouts/P-1", "GET")):
+            async with http.request(method, platform.gateway_url + path) as refused:
+                assert refused.status == 401, "no token, no answer"
+    plain = grpc.aio.insecure_channel(platform.grpc_address("wallet"))
+    stub = wallet_service_pb2_grpc.WalletServiceStub(plain)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stub.GetBalance(wallet_pb2.GetBalanceRequest(name="seller/S/USD"), timeout=3)  # type: ignore[misc]
+    await plain.close()
