@@ -8,11 +8,13 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
+from ducat.event.v1 import feed_pb2, feed_pb2_grpc
 from ducat.payment.v1 import payment_pb2
 from ops.demo import Outcome, order_state, pay_checkout
 from ops.platform import Platform
+from runtime.channel import open_channel
 
-__all__ = ["assert_paid_once", "checkout", "order", "pay_stubbornly"]
+__all__ = ["assert_paid_once", "checkout", "is_published", "order", "pay_stubbornly"]
 
 AMOUNTS = {"USD": "75.00", "EUR": "12.34", "JPY": "1500", "KWD": "3.125"}
 STUBBORN_S = 120.0
@@ -70,3 +72,15 @@ def assert_paid_once(payments: Iterable[payment_pb2.Payment], final: Outcome) ->
     assert all(final.invariants().values()), final.as_json()
     wallets = final.as_json()["wallets"]
     assert {name: wallets[name] for name in paid} == paid
+
+
+async def is_published(platform: Platform) -> None:
+    """Until the relay of the payment service has given everything to the bus."""
+    async with open_channel(platform.grpc_address("payment"), platform.settings) as channel:
+        stub = feed_pb2_grpc.FeedServiceStub(channel)
+        request = feed_pb2.GetFeedRequest(topic="payment.commands")
+        before = -1
+        async with asyncio.timeout(30):
+            while (now := (await stub.GetFeed(request)).head_position) != before:  # type: ignore[misc]
+                before = now
+                await asyncio.sleep(0.5)

@@ -10,12 +10,10 @@ import signal
 import pytest
 import redis.asyncio
 
-from ducat.event.v1 import feed_pb2, feed_pb2_grpc
 from ops.__main__ import main as ducat_command
 from ops.demo import order_state, pay_checkout, payment_if_done, play_buyer, post_event, run_checkout, wait_for
 from ops.platform import Platform
-from runtime.channel import open_channel
-from tests.e2e.checkouts import checkout
+from tests.e2e.checkouts import checkout, is_published
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -41,13 +39,13 @@ async def test_a_flushed_bus_costs_seconds_not_money(
             try:
                 # A reader that waits still gets what comes first; what comes then is the bus's alone.
                 await post_event(http, platform, first)
-                await _is_published(platform)
+                await is_published(platform)
                 checkout_id, _ = await post_event(http, platform, body)
                 if victim != "executor":
                     await play_buyer(http, client, checkout_id)
                     payment = await wait_for(lambda: payment_if_done(client, checkout_id), "the payment")  # noqa: B023
                     assert {order_state(order.state) for order in payment.payment_orders} == {"SUCCESS"}
-                await _is_published(platform)
+                await is_published(platform)
                 await broker.flushall()
             finally:
                 os.kill(pid, signal.SIGCONT)
@@ -82,15 +80,3 @@ async def test_a_flushed_bus_costs_seconds_not_money(
     assert await asyncio.to_thread(ducat_command, ["feed", "accept", "--topic", "payment.events"]) == 1
     assert "no consumer has a problem" in capsys.readouterr().err
     assert {name: process.restart_count for name, process in platform.processes.items()} == restarts
-
-
-async def _is_published(platform: Platform) -> None:
-    """Until the relay of the payment service has given everything to the bus."""
-    async with open_channel(platform.grpc_address("payment"), platform.settings) as channel:
-        stub = feed_pb2_grpc.FeedServiceStub(channel)
-        request = feed_pb2.GetFeedRequest(topic="payment.commands")
-        before = -1
-        async with asyncio.timeout(30):
-            while (now := (await stub.GetFeed(request)).head_position) != before:  # type: ignore[misc]
-                before = now
-                await asyncio.sleep(0.5)
