@@ -66,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; the exit code: 0 done, 2 wrong use. Raises DucatError, such as NotFound for an unknown id."""
+    """Runs the command; the exit code: 0 done, 1 a topic cannot be read, 2 wrong use. Raises DucatError, such as NotFound for an id."""
     if args.action == "retry" and bool(args.all) == bool(args.ids):
         print("bus dead-letter retry: give the ids to retry, or --all", file=sys.stderr)
         return 2
@@ -92,7 +92,14 @@ async def _run(args: argparse.Namespace, settings: Settings) -> int:
                 f"removed group {removed.name} of {removed.topic}: {removed.lag + removed.pending} messages it had not handled"
             )
         elif args.room == "groups":
-            _show_groups(await group_store.groups(args.topic), as_json=args.json)
+            listed, broken = (
+                (await group_store.groups(args.topic), {}) if args.topic else await group_store.all_groups()
+            )
+            _show_groups(listed, as_json=args.json)
+            for topic, why in broken.items():
+                print(f"bus groups: those of {_printable(topic)} cannot be read: {_printable(why)}", file=sys.stderr)
+            if broken:
+                return 1
         elif args.action == "list":
             _show(await list_dead_letters(store, args.topic, limit=args.limit), as_json=args.json)
         elif args.action == "discard":

@@ -4,6 +4,7 @@ Whatever a stranger sends costs a bounded number of bytes and seconds, and is re
 
     head        HEAD_BYTES_MAX, HEADER_COUNT_MAX, HEAD_TIMEOUT_S                        → 431, 408
     framing     what is neither head nor body (chunk sizes and extensions, trailers): FRAMING_BYTES_MAX → 400
+    Host        exactly one, and a host's name; HTTP/1.0 may do without                 → 400
     trailers    dropped: nothing that a client sends after the body becomes a header
     pipelining  PIPELINE_MAX requests that wait behind one on a connection              → closed
     body        BODY_TIMEOUT_S until its end, whoever reads it                           → 408
@@ -21,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import resource
 import socket
 import ssl
@@ -60,6 +62,8 @@ RETRY_AFTER_S = 2
 """What we ask of a client that came when there were too many connections."""
 
 _VERSIONS = ("1.1", "1.0")
+_HOST = re.compile(rb"[\w.~!$&'()*+;=%:\[\]-]*", re.ASCII)
+"""RFC 9112 §3.2: one Host, and nothing in it that another server could read as a second one."""
 
 
 @dataclass(slots=True)
@@ -202,6 +206,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.get_http_version() not in _VERSIONS:
+            raise _Refused(400)
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if (
+            len(hosts) > 1
+            or not all(map(_HOST.fullmatch, hosts))
+            or (not hosts and self.parser.get_http_version() != "1.0")
+        ):
             raise _Refused(400)
         self._cancel_timer()
         status = self._excess()

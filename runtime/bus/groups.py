@@ -48,8 +48,11 @@ class Group:
 class GroupStore(Protocol):
     """What each engine offers beside Bus."""
 
-    async def groups(self, topic: str = "") -> list[Group]:
-        """The groups of a topic, or of every topic, sorted. Raises Unavailable."""
+    async def groups(self, topic: str) -> list[Group]:
+        """The groups of a topic, sorted. Raises Unavailable."""
+
+    async def all_groups(self) -> tuple[list[Group], dict[str, str]]:
+        """The groups of every topic, sorted; and topic → why, for those whose groups cannot be read. Raises Unavailable."""
 
     async def remove_group(self, topic: str, group: str) -> None:
         """Remove it, whoever reads in it. Raises FailedPrecondition where the engine cannot."""

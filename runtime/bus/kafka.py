@@ -278,17 +278,25 @@ class KafkaBus:
 
     # --- groups
 
-    async def groups(self, topic: str = "") -> list[Group]:
+    async def groups(self, topic: str) -> list[Group]:
         """See GroupStore. A group is of all topics here; it is listed under each of which it has an offset."""
-        names = [topic] if topic else sorted((await self.metadata()).topics)
+        return await self._groups_of({topic})
+
+    async def all_groups(self) -> tuple[list[Group], dict[str, str]]:
+        """See GroupStore."""
+        return await self._groups_of({name for name in (await self.metadata()).topics if not name.startswith("__")}), {}
+
+    async def _groups_of(self, topics: set[str]) -> list[Group]:
         try:
-            return await asyncio.to_thread(self._read_groups, {name for name in names if not name.startswith("__")})
+            return await asyncio.to_thread(self._read_groups, topics)
         except KafkaException as error:
             raise Unavailable(f"Kafka's groups cannot be read: {error.args[0].str()}") from error
 
     async def remove_group(self, topic: str, group: str) -> None:
         """See GroupStore. Refused while it has members or reads other topics too: Kafka only removes the whole group."""
-        others = sorted(known.topic for known in await self.groups() if known.name == group and known.topic != topic)
+        others = sorted(
+            known.topic for known in (await self.all_groups())[0] if known.name == group and known.topic != topic
+        )
         if others:
             raise FailedPrecondition(
                 f"group {group} also reads {', '.join(others)}: Kafka removes it from all topics or none; use kafka-consumer-groups"

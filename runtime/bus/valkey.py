@@ -45,7 +45,7 @@ from zlib import crc32
 import hiredis
 import structlog
 
-from kernel.errors import Unavailable
+from kernel.errors import DucatError, Unavailable
 from runtime.bus import BusPolicy, Message
 from runtime.bus._decode import decode, number
 from runtime.bus._dispatch import Delivery, Dispatcher
@@ -306,14 +306,21 @@ class ValkeyBus:
 
     # --- groups
 
-    async def groups(self, topic: str = "") -> list[Group]:
+    async def groups(self, topic: str) -> list[Group]:
         """See GroupStore."""
-        names = [topic] if topic else await self._names_of("partitions")
+        made = await self.topic(topic)
+        return (await _look(self.link.call, made, range(len(made.streams)))).groups()
+
+    async def all_groups(self) -> tuple[list[Group], dict[str, str]]:
+        """See GroupStore."""
         found: list[Group] = []
-        for name in names:
-            made = await self.topic(name)
-            found += (await _look(self.link.call, made, range(len(made.streams)))).groups()
-        return found
+        broken: dict[str, str] = {}
+        for name in await self._names_of("partitions"):
+            try:
+                found += await self.groups(name)
+            except (DucatError, ReplyError) as error:  # a key of this topic is of another type, or is no number
+                broken[name] = str(error)
+        return found, broken
 
     async def remove_group(self, topic: str, group: str) -> None:
         """See GroupStore."""

@@ -72,6 +72,12 @@ MALFORMED: dict[str, bytes] = {
     "lone line feeds": b"POST / HTTP/1.1\nHost: x\nContent-Length: 1\n\nx",
     "lone carriage return": b"GET / HTTP/1.1\r\nHost: x\r\nX-A: b\rX-B: c\r\n\r\n",
     "space before the colon": b"GET / HTTP/1.1\r\nHost: x\r\nX-A : b\r\n\r\n",
+    "no Host": b"GET / HTTP/1.1\r\nX-A: b\r\n\r\n",
+    "two Hosts": b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+    "the same Host twice": b"GET / HTTP/1.0\r\nHost: x\r\nHost: x\r\n\r\n",
+    "two Hosts in one": b"GET / HTTP/1.1\r\nHost: x, y\r\n\r\n",
+    "Host with a path": b"GET / HTTP/1.1\r\nHost: x/y\r\n\r\n",
+    "Host with a user": b"GET / HTTP/1.1\r\nHost: a@x\r\n\r\n",
     "NUL in a header": b"GET / HTTP/1.1\r\nHost: x\r\nX-A: \x00\r\n\r\n",
 }
 

@@ -142,3 +142,28 @@ def test_groups_are_shown_and_removed(
     assert run(bus_command(*remove, "\\xff\x1b")) == 0
     with pytest.raises(NotFound):
         run(bus_command(*remove, "wallet-1"))
+
+
+def test_a_broken_topic_hides_no_other(
+    valkey_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUCAT_REDIS_URL", valkey_url)
+
+    async def publish() -> None:
+        bus = await ValkeyBus.open(valkey_url)
+        await bus.publish([Message(topic, "c", "e", ENVELOPE) for topic in ("a", "b", "c", "d", "e")])
+        await bus.close()
+
+    asyncio.run(publish())
+    with redis.Redis.from_url(valkey_url) as client:
+        for key in client.keys("bus:{?}:?"):
+            client.xgroup_create(key, "wallet", "0")
+        client.set("bus:{a}:partitions", "many")
+        client.rpush("bus:{b}:wallet:members", "nobody")
+        client.set("bus:{c}:wallet:leases", "x")
+        client.hset("bus:{d}:wallet:leases", "seen", "yesterday")
+    assert run(bus_command("groups", "--json")) == 1
+    said = capsys.readouterr()
+    assert {json.loads(line)["topic"] for line in said.out.splitlines()} >= {"e"}
+    for topic in ("a", "b", "c", "d"):
+        assert (f"those of {topic} cannot be read" in said.err) != (f'"topic": "{topic}"' in said.out), said
