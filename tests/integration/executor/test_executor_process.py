@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from ducat.event.v1 import event_pb2
 from ducat.executor.v1 import executor_pb2, executor_pb2_grpc
 from ducat.payment.v1 import payment_service_pb2_grpc, payout_pb2
 from runtime.bus import Bus, Message, open_bus
+from tests import prefork
 from tests.contract.psp.sandbox_server import Gateway, RunningSandbox, Server
 
 ROOT = Path(__file__).parents[3]
@@ -68,7 +68,7 @@ class Platform:
             await connection.close()
 
     @asynccontextmanager
-    async def executor(self, **environment: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    async def executor(self, **environment: str) -> AsyncIterator[tuple[prefork.ForkedProcess, str]]:
         """`python -m executor` on a free port: the process and its address."""
         psp = {
             "name": "sandbox",
@@ -78,12 +78,8 @@ class Platform:
             "payout_api_key": "sk_contract_payout",
             "webhook_secret": "whsec_contract",
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
+        process = await prefork.start(
             "executor",
-            cwd=ROOT,
-            stdout=asyncio.subprocess.PIPE,
             env={
                 **os.environ,
                 "DUCAT_DATABASE_URL": self.dsn,
@@ -98,7 +94,6 @@ class Platform:
             },
         )
         try:
-            assert process.stdout is not None
             line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
             assert line.startswith("ready executor "), line
             yield process, line.split()[2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from ducat.executor.v1 import executor_pb2, executor_pb2_grpc
 from ducat.payment.v1 import payment_pb2
 from ducat.payment.v1.payment_service_pb2_grpc import PaymentServiceStub
 from runtime.bus import Bus, Message, open_bus
+from tests import prefork
 
 
 class Executor(executor_pb2_grpc.ExecutorServiceServicer):
@@ -48,21 +48,13 @@ class Platform:
     def __init__(self, environment: dict[str, str], bus: Bus) -> None:
         self.environment = environment
         self.bus = bus
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: prefork.ForkedProcess | None = None
         self.payment: Any = None
         self.commands: list[str] = []
         self.events: list[event_pb2.Envelope] = []
 
     async def start(self) -> None:
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "payment",
-            env=self.environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        assert self.process.stdout is not None
+        self.process = await prefork.start("payment", env=self.environment)
         line = (await asyncio.wait_for(self.process.stdout.readline(), 60)).decode().split()
         assert line[:2] == ["ready", "payment"]
         self.payment = PaymentServiceStub(grpc.aio.insecure_channel(line[2]))

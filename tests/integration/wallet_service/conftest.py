@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from runtime.bus import Bus, Message, open_bus
 from runtime.feed import FeedServicer
 from runtime.outbox import OutboxRelay
 from runtime.postgres import Pool, create_pool, transaction
+from tests import prefork
 
 START_S = 30.0
 StartWallet = Callable[..., Awaitable["WalletProcess"]]
@@ -30,7 +30,7 @@ class WalletProcess:
     """`python -m wallet_core` on a free port."""
 
     env: dict[str, str]
-    process: asyncio.subprocess.Process
+    process: prefork.ForkedProcess
     address: str
     channel: grpc.aio.Channel
     log: list[str] = field(default_factory=list)
@@ -62,7 +62,7 @@ class WalletProcess:
 async def start_wallet(tmp_path: Path, postgres_dsn: str, valkey_url: str) -> AsyncIterator[StartWallet]:
     """Starts wallet processes on one data folder; stops what is left."""
     started: list[WalletProcess] = []
-    processes: list[asyncio.subprocess.Process] = []
+    processes: list[prefork.ForkedProcess] = []
 
     async def start(**settings: object) -> WalletProcess:
         env = {
@@ -77,10 +77,7 @@ async def start_wallet(tmp_path: Path, postgres_dsn: str, valkey_url: str) -> As
             "DUCAT_LOG_LEVEL": "warning",
             **{f"DUCAT_{name.upper()}": str(value) for name, value in settings.items()},
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "wallet_core", env=env, stdout=asyncio.subprocess.PIPE
-        )
-        assert process.stdout is not None
+        process = await prefork.start("wallet_core", env=env)
         processes.append(
             process
         )  # before the wait: one that starts too slowly must not go on reading the session's bus

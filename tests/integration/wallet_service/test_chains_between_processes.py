@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ducat.batch import transfer_ids
 from ducat.wallet.v1 import shard_pb2, wallet_pb2
 from kernel.ids import account_id
 from ops.platform import free_port
+from tests import prefork
 from tests.integration.wallet_service.conftest import StartWallet, WalletProcess
 from tests.integration.wallet_service.test_two_processes import NAMES, Pair, balance
 from tests.integration.wallet_service.test_wallet_process import open_accounts
@@ -140,12 +140,8 @@ async def test_the_command_says_so_and_the_gauge_is_there(start_wallet: StartWal
     await open_accounts(wallet, NAMES[1])
     assert await submit(wallet, chain((NAMES[0], NAMES[1], 5), (NAMES[1], NAMES[0], 0))) != [OK, OK]
     assert await submit(wallet, chain((NAMES[0], NAMES[1], 5), (NAMES[0], NAMES[1], 6))) == [OK, OK]
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "ops", "wallet", "check", "--json", "--address", wallet.address),
-        cwd=ROOT,
-        env=wallet.env,
-        stdout=asyncio.subprocess.PIPE,
-    )
+    command = ("ops", "wallet", "check", "--json", "--address", wallet.address)
+    process = await prefork.start(*command, env=wallet.env)
     printed, _ = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0
     report = json.loads(printed)

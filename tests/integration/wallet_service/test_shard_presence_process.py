@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import asyncpg
@@ -13,6 +12,7 @@ import pytest
 
 from ducat.wallet.v1 import shard_pb2, wallet_pb2
 from kernel.ids import account_id
+from tests import prefork
 from tests.integration.wallet_service.conftest import StartWallet, WalletProcess
 from wallet_core.adapters.presence import adopt, known_shards, note_seen, rebind
 from wallet_core.shard import KnownShard, ShardForeign
@@ -22,9 +22,7 @@ RICH = "psp/sandbox/clearing/USD"
 
 
 async def run(env: dict[str, str], *words: str) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", *words, env=env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
+    process = await prefork.start(*words, env=env, keep_stderr=True)
     async with asyncio.timeout(60):
         out, said = await process.communicate()
     return process.returncode or 0, out.decode(), said.decode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from kernel.ids import account_id
 from ops.platform import free_port
 from runtime.bus import Message
 from runtime.settings import SettingsInvalid
+from tests import prefork
 from tests.integration.wallet_service.conftest import Publisher, StartWallet, WalletProcess
 from tests.integration.wallet_service.test_wallet_process import now, open_accounts, until
 from tests.unit.wallet_core.service.test_bus_flows import captured, requested
@@ -343,8 +343,7 @@ async def test_a_shard_restored_from_an_old_copy_says_so_and_moves_no_money(star
 
 
 async def accept(wallet: WalletProcess, shard: int) -> None:
-    command = ["-m", "ops", "wallet", "accept", "--shard", str(shard), "--yes"]
-    done = await asyncio.create_subprocess_exec(sys.executable, *command, env=wallet.env)
+    done = await prefork.start("ops", "wallet", "accept", "--shard", str(shard), "--yes", env=wallet.env)
     assert await done.wait() == 0
 
 

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import json
 import os
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from ducat.wallet.v1 import shard_pb2, wallet_pb2
 from kernel.ids import account_id, uuid7
 from ops import check
 from runtime.bus import Bus, Message
+from tests import prefork
 from tests.integration.wallet_service.conftest import StartWallet, WalletProcess
 from tests.integration.wallet_service.test_two_processes import NAMES, OTHER, Pair
 from tests.integration.wallet_service.test_wallet_process import CLEARING, now, until
@@ -55,16 +55,7 @@ async def ledger_process(postgres_dsn: str, valkey_url: str, wallet_address: str
         "DUCAT_LEDGER_COMPARE_CONFIRM_S": "0.5",
         "DUCAT_LEDGER_COMPARE_GRACE_S": "5",
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "ledger",
-        cwd=ROOT,
-        env=environment,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert process.stdout is not None
+    process = await prefork.start("ledger", env=environment, keep_stderr=True)
     assert process.stderr is not None
     log: list[dict[str, Any]] = []
 
