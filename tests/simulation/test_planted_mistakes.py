@@ -52,6 +52,16 @@ OPTIONS = {
     planted.LetsTheHoldsOfAChainExpire: _NOT_REBUILT,
     planted.LetsCallersEndTheHoldsOfAChain: _NOT_REBUILT,
 }
+#: Tried first where it takes many: a seed that found it.
+SEEDS = {
+    planted.ReadsWhatIsNotDurable: 20,
+    planted.NamesOnlyItsOwnRefusals: 66,
+    planted.DecidesAChainInMemory: 23,
+    planted.LetsTheHoldsOfAChainExpire: 6,
+    planted.LetsCallersEndTheHoldsOfAChain: 3,
+    planted.TakesAnyUseOfADecisionForACommit: 33,
+    planted.VoidsBeforeTheAbortIsDurable: 59,
+}
 
 
 def test_every_planted_mistake_is_tried() -> None:
@@ -60,7 +70,7 @@ def test_every_planted_mistake_is_tried() -> None:
 
 @pytest.mark.parametrize("mistake", planted.PLANTED, ids=lambda mistake: mistake.__name__)
 def test_is_found(mistake: type[SimulatedShard]) -> None:
-    for seed in range(SEEDS_MAX):
+    for seed in (*filter(None, [SEEDS.get(mistake)]), *range(SEEDS_MAX)):
         outcome = run_seed(seed, OPTIONS.get(mistake, Options()), mistake)
         if outcome.violation is not None:
             assert outcome.violation.rule in RULES[mistake], str(outcome.violation)
