@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 from kernel.errors import DucatError
 from runtime.settings import SettingsInvalid
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong use."""
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="ducat", description="Moves money for marketplaces.")
+    parser.add_argument("--version", action="version", version=f"ducat {version('ducat-payments')}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     wanted = [name for name in COMMANDS if words[:1] == [name]] or COMMANDS
     for name in wanted:  # Only the module of the command given is imported: a start stays quick.

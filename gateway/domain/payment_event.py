@@ -1,4 +1,4 @@
-"""The payment event of requirements.md: JSON → PaymentEvent, or everything that is wrong with it."""
+"""The payment event of docs/rest.md: JSON → PaymentEvent, or everything that is wrong with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The payout call of requirements.md: JSON → PayoutRequest, or everything that is wrong with it.
+"""The payout call of docs/rest.md: JSON → PayoutRequest, or everything that is wrong with it.
 
 Bank details are checked for shape here (text, length, exactly one way to name the bank); check digits and countries are
 the payment service's business.

@@ -69,7 +69,7 @@ _BANK_FIELDS = {
 
 
 def intent_body(order: ExecuteOrder, config: PspConfig, capabilities: Capabilities) -> bytes:
-    """The payment intent of requirements.md."""
+    """The payment intent, as docs/sandbox.md shows it."""
     body: dict[str, Any] = {
         "amount": capabilities.amount_to_psp(order.amount),
         "currency": order.amount.currency_code.lower(),
@@ -99,7 +99,7 @@ def refund_body(refund: ExecuteRefund, capabilities: Capabilities) -> bytes:
 
 
 def payout_body(payout: PayoutInstruction, config: PspConfig, capabilities: Capabilities) -> bytes:
-    """The payout call of requirements.md; `amount.value` in minor units."""
+    """The payout call, as docs/sandbox.md shows it; `amount.value` in minor units."""
     recipient = payout.recipient
     details: dict[str, Any] = {
         "type": "bank_account",
