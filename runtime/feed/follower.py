@@ -97,6 +97,8 @@ GAP_WAIT_S = 1.5
 """How long the bus may deliver what it still has, and handled messages be recorded, before a comparison after a gap."""
 FAILURE_TELL_S = 60.0
 """How often the same failure is logged."""
+REWIND_TIMEOUT_S = 3600.0
+"""An inbox of a month is some ten million rows."""
 NOT_MINE_MAX = 2 * MISSING_MAX
 """Positions that are remembered as another process's."""
 
@@ -177,25 +179,32 @@ _BEYOND = """
 SELECT i.position FROM inbox AS i WHERE i.consumer = $3 AND i.position > $4
 AND i.create_time >= (SELECT caught_up_time FROM feed_cursor WHERE topic = $1 AND consumer = $2) - interval '1 hour'
 """
+# A message without a position (0) may stand anywhere, so it is looked for from the feed's first entry on, as AcceptFeed does.
 _REWIND = """
-WITH gone AS (DELETE FROM inbox WHERE consumer = $2 AND create_time >= $3 RETURNING position),
-     first AS (SELECT count(*) AS count, min(position) FILTER (WHERE position > 0) AS position FROM gone),
+WITH gone AS (DELETE FROM inbox WHERE consumer = $3 AND create_time >= $4 RETURNING position),
      missing AS (DELETE FROM feed_missing WHERE topic = $1 AND consumer = $2 RETURNING position),
+     least AS (SELECT min(position) AS position FROM (SELECT position FROM gone UNION ALL SELECT position FROM missing) AS one),
      back AS (UPDATE feed_cursor AS c SET
-         compared_position = p.position, proven_position = p.position, digest_after = p.position, digest = '', update_time = now()
-         FROM (SELECT least(first.position - 1, (SELECT min(position) - 1 FROM missing)) AS position FROM first) AS p
-         WHERE c.topic = $1 AND c.consumer = $2 AND c.compared_position > p.position)
-SELECT count FROM first
+         feed_id = CASE WHEN l.position < 1 THEN '' ELSE c.feed_id END,
+         compared_position = greatest(l.position - 1, 0), proven_position = least(c.proven_position, greatest(l.position - 1, 0)),
+         digest_after = greatest(l.position - 1, 0), digest = '', update_time = now()
+         FROM least AS l WHERE c.topic = $1 AND c.consumer = $2 AND c.compared_position >= l.position)
+SELECT count(*) FROM gone
 """
 
 
-async def rewind(connection: Connection, *, topic: str, consumer: str, time: datetime) -> int:
+async def rewind(
+    connection: Connection, *, topic: str, consumer: str, time: datetime, recorded_as: str | None = None
+) -> int:
     """Forgets what `consumer` has recorded since `time`, so that its follower applies it again from the feed; how many messages.
 
     For a store that was restored to an older state. Take the time of that state less a margin: what was applied before `time` and is
-    not in the store would stay missing. Run it while the consumer's processes stand still, in the transaction of the restore.
+    not in the store would stay missing. Run it while the consumer's processes stand still, in the transaction of the restore, on a
+    connection whose search_path is the consumer's schema. `recorded_as`: the consumer's name in the inbox, where it is another one.
     """
-    count: int = await connection.fetchval(_REWIND, topic, consumer, time)
+    count: int = await connection.fetchval(
+        _REWIND, topic, consumer, recorded_as or consumer, time, timeout=REWIND_TIMEOUT_S
+    )
     return count
 
 

@@ -21,6 +21,8 @@ from uuid import UUID
 
 import structlog
 
+from runtime.feed import rewind
+from wallet_core.adapters.bus import CONSUMER, TOPIC
 from wallet_core.engine.codes import EventKind, TransferResult
 from wallet_core.shard.identity import KnownShard, ShardForeign
 
@@ -40,8 +42,6 @@ __all__ = [
     "rebind",
 ]
 
-CONSUMER = "wallet"
-"""The wallet's name in its inbox and feed cursors; all its processes share it."""
 NOTE_INTERVAL_S = 1.0
 NOTE_TIMEOUT_S = 5.0
 WARN_INTERVAL_S = 60.0
@@ -82,15 +82,7 @@ SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'ducat-wallet' AND pid <> pg_backend_pid()
 """
 _HAS_TABLE = "SELECT to_regclass($1) IS NOT NULL"
-_FORGET = """
-WITH gone AS (DELETE FROM wallet.inbox WHERE consumer = $1 AND create_time >= $2 RETURNING position)
-SELECT count(*) AS count, coalesce(min(position), 1) - 1 AS before FROM gone
-"""
-_LOWER_CURSOR = """
-UPDATE wallet.feed_cursor
-SET proven_position = least(proven_position, $2), compared_position = $2, digest_after = $2, digest = '', update_time = now()
-WHERE consumer = $1 AND topic = 'payment.events' AND compared_position > $2
-"""
+_IN_SCHEMA = "SELECT set_config('search_path', 'wallet', true)"
 
 
 class Rebound(NamedTuple):
@@ -194,8 +186,8 @@ async def rebind(connection: Connection, shard: int, *, identity: str, sequence:
     """Go on with a shard's log that ends with event `sequence`, of the time `time_ns` (0: an empty one), under a new identity.
 
     In one transaction: the row of the shard, the read model's rows and cursor go back to the log's end; where events were lost, the
-    messages that the wallet recorded since shortly before that time are forgotten, and its feed cursors begin again, so that they are
-    applied again. Transfer ids are derived, so those that the log has already change nothing. No process of the wallet may run meanwhile
+    messages that the wallet recorded since shortly before that time are forgotten (`runtime.feed.rewind`), so that they are applied
+    again. Transfer ids are derived, so those that the log has already change nothing. No process of the wallet may run meanwhile
     (`other_wallets`): they share the inbox and the cursors. Transfers that came over gRPC are not brought back by anything.
     """
     since = (
@@ -208,10 +200,8 @@ async def rebind(connection: Connection, shard: int, *, identity: str, sequence:
         await connection.execute(_REBIND, shard, UUID(identity), sequence)
         forgotten = 0
         if (seen > sequence or lowered or dropped) and await connection.fetchval(_HAS_TABLE, "wallet.feed_cursor"):
-            gone = await connection.fetchrow(_FORGET, CONSUMER, since, timeout=REBIND_TIMEOUT_S)
-            forgotten = gone["count"]
-            if forgotten:  # a message without a position (0) is looked for from the beginning
-                await connection.execute(_LOWER_CURSOR, CONSUMER, max(gone["before"], 0))
+            await connection.execute(_IN_SCHEMA)
+            forgotten = await rewind(connection, topic=TOPIC, consumer=CONSUMER, time=since)
     return Rebound(seen, dropped, forgotten)
 
 

@@ -487,6 +487,58 @@ async def test_a_store_restored_to_an_older_state_is_filled_again(room: Room) ->
     assert room.applied == [f"id-{n}" for n in [*range(20), *range(10, 20)]]
 
 
+@pytest.mark.parametrize(
+    ("unknown", "compared", "feed_id"), [(False, 4, "kept"), (True, 0, "")], ids=["positions", "one without a position"]
+)
+async def test_what_is_rewound_is_found_again(room: Room, unknown: bool, compared: int, feed_id: str) -> None:
+    """Another inbox name than the follower's; what waited as missing; a message that was recorded without its position."""
+    moment = datetime.now(UTC)
+    rows = [("c-inbox", "id-6", 7), ("c-inbox", "id-8", 9), ("other", "id-0", 1)]
+    rows += [("c-inbox", "id-1", 0)] if unknown else []
+    await room.pool.executemany("INSERT INTO inbox (consumer, message_id, position) VALUES ($1, $2, $3)", rows)
+    await room.pool.execute(
+        "INSERT INTO inbox (consumer, message_id, position, create_time) VALUES ('c-inbox', 'id-2', 3, $1)",
+        moment - timedelta(hours=1),
+    )
+    await room.pool.execute(
+        "INSERT INTO feed_cursor (topic, consumer, feed_id, compared_position, proven_position, digest)"
+        " VALUES ($1, 'c', 'kept', 9, 4, 'x'), ('another', 'c', 'kept', 9, 9, 'x')",
+        TOPIC,
+    )
+    await room.pool.execute(
+        "INSERT INTO feed_missing (topic, consumer, position, message_id, key, try_count) VALUES ($1, 'c', 5, 'id-4', 'k', 8)",
+        TOPIC,
+    )
+    count = await transaction(
+        room.pool,
+        lambda connection: rewind(connection, topic=TOPIC, consumer="c", recorded_as="c-inbox", time=moment),
+    )
+    assert count == len(rows) - 1
+    left = await room.pool.fetch("SELECT message_id FROM inbox ORDER BY message_id")
+    assert [row[0] for row in left] == ["id-0", "id-2"]
+    assert await room.missing() == []
+    found = await room.pool.fetchrow(
+        "SELECT compared_position, proven_position, feed_id, digest, digest_after FROM feed_cursor WHERE topic = $1", TOPIC
+    )
+    assert tuple(found) == (compared, compared, feed_id, b"", compared)
+    assert await room.pool.fetchval("SELECT compared_position FROM feed_cursor WHERE topic = 'another'") == 9
+
+
+async def test_a_message_without_a_position_is_looked_for_in_a_pruned_feed(room: Room) -> None:
+    """To begin again before the feed's first entry is no divergence."""
+    async with running(room.relay, room.follower()):
+        await room.say(10)
+        await room.proven(10)
+    await room.pool.execute("DELETE FROM feed WHERE position <= 4; DELETE FROM inbox WHERE position <= 4")
+    await room.pool.execute("UPDATE inbox SET position = 0 WHERE message_id = 'id-7'")
+    moment = await room.pool.fetchval("SELECT create_time FROM inbox WHERE message_id = 'id-7'")
+    await transaction(room.pool, lambda connection: rewind(connection, topic=TOPIC, consumer="c", time=moment))
+    async with running(room.follower()):
+        await room.proven(10)
+    assert not await _has_problem(room)
+    assert room.applied.count("id-7") == 2
+
+
 async def test_a_bus_at_work_is_not_raced(room: Room) -> None:
     one = room.follower(grace_s=60.0, interval_s=60.0)
     feed = feed_pb2.GetFeedResponse(head_position=100, settled_position=90, first_position=1)

@@ -148,8 +148,19 @@ async def test_rebind_brings_everything_back_to_the_end_of_the_log(connection: a
         " FROM generate_series(0, 1) AS shard, generate_series(40, 60) AS number",
         account_id(RICH),
     )
+    await connection.execute(
+        "INSERT INTO wallet.inbox (consumer, message_id, position) VALUES ('wallet', 'a', 7), ('wallet', 'b', 8), ('other', 'a', 1);"
+        "INSERT INTO wallet.feed_cursor (topic, consumer, feed_id, compared_position, proven_position)"
+        " VALUES ('payment.events', 'wallet', 'kept', 9, 8);"
+        "INSERT INTO wallet.feed_missing (topic, consumer, position, message_id, key, try_count)"
+        " VALUES ('payment.events', 'wallet', 9, 'c', 'k', 8)"
+    )
     done = await rebind(connection, 0, identity=after, sequence=50, time_ns=0)
-    assert (done.seen_sequence, done.transfers) == (100, 10)
+    assert done == (100, 10, 2)
+    cursor = await connection.fetchrow("SELECT feed_id, compared_position, proven_position FROM wallet.feed_cursor")
+    assert tuple(cursor) == ("kept", 6, 6), "the feed brings everything since the log's end"
+    assert await connection.fetchval("SELECT count(*) FROM wallet.feed_missing") == 0, "what was given up is tried again"
+    assert await connection.fetchval("SELECT consumer FROM wallet.inbox") == "other"
     assert await known_shards(connection) == {0: KnownShard(after, 50), 1: KnownShard(before, 50)}
     left = await connection.fetch(
         "SELECT shard, max(sequence_number) FROM wallet.transfer GROUP BY shard ORDER BY shard"
