@@ -71,12 +71,12 @@ async def serve(settings: Settings) -> None:
                     log_attempt("asked the PSP again", attempt)
 
         poller = Poller(store, health, clock, resume, _poll_failed)
-        notifications = Notifications(store, adapters, clock, _notes_failed)
+        notifications = Notifications(store, adapters, clock)
         process.on_close("settled notes", notifications.flush)
         await health.refresh()
-        process.spawn(relay.run(), name="outbox")
-        process.spawn(poller.run(), name="poller")
-        process.spawn(notifications.run(), name="settled notes")
+        process.keep(relay.run, name="outbox relay")
+        process.keep(poller.run, name="poller")
+        process.keep(notifications.run, name="settled notes")
         feeds = Feeds(process, pool, publishes=True)
         consumer = CommandConsumer(executor, concurrency=settings.executor_concurrency)
         recorder = InboxRecorder(pool, GROUP)
@@ -87,8 +87,8 @@ async def serve(settings: Settings) -> None:
             consumer=GROUP,
             handler=recorder.batches(consumer.ensure),
         )
-        process.spawn(
-            bus.consume_each(
+        process.keep(
+            lambda: bus.consume_each(
                 TOPIC,
                 GROUP,
                 follower.each(recorder.each(consumer.handle)),
@@ -157,12 +157,5 @@ def _config(psp: PspSettings, settings: Settings) -> PspConfig:
     )
 
 
-def _notes_failed(error: BaseException) -> None:
-    _logger.warning("settled notes wait", error=f"{type(error).__name__}: {error}")
-
-
-def _poll_failed(due: Due | None, error: BaseException) -> None:
-    if due is None:
-        _logger.warning("polling starts again", error=f"{type(error).__name__}: {error}")
-    else:
-        _logger.error("polling an attempt failed", reference=due.attempt.reference, psp=due.attempt.psp, exc_info=error)
+def _poll_failed(due: Due, error: BaseException) -> None:
+    _logger.error("polling an attempt failed", reference=due.attempt.reference, psp=due.attempt.psp, exc_info=error)

@@ -40,8 +40,9 @@ async def main() -> None:
             handler=handle,
             batch_max=BATCH_MAX,
         )
-        process.spawn(
-            bus.consume(TOPIC, GROUP, follower.batches(handle), batch_max=BATCH_MAX, on_gap=follower.on_gap), name=TOPIC
+        process.keep(
+            lambda: bus.consume(TOPIC, GROUP, follower.batches(handle), batch_max=BATCH_MAX, on_gap=follower.on_gap),
+            name=TOPIC,
         )
         comparison = CompareWallet(
             GrpcWallet(settings.wallet_address, process.channel),
@@ -52,8 +53,8 @@ async def main() -> None:
             confirm_s=settings.ledger_compare_confirm_s,
         )
         if settings.ledger_compare_interval_s:
-            rounds = comparison.keep_comparing(settings.ledger_compare_interval_s, ComparisonTold())
-            process.spawn(rounds, name="comparison with the wallet")
+            interval_s, told = settings.ledger_compare_interval_s, ComparisonTold()
+            process.keep(lambda: comparison.keep_comparing(interval_s, told), name="comparison with the wallet")
         await process.serve_grpc(
             settings.ledger_listen,
             servicers=[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 
 from ducat.payment.v1.payment_service_pb2_grpc import add_PaymentServiceServicer_to_server
 from kernel.clock import SystemClock
@@ -23,7 +24,6 @@ from payment.service.timers import INTERVAL_S, Timers
 from runtime import trace
 from runtime.feed import Feeds
 from runtime.inbox import InboxRecorder
-from runtime.logs import get_logger
 from runtime.outbox import OutboxRelay
 from runtime.postgres import connect
 from runtime.process import Process
@@ -45,8 +45,6 @@ planning anew for each call, which it does for lists, only costs (0.5 ms of CPU 
 
 FINDINGS_INTERVAL_S = 30.0
 """How often open findings are counted for the metric."""
-
-_logger = get_logger("bootstrap")
 
 
 async def main() -> None:
@@ -84,7 +82,7 @@ async def serve(settings: Settings) -> None:
         findings = Findings(store, clock)
         findings_gauge = FindingsGauge(findings)
 
-        process.spawn(relay.run(), name="outbox relay")
+        process.keep(relay.run, name="outbox relay")
         feeds = Feeds(process, pool, publishes=True)
         for topic, address in ((EXECUTOR_EVENTS, settings.executor_address), (WALLET_EVENTS, settings.wallet_address)):
             recorder = InboxRecorder(pool, topic)
@@ -97,12 +95,10 @@ async def serve(settings: Settings) -> None:
                 handler=handle,
                 batch_max=BATCH_MAX,
             )
-            process.spawn(
-                bus.consume(topic, GROUP, follower.batches(handle), batch_max=BATCH_MAX, on_gap=follower.on_gap),
-                name=topic,
-            )
-        process.spawn(_every(INTERVAL_S, timers.run_once, "timers"), name="timers")
-        process.spawn(_every(FINDINGS_INTERVAL_S, findings_gauge.measure, "findings gauge"), name="findings gauge")
+            consume = partial(bus.consume, topic, GROUP, follower.batches(handle))
+            process.keep(partial(consume, batch_max=BATCH_MAX, on_gap=follower.on_gap), name=topic)
+        process.keep(lambda: _every(INTERVAL_S, timers.run_once), name="timers")
+        process.keep(lambda: _every(FINDINGS_INTERVAL_S, findings_gauge.measure), name="findings gauge")
         await process.serve_grpc(
             settings.payment_listen,
             [
@@ -117,12 +113,9 @@ async def serve(settings: Settings) -> None:
         )
 
 
-async def _every(interval_s: float, work: Callable[[], Awaitable[None]], name: str) -> None:
-    """Runs `work` now and then each `interval_s`. A failure is logged and the next round tries again."""
+async def _every(interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
+    """Runs `work` now and then each `interval_s`."""
     while True:
         trace.set_current("")
-        try:
-            await work()
-        except Exception:
-            _logger.exception("a timer failed; it runs again", timer=name, interval_s=interval_s)
+        await work()
         await asyncio.sleep(interval_s)

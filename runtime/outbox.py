@@ -65,7 +65,7 @@ from typing import Any
 import asyncpg
 import structlog
 
-from runtime.bus import Bus, Message
+from runtime.bus import Bus, Message, is_transient
 from runtime.postgres import Connection, Pool
 
 __all__ = ["BATCH_MAX", "OutboxRelay", "insert"]
@@ -199,6 +199,7 @@ class OutboxRelay:
                     schema=self._schema,
                     error=f"{type(error).__name__}: {error}",
                     delay_s=delay,
+                    exc_info=None if failures > 1 or is_transient(error) else error,
                 )
                 if isinstance(error, asyncpg.InterfaceError) and self._pool.is_closing():
                     raise

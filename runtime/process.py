@@ -5,15 +5,15 @@
         async with Process.start("ledger", settings) as process:
             pool = await process.postgres("ledger")
             bus = await process.bus()
-            process.spawn(bus.consume("payment.events", "ledger", handler), name="payment.events")
+            process.keep(lambda: bus.consume("payment.events", "ledger", handler), name="payment.events")
             await process.serve_grpc(settings.ledger_listen, [(servicer, add_to_server,
             "ducat.ledger.v1.LedgerService")], SCOPES)
 
     run(main)
 
 The first SIGTERM or SIGINT stops gracefully: no new calls, running ones end, spawned tasks are cancelled, what was
-opened is closed in reverse order, exit 0. A second one stops at once. A spawned task that crashes stops the process
-the same way, with exit 1.
+opened is closed in reverse order, exit 0. A second one stops at once. A kept task that raises begins again; a spawned one
+stops the process the same way, with exit 1, or 2 where the settings are wrong.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from kernel.errors import DucatError, Unavailable
 from runtime import logs, telemetry
 from runtime.security import check_listen, reload_at_handshakes
 from runtime.settings import Settings, SettingsInvalid, split_address
+from runtime.supervise import keep_running
 
 if TYPE_CHECKING:
     import asyncpg
@@ -122,6 +123,8 @@ class Process:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         await self._close()
+        if isinstance(self._failure, SettingsInvalid):
+            raise self._failure
         if self._failure is not None:
             raise ProcessCrashed(f"{self.name}: {self._failure}") from self._failure
         if isinstance(error, asyncio.CancelledError) and self._stopping.is_set():
@@ -198,12 +201,21 @@ class Process:
         task.add_done_callback(self._task_done)
         return task
 
+    def keep(self, work: Callable[[], Awaitable[object]], *, name: str) -> asyncio.Task[Any]:
+        """Runs `work()` until the process stops, again with backoff whenever it raises (runtime/supervise.py). Only wrong settings
+        stop the process.
+
+        For everything that goes on in the background and can begin anew.
+        """
+        return self.spawn(keep_running(name, work, fatal=(SettingsInvalid,)), name=name)
+
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if task.cancelled() or task.exception() is None:
             return
         error = task.exception()
-        _logger.error("a task crashed, so the process stops", task=task.get_name(), exc_info=error)
+        trace = None if isinstance(error, SettingsInvalid) else error  # its text is for people
+        _logger.error("a task crashed, so the process stops", task=task.get_name(), error=str(error), exc_info=trace)
         if self._failure is None:
             self._failure = error
         self.stop()

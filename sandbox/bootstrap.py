@@ -73,5 +73,5 @@ async def serve(settings: Settings) -> None:
             sandbox.store.close()
 
         process.on_close("store", close)
-        process.spawn(sandbox.deliveries.run(), name="deliveries")
+        process.keep(sandbox.deliveries.run, name="deliveries")
         await process.serve_http(settings.sandbox_listen, sandbox.api)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from executor.domain.attempt import AttemptKind
 from executor.domain.outcome import Notification, NotificationKind
@@ -24,17 +24,10 @@ _OBJECTS = {"order": AttemptKind.ORDER, "refund": AttemptKind.REFUND, "payout": 
 class Notifications:
     """`run()` writes the notes in groups; losing some in a crash costs one question to the PSP each."""
 
-    def __init__(
-        self,
-        store: AttemptStore,
-        adapters: Mapping[str, PspAdapter],
-        clock: Clock,
-        failed: Callable[[BaseException], None],
-    ) -> None:
+    def __init__(self, store: AttemptStore, adapters: Mapping[str, PspAdapter], clock: Clock) -> None:
         self._store = store
         self._adapters = adapters
         self._clock = clock
-        self._failed = failed
         self._settled: set[tuple[AttemptKind, str]] = set()
         self._changed = asyncio.Event()
 
@@ -54,14 +47,11 @@ class Notifications:
         return notifications
 
     async def run(self) -> None:
-        """Writes the notes until cancelled; a database that is away only makes them wait."""
+        """Writes the notes until cancelled. Raises what the store raises, and keeps them then for the next call."""
         while True:
             await self._changed.wait()
             await asyncio.sleep(SETTLE_INTERVAL_S)
-            try:
-                await self.flush()
-            except Exception as error:
-                self._failed(error)
+            await self.flush()
 
     async def flush(self) -> None:
         """Writes the notes now."""

@@ -19,7 +19,6 @@ BATCH_MAX = 32
 LEASE_S = 60
 IDLE_S = 30.0
 """How long this process may sleep although another one may have stored something that is due earlier."""
-ERROR_BACKOFF_S = 1.0
 
 assert LEASE_S > IDLE_S
 
@@ -33,7 +32,7 @@ class Poller:
         health: HealthBoard,
         clock: Clock,
         resume: Callable[[Due], Awaitable[object]],
-        failed: Callable[[Due | None, BaseException], None],
+        failed: Callable[[Due, BaseException], None],
     ) -> None:
         self._store = store
         self._health = health
@@ -49,16 +48,11 @@ class Poller:
             self._changed.set()
 
     async def run(self) -> None:
-        """Polls until cancelled."""
+        """Polls until cancelled. Raises what the store raises; it may be called again then."""
         while True:
             self._changed.clear()
-            try:
-                await self._health.refresh()
-                next_ns = await self.poll_once()
-            except Exception as error:
-                self._failed(None, error)
-                await asyncio.sleep(ERROR_BACKOFF_S)
-                continue
+            await self._health.refresh()
+            next_ns = await self.poll_once()
             now_ns = self._clock.now_ns()
             wait_s = IDLE_S if not next_ns else min(max((next_ns - now_ns) / 1e9, 0.1), IDLE_S)
             self._wake_time_ns = now_ns + int(wait_s * 1e9)

@@ -8,12 +8,13 @@ because PostgreSQL lets one notifying transaction commit at a time (migration 00
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import asyncpg
 
+from kernel.errors import DucatError
+from runtime.bus import is_transient
 from runtime.logs import get_logger
 
 __all__ = ["CHANNEL", "LINGER_S", "PaymentChanges"]
@@ -105,8 +106,16 @@ class PaymentChanges:
         while self._watchers and self._connection is None:
             await asyncio.sleep(RECONNECT_S[min(tries, len(RECONNECT_S) - 1)])
             tries += 1
-            with contextlib.suppress(Exception):
+            try:
                 await self._listen()
+            except Exception as error:
+                if tries == 1:
+                    trace = None if isinstance(error, DucatError) or is_transient(error) else error
+                    _logger.warning(
+                        "payment changes are not heard; it is tried again, and watchers are woken then",
+                        error=f"{type(error).__name__}: {error}",
+                        exc_info=trace,
+                    )
         _logger.info("listening for payment changes again", tries=tries)
         for watching in self._watchers.values():  # what changed meanwhile was not heard
             for changed in watching:

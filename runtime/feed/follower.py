@@ -66,6 +66,7 @@ import grpc
 import grpc.aio
 
 from ducat.event.v1 import feed_pb2, feed_pb2_grpc
+from kernel.errors import DucatError
 from runtime import trace
 from runtime.bus import Message, is_transient
 from runtime.errors import from_rpc_error
@@ -363,11 +364,19 @@ class FeedFollower:
         if isinstance(error, grpc.RpcError):
             error = from_rpc_error(error)
         text = f"{type(error).__name__}: {error}"
-        if text == self._told_failure and _now_s() - self._told_failure_s < FAILURE_TELL_S:
+        is_known = text == self._told_failure
+        if is_known and _now_s() - self._told_failure_s < FAILURE_TELL_S:
             return
         self._told_failure, self._told_failure_s = text, _now_s()
+        expected = is_transient(error) or isinstance(error, DucatError)
         log = _logger.warning if is_transient(error) else _logger.error
-        log("a feed cannot be followed now; it is tried again", topic=self.topic, consumer=self.consumer, error=text)
+        log(
+            "a feed cannot be followed now; it is tried again",
+            topic=self.topic,
+            consumer=self.consumer,
+            error=text,
+            exc_info=None if expected or is_known else error,
+        )
 
     async def _round(self) -> None:
         cursor = await self._read()

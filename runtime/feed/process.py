@@ -32,7 +32,7 @@ class Feeds:
         self._followers: list[FeedFollower] = []
         settings = process.settings
         retention = timedelta(days=settings.feed_retention_days)
-        process.spawn(inbox.keep_pruned(pool, retention + timedelta(days=1)), name="inbox pruning")
+        process.keep(lambda: inbox.keep_pruned(pool, retention + timedelta(days=1)), name="inbox pruning")
         self.servicers: list[Servicer] = [
             (
                 FeedFollowerServicer(pool, self._followers),
@@ -44,7 +44,7 @@ class Feeds:
         self.scopes = dict(FOLLOWER_SCOPES)
         """For `Process.serve_grpc`."""
         if publishes:
-            process.spawn(keep_feed_pruned(pool, retention), name="feed pruning")
+            process.keep(lambda: keep_feed_pruned(pool, retention), name="feed pruning")
             feed = FeedServicer(pool, grace_s=settings.feed_grace_s)
             self.servicers.append((feed, feed_pb2_grpc.add_FeedServiceServicer_to_server, FEED_SERVICE))
             self.scopes |= FEED_SCOPES
@@ -78,5 +78,5 @@ class Feeds:
         )
         self._followers.append(follower)
         self._process.on_close(f"inbox records of {topic}", recorder.flush)
-        self._process.spawn(follower.run(), name=f"feed of {topic}")
+        self._process.keep(follower.run, name=f"feed of {topic}")
         return follower

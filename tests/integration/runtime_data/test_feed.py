@@ -518,7 +518,8 @@ async def test_what_is_rewound_is_found_again(room: Room, unknown: bool, compare
     assert [row[0] for row in left] == ["id-0", "id-2"]
     assert await room.missing() == []
     found = await room.pool.fetchrow(
-        "SELECT compared_position, proven_position, feed_id, digest, digest_after FROM feed_cursor WHERE topic = $1", TOPIC
+        "SELECT compared_position, proven_position, feed_id, digest, digest_after FROM feed_cursor WHERE topic = $1",
+        TOPIC,
     )
     assert tuple(found) == (compared, compared, feed_id, b"", compared)
     assert await room.pool.fetchval("SELECT compared_position FROM feed_cursor WHERE topic = 'another'") == 9

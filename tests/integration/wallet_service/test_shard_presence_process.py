@@ -159,7 +159,9 @@ async def test_rebind_brings_everything_back_to_the_end_of_the_log(connection: a
     assert done == (100, 10, 2)
     cursor = await connection.fetchrow("SELECT feed_id, compared_position, proven_position FROM wallet.feed_cursor")
     assert tuple(cursor) == ("kept", 6, 6), "the feed brings everything since the log's end"
-    assert await connection.fetchval("SELECT count(*) FROM wallet.feed_missing") == 0, "what was given up is tried again"
+    assert await connection.fetchval("SELECT count(*) FROM wallet.feed_missing") == 0, (
+        "what was given up is tried again"
+    )
     assert await connection.fetchval("SELECT consumer FROM wallet.inbox") == "other"
     assert await known_shards(connection) == {0: KnownShard(after, 50), 1: KnownShard(before, 50)}
     left = await connection.fetch(

@@ -185,7 +185,7 @@ class World:
         self.executor = Executor(
             self.store, adapters, self.instructions, self.health, self.clock, POLICY, self.woken.append
         )
-        self.notifications = Notifications(self.store, adapters, self.clock, self.failures.append)
+        self.notifications = Notifications(self.store, adapters, self.clock)
         self.poller = Poller(
             self.store, self.health, self.clock, self.executor.resume, lambda due, error: self.failures.append(error)
         )
