@@ -18,18 +18,18 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernel.errors import DucatError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from kernel.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from ops.check import DIFFERS, EXIT_CODES, OK, Verdict, lines_of, record_of, run_checks, verdict_of
 from runtime.backup import (
     MANIFEST,
     Backup,
@@ -48,7 +48,6 @@ from runtime.embedded import EmbeddedPostgres, ServerFailed
 from runtime.settings import Settings
 
 if TYPE_CHECKING:
-    from ops.platform import Platform
     from runtime.backup.postgres import SourceServer
     from wallet_core.adapters.backup import Mark
     from wallet_core.shard.port import ShardHostConfig
@@ -62,10 +61,6 @@ RECOVERY_TIMEOUT_S = 6 * 3600.0
 """Until PostgreSQL has replayed its log."""
 SETTLE_TIMEOUT_S = 120.0
 """Until what is restored has applied what it had not yet."""
-SETTLE_LOOK_S = 0.5
-BOOKED = re.compile(r"(seller/[^/]+|fees)/[A-Z]{3}")
-"""Accounts that wallet and ledger both keep, and nothing but payments moves."""
-SHOWN_MAX = 10
 EMPTY_SEGMENT_BYTES = 1024 * 1024
 _NS = 1_000_000_000
 
@@ -576,23 +571,22 @@ async def _restore(session: _Session) -> int:
         "cuts": {str(shard): sequence for shard, sequence in steps.cuts.items()},
         "seconds": round(time.monotonic() - session.began, 2),
     }
-    ok = True
+    found: list[Verdict] = []
     if not args.no_check and not args.wallet_only:
-        record["checks"] = await steps.check()
+        found = await steps.check()
+        record["checks"] = record_of(found)
         record["seconds_with_checks"] = round(time.monotonic() - session.began, 2)
-        ok = all(one["ok"] for one in record["checks"])
-    record["ok"] = ok
+    verdict = verdict_of(found)
+    record |= {"ok": verdict == OK, "verdict": verdict}
     where = ", ".join(f"shard {shard} event {sequence}" for shard, sequence in steps.cuts.items())
     lines = [f"restored {backup.name} as of {record['time']} into {target} ({where}) in {record['seconds']} s"]
-    lines += [
-        f"{'ok    ' if one['ok'] else 'FAILED'}  {one['what']}: {one['said']}" for one in record.get("checks", ())
-    ]
-    if not ok:
+    lines += lines_of(found)
+    if verdict != OK:
         lines.append("the checks failed: do not take payments on this folder (docs/backup.md, When a check fails)")
     elif not args.wallet_only:
         lines.append(f"start it: ducat up --data-dir {target}")
     session.show(record, "\n".join(lines))
-    return 0 if ok else 1
+    return EXIT_CODES[verdict]
 
 
 def _moment(text: str) -> int:
@@ -755,8 +749,8 @@ class _Restore:
                 found = point.positions
         return found
 
-    async def check(self) -> list[dict[str, Any]]:
-        """Starts what is restored, by itself: no executor (it would call PSPs), no gateway, a bus of its own."""
+    async def check(self) -> list[Verdict]:
+        """What `ducat check` finds. Starts what is restored, by itself: no executor (it would call PSPs), no gateway, a bus of its own."""
         from ops.platform import Platform, ProcessFailed
 
         self.session.step("start it, to check")
@@ -765,9 +759,9 @@ class _Restore:
         try:
             await platform.start()
         except ProcessFailed as error:
-            return [{"what": "start", "ok": False, "said": str(error)}]
+            return [Verdict("start", DIFFERS, f"what was restored does not start: {error}")]
         try:
-            return await _checks(platform)
+            return await run_checks(platform.settings, wait_s=SETTLE_TIMEOUT_S, without=("executor",))
         finally:
             await platform.stop()
 
@@ -795,6 +789,7 @@ def _alone(backup: Backup) -> dict[str, str]:
         "DUCAT_WALLET_SHARD_COUNT": str(backup.shard_count),
         "DUCAT_WALLET_ALONE": "false",
         "DUCAT_OTEL_ENDPOINT": "",
+        "DUCAT_FEED_CHECK_INTERVAL_S": "1",
     }
 
 
@@ -829,62 +824,6 @@ def _empty_shard(folder: Path) -> None:
     for path in (*folder.glob("log/*.seg"), *folder.glob("snapshots/*.snap")):
         path.unlink()
     segment_file(folder / "log", 1).write_bytes(bytes(EMPTY_SEGMENT_BYTES))
-
-
-async def _checks(platform: Platform) -> list[dict[str, Any]]:
-    """Whether wallet, ledger and payment agree: once what the wallet and the ledger lack of the feed has come to them, which is waited for.
-    Nothing else moves here, so that balances can be compared one after the other."""
-    from ops.demo import Books, read_books
-
-    checks: list[dict[str, Any]] = []
-
-    async def note(what: str, look: Callable[[], Awaitable[tuple[bool, str]]]) -> None:
-        deadline = time.monotonic() + SETTLE_TIMEOUT_S
-        while True:
-            try:
-                ok, said = await look()
-            except DucatError as error:
-                ok, said = False, str(error)
-            if ok or time.monotonic() > deadline:
-                break
-            await asyncio.sleep(SETTLE_LOOK_S)
-        checks.append({"what": what, "ok": ok, "said": said})
-
-    async with platform.client() as client:
-
-        async def sums() -> tuple[bool, str]:
-            answer = await client.shards.check_balances()
-            wrong = [
-                f"{one.currency_code} is off by {one.imbalance_minor}" for one in answer.balances if one.imbalance_minor
-            ]
-            wrong += [f"shard {one.shard} by {one.amount_minor} {one.currency_code}" for one in answer.uneven_shards]
-            currencies = ", ".join(one.currency_code for one in answer.balances) or "no money yet"
-            return answer.ok, "; ".join(wrong) or f"they come to 0 ({currencies})"
-
-        async def trial_balance() -> tuple[bool, str]:
-            answer = await client.ledger.get_trial_balance()
-            lines = ", ".join(f"{one.currency_code} {one.debit_minor} = {one.credit_minor}" for one in answer.lines)
-            return answer.balanced, lines or "no entry yet"
-
-        async def accounts() -> tuple[bool, str]:
-            books: Books = await read_books(client)
-            wallet = {name: balance for name, (_, balance) in books.wallets.items()}
-            names = {name for name in wallet.keys() | books.ledger.keys() if BOOKED.fullmatch(name)}
-            wrong = [name for name in sorted(names) if wallet.get(name, 0) != books.ledger.get(name, 0)]
-            shown = ", ".join(
-                f"{name}: wallet {wallet.get(name, 0)}, ledger {books.ledger.get(name, 0)}"
-                for name in wrong[:SHOWN_MAX]
-            )
-            return (
-                not wrong,
-                f"{len(wrong)} of {len(names)} differ: {shown}" if wrong else f"{len(names)} accounts agree",
-            )
-
-        await note("wallet: all balances and the money in flight", sums)
-        await note("ledger: debits and credits", trial_balance)
-        await note("wallet = ledger, each account", accounts)
-        await note("wallet: all balances and the money in flight, again", sums)
-    return checks
 
 
 _COMMANDS: dict[str, Callable[[_Session], Coroutine[Any, Any, int]]] = {

@@ -16,7 +16,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,19 @@ if TYPE_CHECKING:
     from ducat.ledger.v1 import ledger_pb2
     from runtime.channel import Channel
 
-__all__ = ["add_parser", "run"]
+__all__ = [
+    "DIFFERS",
+    "EXIT_CODES",
+    "OK",
+    "UNKNOWN",
+    "Verdict",
+    "add_parser",
+    "lines_of",
+    "record_of",
+    "run",
+    "run_checks",
+    "verdict_of",
+]
 
 WAIT_S = 120.0
 POLL_S = 2.0
@@ -37,7 +49,7 @@ UNDER_WAY_S = 5.0
 """Events that are younger are no reason to ask again."""
 LINES_MAX = 20
 OK, DIFFERS, UNKNOWN = "ok", "differs", "unknown"
-_EXIT_CODES = {OK: 0, DIFFERS: 1, UNKNOWN: 2}
+EXIT_CODES = {OK: 0, DIFFERS: 1, UNKNOWN: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,35 +85,44 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the checks; returns the exit code."""
-    return asyncio.run(_run(args, Settings.load()))
+    begin = time.monotonic()
+    found = asyncio.run(run_checks(Settings.load(), wait_s=args.wait))
+    verdict = verdict_of(found)
+    _show(found, verdict, time.monotonic() - begin, as_json=args.json)
+    return EXIT_CODES[verdict]
 
 
-async def _run(args: argparse.Namespace, settings: Settings) -> int:
+async def run_checks(settings: Settings, *, wait_s: float, without: Collection[str] = ()) -> list[Verdict]:
+    """All checks, of the processes that the settings name; `unknown` is asked again for `wait_s`.
+
+    `without`: processes that do not run here and are not missed: they are not asked, and what they have applied does not count.
+    """
     from runtime.channel import open_channel
 
-    begin = time.monotonic()
     addresses = {
         "payment": settings.payment_address,
         "executor": settings.executor_address,
         "wallet": settings.wallet_address,
         "ledger": settings.ledger_address,
     }
-    channels = {name: open_channel(address, settings) for name, address in addresses.items()}
-    deadline = begin + max(args.wait, 0.0)
+    channels = {name: open_channel(address, settings) for name, address in addresses.items() if name not in without}
+    deadline = time.monotonic() + max(wait_s, 0.0)
     checks: dict[str, Callable[[dict[str, Channel]], Awaitable[Verdict]]] = {
         "wallet": _wallet,
         "ledger": _ledger,
         "wallet = ledger": _compare,
-        "feeds": _Feeds(addresses).check,
+        "feeds": _Feeds(without).check,
     }
     try:
-        found = await asyncio.gather(*(_until(name, check, channels, deadline) for name, check in checks.items()))
+        return list(await asyncio.gather(*(_until(name, check, channels, deadline) for name, check in checks.items())))
     finally:
         for channel in channels.values():
             await channel.close()
-    verdict = next((each for each in (DIFFERS, UNKNOWN) if any(one.verdict == each for one in found)), OK)
-    _show(found, verdict, time.monotonic() - begin, as_json=args.json)
-    return _EXIT_CODES[verdict]
+
+
+def verdict_of(found: Sequence[Verdict]) -> str:
+    """The worst of them."""
+    return next((each for each in (DIFFERS, UNKNOWN) if any(one.verdict == each for one in found)), OK)
 
 
 async def _until(
@@ -247,14 +268,14 @@ async def _compare(channels: dict[str, Channel]) -> Verdict:
 class _Feeds:
     """Every consumer has proven what was published when the check began."""
 
-    def __init__(self, addresses: dict[str, str]) -> None:
-        self._addresses = addresses
+    def __init__(self, without: Collection[str]) -> None:
+        self._without = without
         self._wanted: dict[tuple[str, str], int] = {}
 
     async def check(self, channels: dict[str, Channel]) -> Verdict:
         from ducat.event.v1 import feed_pb2, feed_pb2_grpc
 
-        publishers = ("payment", "executor", "wallet")
+        publishers = [name for name in ("payment", "executor", "wallet") if name not in self._without]
         answers = await asyncio.gather(
             *(
                 _call(
@@ -269,6 +290,8 @@ class _Feeds:
         now_s = time.time()
         for publisher, answer in zip(publishers, answers, strict=True):
             for one in answer.consumers:
+                if one.consumer in self._without:
+                    continue
                 wanted = self._wanted.setdefault((one.topic, one.consumer), one.head_position)
                 asked_s = now_s - one.update_time.ToNanoseconds() / 1e9
                 rows.append(
@@ -303,24 +326,33 @@ class _Feeds:
 
 def _show(found: Sequence[Verdict], verdict: str, seconds: float, *, as_json: bool) -> None:
     if as_json:
-        checks = {
-            one.name.replace(" = ", "_against_"): {"verdict": one.verdict, "text": one.text, **one.facts}
-            for one in found
-        }
-        record = {"ok": verdict == OK, "verdict": verdict, "seconds": round(seconds, 2), "checks": checks}
+        record = {"ok": verdict == OK, "verdict": verdict, "seconds": round(seconds, 2), "checks": record_of(found)}
         print(json.dumps(record, ensure_ascii=False), flush=True)
         return
-    for one in found:
-        print(f"{one.name:<16} {one.verdict:<8} {one.text}")
-        for line in one.lines[:LINES_MAX]:
-            print(f"{'':25} {line}")
-        if len(one.lines) > LINES_MAX:
-            print(f"{'':25} and {len(one.lines) - LINES_MAX} more (--json has them)")
-        if one.todo:
-            print(f"{'':25} → {one.todo}")
+    print("\n".join(lines_of(found)))
     last = {
         OK: "all money is there",
         DIFFERS: "MONEY IS MISSING OR TOO MUCH: see above what to do",
         UNKNOWN: "it cannot be told whether all money is there: see above why",
     }[verdict]
     print(f"{last} ({seconds:.1f} s)", file=sys.stdout if verdict == OK else sys.stderr, flush=True)
+
+
+def record_of(found: Sequence[Verdict]) -> dict[str, Any]:
+    """For machines: each check by its name."""
+    return {
+        one.name.replace(" = ", "_against_"): {"verdict": one.verdict, "text": one.text, **one.facts} for one in found
+    }
+
+
+def lines_of(found: Sequence[Verdict]) -> list[str]:
+    """For people: a line a check, with its details and what to do below it."""
+    lines: list[str] = []
+    for one in found:
+        lines.append(f"{one.name:<16} {one.verdict:<8} {one.text}")
+        lines += [f"{'':25} {line}" for line in one.lines[:LINES_MAX]]
+        if len(one.lines) > LINES_MAX:
+            lines.append(f"{'':25} and {len(one.lines) - LINES_MAX} more (--json has them)")
+        if one.todo:
+            lines.append(f"{'':25} → {one.todo}")
+    return lines

@@ -99,5 +99,8 @@ async def test_a_backup_under_load_is_restored_to_a_moment_in_it(platform: Platf
         said = await ducat_backup("restore", "--from", store, "--to", str(tmp_path / name), *words)
         print(f"{done} checkouts; {name}: {json.dumps(said)}")
         assert said["ok"], said
-        assert [one["ok"] for one in said["checks"]] == [True] * len(said["checks"])
+        assert {name: one["verdict"] for name, one in said["checks"].items()} == dict.fromkeys(
+            ("wallet", "ledger", "wallet_against_ledger", "feeds"), "ok"
+        )
+        assert {one["consumer"] for one in said["checks"]["feeds"]["consumers"]} == {"ledger", "wallet", "payment"}
     assert await restored_orders(tmp_path / "middle") == then
