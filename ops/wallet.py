@@ -48,6 +48,8 @@ from runtime.settings import Settings
 
 if TYPE_CHECKING:
     from ducat.wallet.v1 import shard_pb2, wallet_pb2
+    from wallet_core.adapters.accept import Found
+    from wallet_core.adapters.presence import Lacking
 
 __all__ = ["add_parser", "run"]
 
@@ -850,40 +852,25 @@ async def _accept(args: argparse.Namespace, settings: Settings) -> int:
     """Says what would be lost; with --yes the shard goes on with what its folder has."""
     from ops.database import database
     from wallet_core.adapters.accept import accept_shard, check_stopped, look_at
-    from wallet_core.adapters.presence import known_shards
+    from wallet_core.adapters.presence import lacking
     from wallet_core.bootstrap import host_config
 
     config = host_config(settings)
     found = look_at(config, args.shard)
     check_stopped(config, args.shard)
-    seen: int | None = None
-    transfers = 0
+    lacks: Lacking | None = None
     if not settings.wallet_alone:
         async with database(settings, "wallet") as connection:
             if connection is not None:
-                known = (await known_shards(connection)).get(args.shard)
-                seen = known.sequence if known else 0
-                transfers = await connection.fetchval(
-                    "SELECT count(*) FROM wallet.transfer WHERE shard = $1 AND sequence_number > $2",
-                    args.shard,
-                    found.sequence,
-                )
-    when = _time_text(found.time_ns) if found.time_ns else "never"
-    lines = [
-        f"shard {args.shard} goes on with {found.what} of {found.folder}: it ends with event {found.sequence} ({when})",
-        "no database: nothing says how far the shard was"
-        if seen is None
-        else f"seen: event {seen}; {max(seen - found.sequence, 0)} events are not in it ({transfers} rows of the read model)",
-        "transfers that came from payments are applied again by themselves once the wallet runs; those that are older than the wallet's id "
-        f"window ({settings.wallet_id_window_ms // 3_600_000} h, DUCAT_WALLET_ID_WINDOW_MS) are refused: set it longer for that start",
-        "transfers that were made over gRPC and are not in this log are lost",
-        "a folder of this shard that turns up later is refused: keep it aside, it is the only copy of what is lost",
-    ]
+                lacks = await lacking(connection, args.shard, sequence=found.sequence, time_ns=found.time_ns)
+    lines = _accept_lines(found, lacks, settings.wallet_id_window_ms, time.time_ns())
     record = {
         "shard": args.shard,
         "sequence_number": found.sequence,
-        "seen": seen,
-        "transfers": transfers,
+        "seen": lacks.seen_sequence if lacks else None,
+        "lacking_events": max((lacks.seen_sequence or 0) - found.sequence, 0) if lacks else None,
+        "transfers": lacks.transfers if lacks else 0,
+        "messages": lacks.messages if lacks else 0,
         "accepted": args.yes,
     }
     if args.yes:
@@ -900,6 +887,48 @@ async def _accept(args: argparse.Namespace, settings: Settings) -> int:
         lines.append(f"nothing was changed; `ducat wallet accept --shard {args.shard} --yes` does it")
     print(json.dumps(record) if args.json else "\n".join(lines))
     return 0
+
+
+def _accept_lines(found: Found, lacks: Lacking | None, window_ms: int, now_ns: int) -> list[str]:
+    """What is known of a shard that is to go on with what its folder has, and what comes after: of losses only where there are some."""
+    end, shard = found.sequence, found.shard
+    when = f"event {end} ({_time_text(found.time_ns)})" if end else "no event"
+    lines = [f"shard {shard} goes on with {found.what} of {found.folder}, which ends with {when}"]
+    kept = "it gets a new identity; a folder of this shard that turns up later is refused"
+    if lacks is None:
+        return [
+            *lines,
+            "there is no database that could know how far the shard was: whether anything is missing cannot be told from here",
+            f"{kept}: keep it aside until you know that nothing is missing",
+        ]
+    seen = lacks.seen_sequence or 0
+    if seen <= end and not lacks.transfers:
+        what = "PostgreSQL has not heard of this shard yet" if lacks.seen_sequence is None else f"seen: event {seen}"
+        lines.append(f"{what}; the log has all that was seen, so nothing is lost and nothing is applied again")
+        return [*lines, f"{kept}; start the wallet"]
+    which = f"event {seen}" if seen <= end + 1 else f"events {end + 1:,} to {seen:,}"
+    to_file = ", which go to a file first" if lacks.transfers else ""
+    lines.append(
+        f"seen: event {seen}; {max(seen - end, 0):,} events are not in the log ({which}); "
+        f"the read model has {lacks.transfers:,} transfers of them{to_file}"
+    )
+    if lacks.messages:
+        lines.append(
+            f"{lacks.messages:,} messages of payment.events, recorded since shortly before the log's end, are applied again "
+            f"by themselves once the wallet runs; what the log has already changes nothing"
+        )
+        if now_ns - found.time_ns > window_ms * 10**6:
+            lines.append(
+                f"those that are older than the wallet's id window ({window_ms / 3_600_000:g} h, DUCAT_WALLET_ID_WINDOW_MS) are refused "
+                f"(ID_TOO_OLD): set it longer for that start"
+            )
+    else:
+        lines.append("no message of payment.events was recorded since, so none is applied again")
+    return [
+        *lines,
+        "what of these events came over gRPC, if anything did, is lost: nothing brings it back. `ducat check` says afterwards what differs",
+        f"{kept}: keep it aside, it is the only copy of what is lost",
+    ]
 
 
 async def _rebind(
@@ -928,9 +957,9 @@ async def _rebind(
             f"write the {lines.count} transfers that the read model had behind event {sequence} to {lost}"
         )
     told["messages"] = done.messages
+    again = f"; {done.messages:,} messages will be looked for in the feed again" if done.messages else ""
     told["steps"].append(
-        f"tell PostgreSQL that shard {shard} ends with event {sequence} (it had seen {done.seen_sequence}); {done.messages} messages "
-        f"will be looked for in the feed again"
+        f"tell PostgreSQL that shard {shard} ends with event {sequence} (it had seen {done.seen_sequence}){again}"
     )
     told["steps"].append(await _empty_valkey(settings))
     return told

@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REBIND_MARGIN",
+    "Lacking",
     "Presence",
     "Rebound",
     "adopt",
     "known_shards",
+    "lacking",
     "lost_transfers",
     "note_seen",
     "other_wallets",
@@ -77,12 +79,23 @@ _LOST = """
 SELECT sequence_number, transfer_id, debit_account_id, credit_account_id, amount_minor, kind, result, code, time_ns
 FROM wallet.transfer WHERE shard = $1 AND sequence_number > $2 ORDER BY sequence_number
 """
+_COUNT_TRANSFERS = "SELECT count(*) FROM wallet.transfer WHERE shard = $1 AND sequence_number > $2"
+_COUNT_MESSAGES = "SELECT count(*) FROM wallet.inbox WHERE consumer = $1 AND create_time >= $2"
 _WALLETS = """
 SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'ducat-wallet' AND pid <> pg_backend_pid()
 """
 _HAS_TABLE = "SELECT to_regclass($1) IS NOT NULL"
 _IN_SCHEMA = "SELECT set_config('search_path', 'wallet', true)"
+
+
+class Lacking(NamedTuple):
+    """What PostgreSQL knows of a shard that is not in its log: the last event that was seen (None: it has never heard of the shard),
+    rows of the read model behind the log's end, and messages that `rebind` would have applied again."""
+
+    seen_sequence: int | None
+    transfers: int
+    messages: int
 
 
 class Rebound(NamedTuple):
@@ -182,6 +195,17 @@ async def lost_transfers(connection: Connection, shard: int, after: int) -> Asyn
             }
 
 
+async def lacking(connection: Connection, shard: int, *, sequence: int, time_ns: int) -> Lacking:
+    """What is known here of a shard and not in its log, which ends with event `sequence`, of the time `time_ns`. Changes nothing."""
+    known = (await known_shards(connection)).get(shard)
+    transfers: int = await connection.fetchval(_COUNT_TRANSFERS, shard, sequence)
+    seen = known.sequence if known is not None else None
+    messages = 0
+    if ((seen or 0) > sequence or transfers) and await connection.fetchval(_HAS_TABLE, "wallet.feed_cursor"):
+        messages = await connection.fetchval(_COUNT_MESSAGES, CONSUMER, _since(time_ns), timeout=REBIND_TIMEOUT_S)
+    return Lacking(seen, transfers, messages)
+
+
 async def rebind(connection: Connection, shard: int, *, identity: str, sequence: int, time_ns: int) -> Rebound:
     """Go on with a shard's log that ends with event `sequence`, of the time `time_ns` (0: an empty one), under a new identity.
 
@@ -190,9 +214,6 @@ async def rebind(connection: Connection, shard: int, *, identity: str, sequence:
     again. Transfer ids are derived, so those that the log has already change nothing. No process of the wallet may run meanwhile
     (`other_wallets`): they share the inbox and the cursors. Transfers that came over gRPC are not brought back by anything.
     """
-    since = (
-        datetime.fromtimestamp(time_ns // 10**9, UTC) - REBIND_MARGIN if time_ns else datetime(1970, 1, 1, tzinfo=UTC)
-    )
     async with connection.transaction():
         seen: int = await connection.fetchval(_SEEN, shard) or 0
         dropped = _count(await connection.execute(_DROP_TRANSFERS, shard, sequence, timeout=REBIND_TIMEOUT_S))
@@ -201,8 +222,15 @@ async def rebind(connection: Connection, shard: int, *, identity: str, sequence:
         forgotten = 0
         if (seen > sequence or lowered or dropped) and await connection.fetchval(_HAS_TABLE, "wallet.feed_cursor"):
             await connection.execute(_IN_SCHEMA)
-            forgotten = await rewind(connection, topic=TOPIC, consumer=CONSUMER, time=since)
+            forgotten = await rewind(connection, topic=TOPIC, consumer=CONSUMER, time=_since(time_ns))
     return Rebound(seen, dropped, forgotten)
+
+
+def _since(time_ns: int) -> datetime:
+    """From when on the wallet's messages may be missing in a log that ends at `time_ns`."""
+    if not time_ns:
+        return datetime(1970, 1, 1, tzinfo=UTC)
+    return datetime.fromtimestamp(time_ns // 10**9, UTC) - REBIND_MARGIN
 
 
 def _count(status: str) -> int:

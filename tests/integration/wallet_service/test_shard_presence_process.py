@@ -14,7 +14,7 @@ from ducat.wallet.v1 import shard_pb2, wallet_pb2
 from kernel.ids import account_id
 from tests import prefork
 from tests.integration.wallet_service.conftest import StartWallet, WalletProcess
-from wallet_core.adapters.presence import adopt, known_shards, note_seen, rebind
+from wallet_core.adapters.presence import adopt, known_shards, lacking, note_seen, rebind
 from wallet_core.shard import KnownShard, ShardForeign
 from wallet_core.shard.identity import new_identity
 
@@ -96,7 +96,9 @@ async def test_a_shard_that_is_missing_older_or_restored(
         # nothing at all: said, then accepted
         code, out, said = await run(wallet.env, "ops", "wallet", "accept", "--shard", "0")
         assert code == 0, said
-        assert f"seen: event {early[0]}; {early[0]} events are not in it" in out
+        assert f"seen: event {early[0]}; {early[0]} events are not in the log (events 1 to {early[0]})" in out
+        assert "no message of payment.events was recorded since" in out
+        assert "is lost" in out
         assert "nothing was changed" in out
         assert not (folder / "shard-0000").exists()
         code, out, said = await run(wallet.env, "ops", "wallet", "accept", "--shard", "0", "--yes", "--json")
@@ -155,8 +157,11 @@ async def test_rebind_brings_everything_back_to_the_end_of_the_log(connection: a
         "INSERT INTO wallet.feed_missing (topic, consumer, position, message_id, key, try_count)"
         " VALUES ('payment.events', 'wallet', 9, 'c', 'k', 8)"
     )
+    assert await lacking(connection, 0, sequence=50, time_ns=0) == (100, 10, 2)
     done = await rebind(connection, 0, identity=after, sequence=50, time_ns=0)
     assert done == (100, 10, 2)
+    assert await lacking(connection, 0, sequence=50, time_ns=0) == (50, 0, 0)
+    assert await lacking(connection, 7, sequence=0, time_ns=0) == (None, 0, 0)
     cursor = await connection.fetchrow("SELECT feed_id, compared_position, proven_position FROM wallet.feed_cursor")
     assert tuple(cursor) == ("kept", 6, 6), "the feed brings everything since the log's end"
     assert await connection.fetchval("SELECT count(*) FROM wallet.feed_missing") == 0, (
