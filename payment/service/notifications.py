@@ -2,9 +2,10 @@
 
 Each is stored once by (psp, psp_event_id), in the transaction of its effect. What fits nothing yet (a webhook that
 overtook our own commit of the PSP's id, a dispute before the success) is *parked*: stored with a 2xx, so that the
-PSP's own retries do not decide whether we hear of it, and tried again when an order with that PSP object appears, and
-on a schedule. What contradicts us is *flagged*: nothing moves, a finding is kept, the order says so in `attention`, and a
-line at error level tells operators. A refund that was made at the PSP is booked (payment/domain/refund.py).
+PSP's own retries do not decide whether we hear of it, and tried again when an order with that PSP object appears, when
+the order is paid (`wake`), and on a schedule. What contradicts us is *flagged*: nothing moves, a finding is kept, the order
+says so in `attention`, and a line at error level tells operators. A refund that was made at the PSP is booked
+(payment/domain/refund.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from kernel.clock import Clock
@@ -57,6 +58,8 @@ PARKED_FOR = timedelta(days=8)
 """About how long a parked notification is tried: PARKED_TRIES_MAX tries, 6 h apart in the end. It stays
 stored after that.
 """
+EARLY_MAX = 1_000
+"""Orders whose payment is waited for by parked notifications, of this process; others wait for the schedule."""
 
 Report = Callable[[Outcome, Notification, Subject | None], None]
 """Tells an operator of a notification that is parked or flagged."""
@@ -97,6 +100,8 @@ class Notifications:
         self._report = report
         self._waiting: deque[_Call] = deque()
         self._worker: asyncio.Task[None] | None = None
+        self._early: dict[tuple[str, str], dict[str, Notification]] = {}
+        """Parked notifications by what they wait for (`_awaited`), then by event: a hint, the schedule tries them in any case."""
 
     async def record(self, psp: str, body: bytes, headers: Mapping[str, str], channel: int) -> Counts:
         """One webhook call, as it came. Returns after the commit."""
@@ -111,11 +116,39 @@ class Notifications:
                 )
         if not notifications:
             return Counts()
+        return await self._enqueue(notifications)
+
+    def wake(self, orders: Sequence[PaymentOrder]) -> None:
+        """Tries what was told of these orders before they were paid, such as a refund that overtook the success, where they are paid now.
+        Call it after the commit."""
+        if not self._early:
+            return
+        for order in orders:
+            if order.stored_state in PAID_STATES or order.state not in PAID_STATES:
+                continue
+            early = self._early.pop(("", order.payment_order_id), {})
+            early |= self._early.pop((order.psp, order.psp_token), {})
+            if early:
+                # Nobody waits for it: one that fails is parked as before, and tried on schedule.
+                self._enqueue(list(early.values())).add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def _enqueue(self, notifications: Sequence[Notification]) -> asyncio.Future[Counts]:
         call = _Call(notifications, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
         if self._worker is None:
             self._worker = asyncio.create_task(self._work(), name="notifications")
-        return await call.done
+        return call.done
+
+    def _note_early(self, recorded: RecordedNotification, subject: Subject | None) -> None:
+        notification = recorded.notification
+        if recorded.outcome is not Outcome.PARKED or notification.kind.subject not in ("order", "refund"):
+            return
+        again = replace(notification, attempt_count=recorded.attempt_count)
+        early = self._early.setdefault(_awaited(notification, subject), {})
+        if len(early) < PARKED_BATCH_MAX:
+            early[notification.psp_event_id] = again
+        if len(self._early) > EARLY_MAX:
+            del self._early[next(iter(self._early))]
 
     async def retry_parked(self, psp_object_ids: Sequence[str] = ()) -> int:
         """Try parked notifications again: those of the given PSP objects, or those that are due. Returns how many fit now."""
@@ -162,6 +195,7 @@ class Notifications:
         changes = ChangeSet(now_of(self._clock))
         seen = set(loaded.known)
         unusual: list[tuple[Context, Outcome, Notification, Subject | None]] = []
+        subjects: list[Subject | None] = []
         touched: dict[int, Subject] = {}
         results: list[Counts] = []
         for call in calls:
@@ -194,12 +228,16 @@ class Notifications:
                 elif outcome not in (Outcome.IGNORED, Outcome.APPLIED):
                     unusual.append((call.context, outcome, notification, subject))
                 changes.notifications.append(recorded)
+                subjects.append(subject)
         changes.collect(list(touched.values()))
         if not changes.is_empty:
             try:
                 await self._store.apply(changes)
             except PspObjectTaken as error:
                 raise StaleState(str(error)) from error  # another order got it meanwhile: the next load sees who
+        for recorded, subject in zip(changes.notifications, subjects, strict=True):
+            self._note_early(recorded, subject)
+        self.wake(changes.orders)
         for context, outcome, notification, subject in unusual:
             context.run(self._report, outcome, notification, subject)
         return results
@@ -428,6 +466,15 @@ def _recorded(
     return RecordedNotification(
         notification, outcome, reference, tries + 1, now + wait if tries < PARKED_TRIES_MAX else None
     )
+
+
+def _awaited(notification: Notification, subject: Subject | None) -> tuple[str, str]:
+    """The order that a parked notification waits for: by its id where it is known, else by the PSP's payment."""
+    if isinstance(subject, PaymentOrder):
+        return "", subject.payment_order_id
+    if notification.kind.subject == "order" and notification.merchant_reference:
+        return "", notification.merchant_reference
+    return notification.psp, notification.psp_payment_id or notification.psp_object_id
 
 
 def _reference_of(subject: Subject | None) -> str:

@@ -92,6 +92,7 @@ class Reports:
         has_parked = False
         if not changes.is_empty:
             has_parked = await self._store.apply(changes)
+            self._notifications.wake(changes.orders)
         for outcome, report, subject in flagged:
             self._report(outcome, report.notification, subject)
         return objects if has_parked else []

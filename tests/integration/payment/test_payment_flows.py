@@ -287,14 +287,21 @@ async def test_parked_notifications_are_tried_less_and_less_often(service: Servi
     assert len(service.reported) == 13
 
 
-async def test_a_dispute_before_the_success_waits_for_it(service: Service) -> None:
+@pytest.mark.parametrize("where", ["here", "another process"])
+async def test_a_dispute_before_the_success_waits_for_it(service: Service, where: str) -> None:
     await service.payments.create(checkout(("A", 1)))
     await service.register("A")
     dispute = paid("A", 1, "evt_dispute", kind=K.DISPUTE_OPENED)
     assert (await service.tell(dispute)).ignored == 1
-    await service.tell(paid("A", 1))
-    service.clock.advance(seconds=61)
-    assert await service.notifications.retry_parked() == 1
+    if where == "here":  # the success itself wakes it
+        await service.tell(paid("A", 1))
+        while (worker := service.notifications._worker) is not None:
+            await worker
+    else:
+        await service.another().tell(paid("A", 1))
+        assert await states(service) == [S.SUCCESS]
+        service.clock.advance(seconds=61)
+        assert await service.notifications.retry_parked() == 1
     assert await states(service) == [S.DISPUTED]
     assert (await service.said())[-1] == "dispute_opened"
     won = paid("A", 1, "evt_won", kind=K.DISPUTE_WON)

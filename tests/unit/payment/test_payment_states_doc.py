@@ -33,7 +33,8 @@ of a PSP is parked or flagged.
   repeat cannot act even where the table would let it (a dispute that was won, opened "again" by an old
   webhook).
 - **A notification that fits nothing yet** (its order is unknown here, or a dispute came before the success) is
-  parked: stored, answered with 2xx, tried again when its PSP object becomes known and on a schedule for about
+  parked: stored, answered with 2xx, tried again when its PSP object becomes known, at once when the process
+  that parked it applies the success, and on a schedule (after one to two minutes, then ever less often) for about
   eight days. We do not leave this to the PSP's retries, because some give up early.
 - **A notification that contradicts us** is flagged: another amount or currency than the order has, a second
   payment of an order that is paid, or a payment that is another order's. Nothing is credited, no event goes out; a

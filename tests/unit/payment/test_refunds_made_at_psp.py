@@ -14,7 +14,8 @@ from payment.domain.finding import FindingKind
 from payment.domain.notification import Notification, NotificationKind, Outcome
 from payment.domain.payment_order import PaymentOrder, PaymentOrderState
 from payment.domain.refund import HOLD_TRIES_MAX, RefundBooking, RefundState, told_refund_id
-from payment.domain.reports import RefundFundsHeld, RefundFundsRefused
+from payment.domain.reports import OutcomeFound, RefundFundsHeld, RefundFundsRefused
+from payment.service import notifications
 from payment.service.notifications import Notifications
 from payment.service.ports import Subject
 from payment.service.reports import Reports
@@ -195,15 +196,73 @@ async def test_a_refund_whose_order_is_unknown_is_parked_as_before() -> None:
     assert world.findings() == []
 
 
+SUCCEEDED = Notification("sandbox", "evt_2", K.ORDER_SUCCEEDED, "pi_1", "ORD-1", "USD", 7500)
+OPENED = Notification("sandbox", "evt_3", K.DISPUTE_OPENED, "pi_1", "ORD-1", "USD", 7500)
+
+
 async def test_a_refund_told_before_the_success_is_booked_when_it_is_tried_again() -> None:
     world = World(order(S.EXECUTING))
     await world.tell(told("evt_1"))
-    await world.tell(
-        Notification("sandbox", "evt_2", K.ORDER_SUCCEEDED, "pi_1", "ORD-1", "USD", 7500),
-    )
+    world.notifications._early.clear()  # another process took the success
+    await world.tell(SUCCEEDED)
+    assert world.order.state is S.SUCCESS
     await world.notifications.retry_parked()
     assert world.order.state is S.REFUNDED
     assert [kind for kind, _ in world.said()] == [F.ORDER_SUCCEEDED, F.REFUND_REQUESTED]
+
+
+@pytest.mark.parametrize("way", ["webhook", "one webhook", "found by asking", "with a token of its own"])
+@pytest.mark.parametrize("early", [told("evt_1"), OPENED], ids=["refund", "dispute"])
+async def test_what_is_told_before_the_success_waits_for_nothing_but_it(early: Notification, way: str) -> None:
+    """Not for the schedule, which is up to two minutes later."""
+    token = "" if way == "with a token of its own" else "pi_1"
+    world = World(order(S.EXECUTING, psp_token=token))
+    if way == "one webhook":
+        await world.notifications.apply([early, SUCCEEDED])
+    else:
+        await world.tell(early, early)
+        if way == "found by asking":
+            await world.reports.apply("executor.events", [("m1", OutcomeFound(SUCCEEDED))])
+        else:
+            await world.tell(SUCCEEDED)
+    while (worker := world.notifications._worker) is not None:
+        await worker
+    kind, state = {
+        K.REFUND_SUCCEEDED: (F.REFUND_REQUESTED, S.REFUNDED),
+        K.DISPUTE_OPENED: (F.DISPUTE_OPENED, S.DISPUTED),
+    }[early.kind]
+    assert world.order.state is state
+    assert [each for each, _ in world.said()] == [F.ORDER_SUCCEEDED, kind]
+    assert world.notifications._early == {}
+
+
+async def test_what_wakes_and_fails_stays_parked_for_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(order(S.EXECUTING))
+    await world.tell(told("evt_1"))
+    apply, writes = world.store.apply, 0
+
+    async def fails_after_the_success(changes: Any) -> bool:
+        nonlocal writes
+        writes += 1
+        if writes == 2:
+            raise OSError("no database")
+        return await apply(changes)
+
+    monkeypatch.setattr(world.store, "apply", fails_after_the_success)
+    await world.tell(SUCCEEDED)
+    while (worker := world.notifications._worker) is not None:
+        await worker
+    assert (world.order.state, writes) == (S.SUCCESS, 2)
+    await world.notifications.retry_parked()
+    assert world.order.state is S.REFUNDED
+
+
+async def test_early_notifications_of_many_orders_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notifications, "EARLY_MAX", 3)
+    world = World(order(S.EXECUTING))
+    for n in range(9):
+        await world.tell(told(f"evt_{n}", psp_payment_id=f"pi_{n}", refund=f"re_{n}"))
+    assert len(world.notifications._early) == 3
 
 
 async def test_a_refund_that_is_told_with_another_amount_later_changes_nothing() -> None:
