@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from kernel.errors import DucatError
+from ops.terminal import printable
 from runtime.settings import SettingsInvalid
 
 __all__ = ["main"]
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code: int = args.run(args)
     except DucatError as error:
-        print(f"ducat {args.command}: {error} ({error.reason})", file=sys.stderr)
+        print(printable(f"ducat {args.command}: {error} ({error.reason})", keep="\n"), file=sys.stderr)
         return 1
     except SettingsInvalid as error:
         print(f"ducat {args.command}: {error}", file=sys.stderr)

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from kernel.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from ops.check import DIFFERS, EXIT_CODES, OK, Verdict, lines_of, record_of, run_checks, verdict_of
+from ops.terminal import printable
 from runtime.backup import (
     MANIFEST,
     Backup,
@@ -142,10 +143,10 @@ class _Session:
 
     def step(self, text: str) -> None:
         """What goes on, for people."""
-        print(f"{time.monotonic() - self.began:7.1f} s  {text}", file=sys.stderr, flush=True)
+        print(f"{time.monotonic() - self.began:7.1f} s  {printable(text)}", file=sys.stderr, flush=True)
 
     def show(self, record: dict[str, Any], text: str) -> None:
-        print(json.dumps(record) if self.args.json else text, flush=True)
+        print(json.dumps(record) if self.args.json else printable(text, keep="\n"), flush=True)
 
     @property
     def data_dir(self) -> Path:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from rich.table import Column, Table
 
 from ducat.event.v1.event_pb2 import Envelope
 from kernel.errors import Unavailable
+from ops.terminal import json_line, printable
 from runtime.bus import TOPICS, Bus, BusPolicy, open_bus
 from runtime.bus.dead_letter import DeadLetter, DeadLetterStore, discard, list_dead_letters, retry, retry_all
 from runtime.bus.groups import Group, GroupStore, remove
@@ -88,16 +88,15 @@ async def _run(args: argparse.Namespace, settings: Settings) -> int:
     try:
         if args.room == "groups" and args.action == "remove":
             removed = await remove(group_store, args.of_topic, args.group, force=args.force)
-            print(
-                f"removed group {removed.name} of {removed.topic}: {removed.lag + removed.pending} messages it had not handled"
-            )
+            count = removed.lag + removed.pending
+            print(printable(f"removed group {removed.name} of {removed.topic}: {count} messages it had not handled"))
         elif args.room == "groups":
             listed, broken = (
                 (await group_store.groups(args.topic), {}) if args.topic else await group_store.all_groups()
             )
             _show_groups(listed, as_json=args.json)
             for topic, why in broken.items():
-                print(f"bus groups: those of {_printable(topic)} cannot be read: {_printable(why)}", file=sys.stderr)
+                print(f"bus groups: those of {printable(topic)} cannot be read: {printable(why)}", file=sys.stderr)
             if broken:
                 return 1
         elif args.action == "list":
@@ -134,19 +133,19 @@ def _redis_url(settings: Settings) -> str:
 def _show(letters: Sequence[DeadLetter], *, as_json: bool) -> None:
     if as_json:
         for letter in letters:
-            print(json.dumps(_row(letter), ensure_ascii=False))
+            print(json_line(_row(letter)))
         return
     if not letters:
         print("no dead letters")
     for letter in letters:
         row = _row(letter)
         print(
-            _printable(
+            printable(
                 f"{row['id']}  {row['topic']} → {row['group']}  {row['kind']}  key {row['key']}  message {row['message_id']}"
             )
         )
         print(f"    {row['deliveries']} tries, first {row['first_failed']}, last {row['last_failed']}")
-        print(f"    {_printable(row['error'])}")
+        print(f"    {printable(row['error'])}")
 
 
 def _row(letter: DeadLetter) -> dict[str, Any]:
@@ -170,7 +169,7 @@ def _row(letter: DeadLetter) -> dict[str, Any]:
 def _show_groups(groups: Sequence[Group], *, as_json: bool) -> None:
     if as_json:
         for group in groups:
-            print(json.dumps(_group_row(group), ensure_ascii=False))
+            print(json_line(_group_row(group)))
         return
     if not groups:
         print("no groups")
@@ -179,7 +178,7 @@ def _show_groups(groups: Sequence[Group], *, as_json: bool) -> None:
     for group in groups:
         row = _group_row(group)
         cells = ("-" if row[name] is None else str(row[name]) for name in ("topic", "group", *_GROUP_COLUMNS))
-        table.add_row(*(escape(_printable(cell)) for cell in cells))
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
 
 
@@ -197,11 +196,6 @@ def _group_row(group: Group) -> dict[str, Any]:
         "idle_s": None if group.idle_s is None else round(group.idle_s, 1),
         "last_delivered": _time_of(group.last_delivered_ms) if group.last_delivered_ms else None,
     }
-
-
-def _printable(text: str) -> str:
-    """Text of strangers on a terminal: control characters are shown, not obeyed."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def kind_of(payload: bytes) -> str:

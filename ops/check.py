@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kernel.errors import DucatError
+from ops.terminal import json_line, printable
 from runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ class _Feeds:
 def _show(found: Sequence[Verdict], verdict: str, seconds: float, *, as_json: bool) -> None:
     if as_json:
         record = {"ok": verdict == OK, "verdict": verdict, "seconds": round(seconds, 2), "checks": record_of(found)}
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(json_line(record), flush=True)
         return
     print("\n".join(lines_of(found)))
     last = {
@@ -355,4 +355,4 @@ def lines_of(found: Sequence[Verdict]) -> list[str]:
             lines.append(f"{'':25} and {len(one.lines) - LINES_MAX} more (--json has them)")
         if one.todo:
             lines.append(f"{'':25} → {one.todo}")
-    return lines
+    return [printable(line) for line in lines]

@@ -34,6 +34,7 @@ from ducat.wallet.v1 import wallet_pb2
 from kernel import names
 from kernel.money import Money
 from ops.platform import Platform, ProcessFailed
+from ops.terminal import printable
 from runtime.settings import Settings
 
 __all__ = [
@@ -518,21 +519,23 @@ def _print_outcome(outcome: Outcome, seconds: float) -> None:
         where = f"at {order.psp or '-'}  {order.psp_token}"
         print(f"order {order.payment_order_id}  {amount} for {order.seller_account} {where}")
         for change in order.history:
-            print(f"  {_after(start, change.time.ToDatetime())}  {order_state(change.state):<12} {change.cause}")
+            print(
+                f"  {_after(start, change.time.ToDatetime())}  {order_state(change.state):<12} {printable(change.cause)}"
+            )
         if order.payment_order_id in entries:
             _print_entry(start, entries[order.payment_order_id])
         if order.failure_reason:
-            print(f"  why: {order.failure_reason}")
+            print(f"  why: {printable(order.failure_reason)}")
     for payout in outcome.payouts:
         amount = Money(payout.amount.currency_code, payout.amount.amount_minor)
         where = f"at {payout.psp}  {payout.psp_payout_id}"
         print(f"\npayout {payout.reference}  {amount} from {payout.seller_account} {where}")
         for step in payout.history:
-            print(f"  {_after(start, step.time.ToDatetime())}  {payout_state(step.state):<12} {step.cause}")
+            print(f"  {_after(start, step.time.ToDatetime())}  {payout_state(step.state):<12} {printable(step.cause)}")
         if payout.reference in entries:
             _print_entry(start, entries[payout.reference])
         if payout.failure_reason:
-            print(f"  why: {payout.failure_reason}")
+            print(f"  why: {printable(payout.failure_reason)}")
     if outcome.note:
         print(f"\npayout: {outcome.note}")
     print("\nwallets")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ import grpc.aio
 
 from ducat.event.v1 import feed_pb2, feed_pb2_grpc
 from kernel.errors import DucatError, NotFound
+from ops.terminal import json_line, printable
 from runtime.channel import open_channel
 from runtime.errors import from_rpc_error
 from runtime.settings import Settings
@@ -85,14 +85,17 @@ async def _show(args: argparse.Namespace, settings: Settings) -> int:
                 "problem": problem,
             }
             if args.json:
-                print(json.dumps(row, ensure_ascii=False))
+                print(json_line(row))
                 continue
-            print(
+            line = (
                 f"{one.topic:18} → {one.consumer:10} head {one.head_position:>10}  proven {one.proven_position:>10}"
                 f"  lag {lag:>7}  missing {one.missing_count:>5}  told {_time_of(one.update_time)}"
             )
+            print(printable(line))
             if problem:
-                print(f"    {problem}\n    way out: look at it, then `ducat feed accept --topic {one.topic}`")
+                print(
+                    f"    {printable(problem)}\n    way out: look at it, then `ducat feed accept --topic {one.topic}`"
+                )
     return code
 
 
@@ -115,15 +118,16 @@ async def _missing(args: argparse.Namespace, settings: Settings) -> int:
                 "error": entry.error,
             }
             if args.json:
-                print(json.dumps(row, ensure_ascii=False))
+                print(json_line(row))
                 continue
             when = f"again {row['next_try']}" if row["next_try"] else "not tried any more"
-            print(
+            line = (
                 f"{entry.topic} {entry.position} → {entry.consumer}  key {entry.key}  message {entry.message_id}"
                 f"  {entry.try_count} tries, {when}"
             )
+            print(printable(line))
             if entry.error:
-                print(f"    {entry.error}")
+                print(f"    {printable(entry.error)}")
         if answer.total_count > len(answer.entries) and not args.json:
             print(f"… and {answer.total_count - len(answer.entries)} more")
     if not found and not code and not args.json:
@@ -195,7 +199,7 @@ async def _ask_all(
                 answers[process] = await ask(stub)
             except grpc.RpcError as error:
                 told: DucatError = from_rpc_error(error)
-                print(f"ducat feed: {process} at {address}: {told} ({told.reason})", file=sys.stderr)
+                print(printable(f"ducat feed: {process} at {address}: {told} ({told.reason})"), file=sys.stderr)
                 code = 1
     return answers, code
 

@@ -13,6 +13,7 @@ import json
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from ops.terminal import printable
 from runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -133,10 +134,13 @@ def _show(finding: finding_pb2.Finding, as_json: bool) -> None:
         }
         print(json.dumps(record))
         return
-    print(f"{finding.finding_id}  {finding.create_time.ToJsonString()}  {kind}  {subject} {finding.reference}")
-    print(f"  {finding.text}")
+    lines = [
+        f"{finding.finding_id}  {finding.create_time.ToJsonString()}  {kind}  {subject} {finding.reference}",
+        f"  {finding.text}",
+    ]
     if resolved:
-        print(f"  resolved {resolved} by {finding.resolved_by or 'nobody named'}: {finding.reason}")
+        lines.append(f"  resolved {resolved} by {finding.resolved_by or 'nobody named'}: {finding.reason}")
+    print("\n".join(map(printable, lines)))
 
 
 _COMMANDS = {"findings": _findings, "resolve": _resolve}

@@ -44,6 +44,7 @@ from kernel.errors import (
 )
 from kernel.ids import account_id
 from kernel.money import Money
+from ops.terminal import printable
 from runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"ducat wallet {args.wallet_command}: {error}", file=sys.stderr)
+        print(printable(f"ducat wallet {args.wallet_command}: {error}"), file=sys.stderr)
         return 1
 
 
@@ -263,10 +264,10 @@ class _Session:
     def lacks(self, what: str) -> None:
         """Says what is not shown, and ends the command with exit code 1."""
         self.is_incomplete = True
-        print(what, file=sys.stderr)
+        print(printable(what), file=sys.stderr)
 
     def show(self, record: dict[str, Any], line: str) -> None:
-        print(json.dumps(record) if self.args.json else line)
+        print(json.dumps(record) if self.args.json else printable(line, keep="\n"))
 
 
 def _addresses(settings: Settings) -> list[str]:
@@ -330,7 +331,7 @@ async def _shards(session: _Session) -> int:
     _table(session, rows)
     if not session.args.json:
         for line in lines:
-            print(line)
+            print(printable(line))
     is_poisoned = any(shard.state == shard_pb2.SHARD_STATE_POISONED for shard in answer.shards)
     return 1 if lines or is_poisoned else 0
 
@@ -364,7 +365,7 @@ async def _balance(session: _Session) -> int:
     if record["flags"]:
         lines.append(("flags", ", ".join(record["flags"])))
     for label, text in lines:
-        print(f"{label:>10}  {text}")
+        print(f"{label:>10}  {printable(text)}")
     return 0
 
 
@@ -1122,7 +1123,7 @@ def _table(session: _Session, rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         print("nothing")
         return
-    texts = [["-" if value is None else str(value) for value in row.values()] for row in rows]
+    texts = [["-" if value is None else printable(str(value)) for value in row.values()] for row in rows]
     heads = [name.replace("_", " ") for name in rows[0]]
     widths = [max(len(text) for text in column) for column in zip(heads, *texts, strict=True)]
     numbers = [isinstance(value, int | float) for value in rows[0].values()]

@@ -66,6 +66,8 @@ CONNECTIONS_MAX = 4_096
 STREAMS_PER_CONNECTION_MAX = 4_096
 """RPCs of one connection that are open at once; a client queues what is above. More than all budgets of a gateway together, so that
 its health checks and webhooks never wait behind its callers."""
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"
+"""The contract's pattern of texts that people read on a terminal; what breaks it is said in words."""
 HANDSHAKE_TIMEOUT_MS = 10_000
 """From the connection to the end of the HTTP/2 handshake."""
 RETRY_AFTER_S = 1
@@ -125,6 +127,8 @@ def _violation(violation: Any) -> FieldViolation:
         subscript = element.subscript
         if subscript is not None and subscript.field in {"index", "int_key", "uint_key", "bool_key", "string_key"}:
             path += f"[{subscript.value}]"
+    if proto.rule_id == "string.pattern" and PRINTABLE in proto.message:
+        return FieldViolation(path, "has a control character, such as a line break; expected one line of text")
     return FieldViolation(path, proto.message or f"breaks the rule {proto.rule_id}")
 
 

@@ -216,7 +216,7 @@ _SCHEMAS: dict[str, Schema] = {
                 "type": "string",
                 "minLength": 1,
                 "maxLength": REASON_LENGTH_MAX,
-                "pattern": r"\S",
+                "pattern": r"^[^\x00-\x1f\x7f-\x9f]*[^\s\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$",
                 "description": "Why it is no problem any more",
             },
             "request_id": {**_ID, "description": "The idempotency key"},

@@ -12,7 +12,16 @@ from gateway.domain.document import JsonObject, NumberText, kind_of
 from kernel.errors import FieldViolation
 from kernel.money import CURRENCY_EXPONENTS, AmountInvalid, minor_from_decimal
 
-__all__ = ["AMOUNT_LENGTH_MAX", "ID_PATTERN", "VIOLATIONS_MAX", "Fields", "TextRule", "decimal_text", "is_id"]
+__all__ = [
+    "AMOUNT_LENGTH_MAX",
+    "ID_PATTERN",
+    "UNPRINTABLE",
+    "VIOLATIONS_MAX",
+    "Fields",
+    "TextRule",
+    "decimal_text",
+    "is_id",
+]
 
 VIOLATIONS_MAX = 100
 """Most violations in one answer."""
@@ -22,7 +31,7 @@ QUOTED_LENGTH_MAX = 40
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]+")
 _ID_LENGTH_MAX = 128
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\u0080-\u009f\ud800-\udfff]")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\u0080-\u009f\ud800-\udfff]")
 _AMOUNT = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _CURRENCY = re.compile(r"[A-Z]{3}")
 
@@ -54,7 +63,7 @@ def decimal_text(amount_minor: int, currency_code: str) -> str:
 
 def quoted(text: str) -> str:
     """What came, fit for a message: bounded, nothing unprintable."""
-    shown = _UNPRINTABLE.sub("\ufffd", text[:QUOTED_LENGTH_MAX])
+    shown = UNPRINTABLE.sub("\ufffd", text[:QUOTED_LENGTH_MAX])
     return f'"{shown}…"' if len(text) > QUOTED_LENGTH_MAX else f'"{shown}"'
 
 
@@ -102,7 +111,7 @@ class Fields:
             self.refuse(field, "must not be empty")
         elif rule.pattern is not None and rule.pattern.fullmatch(value) is None:
             self.refuse(field, f"expected {rule.expected}, got {quoted(value)}")
-        elif _UNPRINTABLE.search(value) is not None:
+        elif UNPRINTABLE.search(value) is not None:
             self.refuse(field, "has a control character or half of a surrogate pair")
         else:
             return value
@@ -158,5 +167,5 @@ def _positive(amount: Decimal) -> int:
 
 
 def _safe_key(key: str) -> str:
-    shown = _UNPRINTABLE.sub("\ufffd", key[:QUOTED_LENGTH_MAX])
+    shown = UNPRINTABLE.sub("\ufffd", key[:QUOTED_LENGTH_MAX])
     return f"{shown}…" if len(key) > QUOTED_LENGTH_MAX else shown

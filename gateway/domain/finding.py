@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from gateway.domain.document import DOCUMENT, NumberText, kind_of, read_document
-from gateway.domain.fields import is_id
+from gateway.domain.fields import UNPRINTABLE, is_id
 from kernel.errors import FieldViolation
 
 __all__ = ["PAGE_SIZE_MAX", "QUERY_FIELDS", "FindingQuery", "Resolution", "parse_finding_query", "parse_resolution"]
@@ -118,8 +118,8 @@ def parse_resolution(body: bytes) -> Resolution | list[FieldViolation]:
         or len(reason) > REASON_LENGTH_MAX
     ):
         wrong.append(FieldViolation("reason", f"must be text of 1 to {REASON_LENGTH_MAX} characters"))
-    elif any("\ud800" <= letter <= "\udfff" for letter in reason):
-        wrong.append(FieldViolation("reason", "has half of a surrogate pair"))
+    elif UNPRINTABLE.search(reason) is not None:
+        wrong.append(FieldViolation("reason", "has a control character or half of a surrogate pair"))
     if not isinstance(request_id, str) or isinstance(request_id, NumberText) or not is_id(request_id):
         wrong.append(
             FieldViolation(
