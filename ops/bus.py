@@ -12,13 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
-
 from ducat.event.v1.event_pb2 import Envelope
 from kernel.errors import Unavailable
-from ops.terminal import json_line, printable
+from ops.terminal import json_line, printable, table
 from runtime.bus import TOPICS, Bus, BusPolicy, open_bus
 from runtime.bus.dead_letter import DeadLetter, DeadLetterStore, discard, list_dead_letters, retry, retry_all
 from runtime.bus.groups import Group, GroupStore, remove
@@ -174,15 +170,7 @@ def _show_groups(groups: Sequence[Group], *, as_json: bool) -> None:
     if not groups:
         print("no groups")
         return
-    table = Table("topic", "group", *(Column(name, justify="right") for name in _GROUP_COLUMNS), box=None)
-    for group in groups:
-        row = _group_row(group)
-        cells = ("-" if row[name] is None else str(row[name]) for name in ("topic", "group", *_GROUP_COLUMNS))
-        table.add_row(*(escape(printable(cell)) for cell in cells))
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
-
-
-_GROUP_COLUMNS = ("members", "lag", "pending", "waiting_s", "idle_s", "last_delivered")
+    print(table([_group_row(group) for group in groups]))
 
 
 def _group_row(group: Group) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["json_line", "printable"]
+__all__ = ["json_line", "printable", "table"]
 
 # Never within ASCII: json.dumps has escaped what is unprintable there.
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7e]")
@@ -24,6 +25,23 @@ def printable(text: str, *, keep: str = "") -> str:
 def json_line(record: Any) -> str:
     """`record` as one line of JSON that reads well and that no terminal obeys; the same value as without the escapes."""
     return _BEYOND_ASCII.sub(_json_escaped, json.dumps(record, ensure_ascii=False))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`rows` (at least one, all with the same keys) under their keys; numbers at the right, nothing as a dash."""
+    texts = [["-" if value is None else printable(str(value)) for value in row.values()] for row in rows]
+    heads = [name.replace("_", " ") for name in rows[0]]
+    widths = [max(len(text) for text in column) for column in zip(heads, *texts, strict=True)]
+    numbers = [isinstance(value, int | float) for value in rows[0].values()]
+    lines = []
+    for line in (heads, *texts):
+        cells = zip(line, widths, numbers, strict=True)
+        lines.append(
+            "  ".join(
+                text.rjust(width) if is_number else text.ljust(width) for text, width, is_number in cells
+            ).rstrip()
+        )
+    return "\n".join(lines)
 
 
 def _escaped(sign: str) -> str:

@@ -44,7 +44,7 @@ from kernel.errors import (
 )
 from kernel.ids import account_id
 from kernel.money import Money
-from ops.terminal import printable
+from ops.terminal import printable, table
 from runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -1123,16 +1123,7 @@ def _table(session: _Session, rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         print("nothing")
         return
-    texts = [["-" if value is None else printable(str(value)) for value in row.values()] for row in rows]
-    heads = [name.replace("_", " ") for name in rows[0]]
-    widths = [max(len(text) for text in column) for column in zip(heads, *texts, strict=True)]
-    numbers = [isinstance(value, int | float) for value in rows[0].values()]
-    for line in (heads, *texts):
-        cells = [
-            text.rjust(width) if number else text.ljust(width)
-            for text, width, number in zip(line, widths, numbers, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
+    print(table(rows))
 
 
 class _Progress:
