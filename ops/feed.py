@@ -4,7 +4,7 @@
     ducat feed missing                          what was compared and is not applied, with the error of the last try
     ducat feed retry [--topic T [--position N]] try it at once, also what is not tried any more
     ducat feed forget --topic T --consumer C    a consumer that is gone for good: pruning no longer waits for it
-    ducat feed accept --topic T                 go on with a feed whose database was restored to an older state
+    ducat feed accept --topic T                 go on with a feed whose database was restored to an older state, or lost entries
 
 It asks the running processes: payment, executor, wallet and ledger.
 """
@@ -93,9 +93,9 @@ async def _show(args: argparse.Namespace, settings: Settings) -> int:
             )
             print(printable(line))
             if problem:
-                print(
-                    f"    {printable(problem)}\n    way out: look at it, then `ducat feed accept --topic {one.topic}`"
-                )
+                print(f"    {printable(problem)}")
+                if "`ducat feed" not in problem:
+                    print(f"    way out: look at it, then `ducat feed accept --topic {one.topic}`")
     return code
 
 
@@ -128,6 +128,11 @@ async def _missing(args: argparse.Namespace, settings: Settings) -> int:
             print(printable(line))
             if entry.error:
                 print(f"    {printable(entry.error)}")
+            if not entry.message_id:
+                print(
+                    "    way out: put the entry back from a backup, then `ducat feed retry`; or do without it: "
+                    f"`ducat feed accept --topic {entry.topic}`"
+                )
         if answer.total_count > len(answer.entries) and not args.json:
             print(f"… and {answer.total_count - len(answer.entries)} more")
     if not found and not code and not args.json:
@@ -166,7 +171,8 @@ async def _accept(args: argparse.Namespace, settings: Settings) -> int:
     count = sum(answer.consumer_count for answer in answers.values() if answer is not None)
     if count:
         print(
-            f"{count} consumers compare {args.topic} from its first entry on and apply what they do not know; see `ducat feed`"
+            f"{count} consumers go on with {args.topic} as it is, without entries that it lacks; another feed than the one that was "
+            "followed is compared from its first entry on, and what is not known is applied; see `ducat feed`"
         )
         return code
     if not code:

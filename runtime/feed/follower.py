@@ -47,6 +47,8 @@ Rules:
 - Messages of a key are tried in the order of their positions. One that waits for its next try holds back the later ones of its key; one
   that is not tried any more (TRY_COUNT_MAX) does not, as a dead letter of the bus does not.
 - A try is counted before it is made: a message that kills the process comes to its end too. What failed once is tried alone.
+- An entry that the feed lacks (somebody deleted it) is missing and not tried: the first of a run of them stands for all. Put back, it is
+  applied by a retry; `ducat feed accept` goes on without it.
 - Processes of one consumer share cursor, inbox and missing entries; each step is one statement that finds out that it came too late.
   What belongs to another process (`owns`) is left to it.
 """
@@ -100,6 +102,8 @@ FAILURE_TELL_S = 60.0
 """How often the same failure is logged."""
 REWIND_TIMEOUT_S = 3600.0
 """An inbox of a month is some ten million rows."""
+GONE = "not in the feed"
+"""Begins the error of what the publisher no longer has, though it never pruned it."""
 NOT_MINE_MAX = 2 * MISSING_MAX
 """Positions that are remembered as another process's."""
 
@@ -132,6 +136,11 @@ WITH moved AS (
     FROM unnest($8::bigint[], $9::text[], $10::text[]) AS e (position, message_id, key), moved
     WHERE NOT EXISTS (SELECT FROM inbox AS i WHERE i.consumer = $11 AND i.message_id = e.message_id)
     ON CONFLICT DO NOTHING RETURNING position
+), gone AS (
+    INSERT INTO feed_missing (topic, consumer, position, message_id, key, try_count, error)
+    SELECT moved.topic, moved.consumer, e.position, '', '', $14, e.error
+    FROM unnest($12::bigint[], $13::text[]) AS e (position, error), moved
+    ON CONFLICT DO NOTHING
 )
 SELECT (SELECT count(*) FROM moved) AS moved, ARRAY(SELECT position FROM missing) AS missing
 """
@@ -161,6 +170,7 @@ _GIVE_BACK = """
 UPDATE feed_missing SET try_count = greatest(try_count - 1, 0), next_try_time = now() + $4::float8 * interval '1 second', error = $5
 WHERE topic = $1 AND consumer = $2 AND position = ANY($3::bigint[])
 """
+_GONE = "UPDATE feed_missing SET try_count = $4, error = $5 WHERE topic = $1 AND consumer = $2 AND position = ANY($3::bigint[])"
 _FAILED = "UPDATE feed_missing SET error = $4 WHERE topic = $1 AND consumer = $2 AND position = $3"
 _PROVE = """
 WITH first AS (SELECT min(position) AS position FROM feed_missing WHERE topic = $1 AND consumer = $2)
@@ -175,6 +185,7 @@ WHERE topic = $1 AND consumer = $2 AND feed_id = ''
 _PROBLEM = (
     "UPDATE feed_cursor SET problem = $3, update_time = now() WHERE topic = $1 AND consumer = $2 AND problem <> $3"
 )
+_BACK = "UPDATE feed_missing SET message_id = $4, key = $5 WHERE topic = $1 AND consumer = $2 AND position = $3"
 _HOLES = "SELECT position FROM feed_missing WHERE topic = $1 AND consumer = $2 AND position <= $3"
 _BEYOND = """
 SELECT i.position FROM inbox AS i WHERE i.consumer = $3 AND i.position > $4
@@ -387,7 +398,7 @@ class FeedFollower:
                 consumer=self.consumer,
                 proven_position=cursor.proven,
                 missing_count=cursor.missing_count,
-                problem=cursor.problem[:1000],
+                problem=_problem_of(cursor)[:1000],
             )
         )
         _head_gauge.labels(*self._name).set(feed.head_position)
@@ -519,15 +530,21 @@ class FeedFollower:
             # The entries compared last are read again: their digest says that what follows is what follows them.
             overlap = compared - cursor.digest_after if cursor.digest else 0
             entries = await self._list_ids(compared - overlap, overlap + min(limit - compared, COMPARE_BATCH))
-            known, new = entries[:overlap], entries[overlap:]
+            known, new = entries[:overlap], [e for e in entries[overlap:] if e.position > compared]
             if overlap and _digest([(e.position, e.message_id) for e in known]) != cursor.digest:
                 first = compared - overlap + 1
                 await self._has_diverged(f"its entries {first} to {compared} are others than those that were compared")
                 return compared
-            if not new or new[0].position != compared + 1 or new[-1].position != compared + len(new):
-                return compared  # pruned, or restored, between two calls: the next round sees what it is
+            if not new:
+                return compared  # restored between two calls: the next round sees what it is
             last = new[-1].position
-            kept = entries[-DIGEST_COUNT:]
+            gone = _runs_between(compared, [e.position for e in new])
+            if gone:
+                feed = await self._stub.GetFeed(feed_pb2.GetFeedRequest(topic=self.topic))
+                if feed.feed_id != cursor.feed_id or feed.first_position > gone[0][0]:
+                    return compared  # pruned, or restored, between two calls: the next round sees what it is
+            # Without what is before a hole: the digest holds where the lost entry is put back.
+            kept = [e for e in entries if not gone or e.position > gone[-1][1]][-DIGEST_COUNT:]
             digest = _digest([(e.position, e.message_id) for e in kept])
             row = await self._pool.fetchrow(
                 _COMPARE,
@@ -541,11 +558,14 @@ class FeedFollower:
                 [e.message_id for e in new],
                 [e.key for e in new],
                 self._recorder.consumer,
+                [first for first, _ in gone],
+                [GONE if first == end else f"{GONE}, nor are the entries up to {end}" for first, end in gone],
+                TRY_COUNT_MAX,
             )
             if not row["moved"]:
                 return compared  # another process of this consumer was first
             missing = set(row["missing"])
-            missing_count += len(missing)
+            missing_count += len(missing) + len(gone)
             for entry in new:
                 if entry.position not in missing:
                     self.applied.add(entry.position)
@@ -567,24 +587,22 @@ class FeedFollower:
             due = await self._pool.fetch(_DUE, *self._name, TRY_COUNT_MAX, list(self._not_mine), TRY_BATCH)
             if not due:
                 return fetched
-            messages = await self._fetch([row["position"] for row in due])
+            messages, gone = await self._fetch([row["position"] for row in due])
+            if gone:
+                await self._pool.execute(_GONE, *self._name, gone, TRY_COUNT_MAX, GONE)
             mine: list[tuple[Message, int]] = []
             for row in due:
                 message = messages.get(row["position"])
                 if message is None:
                     continue
-                if message.message_id != row["message_id"]:
+                if not row["message_id"]:
+                    await self._pool.execute(_BACK, *self._name, message.position, message.message_id, message.key)
+                elif message.message_id != row["message_id"]:
                     await self._has_diverged(f"entry {row['position']} is another one than before")
                     return fetched
                 if self._is_mine(message):
                     mine.append((message, row["try_count"]))
-            if not messages:
-                _logger.error(
-                    "missing entries are not in the feed any more",
-                    topic=self.topic,
-                    consumer=self.consumer,
-                    count=len(due),
-                )
+            if not messages and not gone:
                 return fetched
             applied, goes_on = await self._try(mine)
             fetched += applied
@@ -603,9 +621,10 @@ class FeedFollower:
             self.applied.add(message.position)
         return is_mine
 
-    async def _fetch(self, positions: Sequence[int]) -> dict[int, Message]:
-        """The entries at these positions, as many as one answer each of a few calls has."""
+    async def _fetch(self, positions: Sequence[int]) -> tuple[dict[int, Message], list[int]]:
+        """The entries at these positions, as many as one answer each of a few calls has; and the positions that the feed does not have."""
         found: dict[int, Message] = {}
+        gone: list[int] = []
         wanted = set(positions)
         begin = 0
         for at in range(1, len(positions) + 1):
@@ -623,7 +642,9 @@ class FeedFollower:
                     found[entry.position] = Message(
                         self.topic, entry.key, entry.message_id, entry.payload, entry.traceparent, entry.position
                     )
-        return found
+            reached = answer.entries[-1].position if answer.entries else last  # an answer has a limit of bytes
+            gone += [each for each in wanted if first <= each <= min(last, reached) and each not in found]
+        return found, gone
 
     async def _try(self, due: Sequence[tuple[Message, int]]) -> tuple[int, bool]:
         """Hands messages to the handler: new ones in batches, what failed before alone. How many were applied, and False where the
@@ -714,6 +735,22 @@ class FeedFollower:
         for row in await self._pool.fetch(_ARRIVED, *self._name, self._recorder.consumer):
             self.applied.add(row[0])
             self._not_mine.discard(row[0])
+
+
+def _problem_of(cursor: _Cursor) -> str:
+    """Why a consumer cannot go on by itself, and the way out."""
+    if not cursor.problem and cursor.given_up:
+        return (
+            f"{cursor.given_up} messages are not applied and not tried any more: `ducat feed missing` says which and why; mend that, then "
+            f"`ducat feed retry`"
+        )
+    return cursor.problem
+
+
+def _runs_between(after: int, positions: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run that is lacking among ascending positions behind `after`."""
+    before = [after, *positions]
+    return [(one + 1, next_ - 1) for one, next_ in zip(before, positions, strict=False) if next_ > one + 1]
 
 
 def _digest(entries: Sequence[tuple[int, str]]) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ducat.event.v1 import feed_pb2, feed_pb2_grpc
 from kernel.errors import NotFound
-from runtime.feed.follower import TRY_COUNT_MAX, FeedFollower
+from runtime.feed.follower import GONE, TRY_COUNT_MAX, FeedFollower
 from runtime.logs import get_logger
 from runtime.postgres import Pool
 
@@ -27,16 +27,17 @@ _LIST = "SELECT *, count(*) OVER () AS total FROM feed_missing ORDER BY topic, c
 _RETRY = """
 UPDATE feed_missing SET try_count = 0, next_try_time = now() WHERE ($1 = '' OR topic = $1) AND ($2 = 0::bigint OR position = $2)
 """
-# What is missing is compared again, so it comes back; what is known here is in the inbox.
+# What is missing is compared again, so it comes back; what is known here is in the inbox. What the feed does not have is let go.
 _ACCEPT = """
 WITH accepted AS (
     UPDATE feed_cursor SET feed_id = '', compared_position = 0, proven_position = 0, digest_after = 0, digest = '', problem = '',
         update_time = now()
     WHERE topic = $1 AND problem <> '' RETURNING topic, consumer
 ), missing AS (
-    DELETE FROM feed_missing AS m USING accepted AS a WHERE m.topic = a.topic AND m.consumer = a.consumer
+    DELETE FROM feed_missing AS m WHERE m.topic = $1
+        AND (starts_with(m.error, $2) OR EXISTS (SELECT FROM accepted AS a WHERE a.consumer = m.consumer)) RETURNING m.consumer
 )
-SELECT count(*) FROM accepted
+SELECT count(*) FROM (SELECT consumer FROM accepted UNION SELECT consumer FROM missing) AS each
 """
 
 _logger = get_logger("runtime.feed")
@@ -76,10 +77,10 @@ class FeedFollowerServicer(feed_pb2_grpc.FeedFollowerServiceServicer):
         return feed_pb2.RetryMissingEntriesResponse(entry_count=int(status.rpartition(" ")[2]))
 
     async def AcceptFeed(self, request: feed_pb2.AcceptFeedRequest, context: Any) -> feed_pb2.AcceptFeedResponse:
-        count = await self._pool.fetchval(_ACCEPT, request.topic)
+        count = await self._pool.fetchval(_ACCEPT, request.topic, GONE)
         if not count:
             raise NotFound(f"no consumer here has a problem with a feed of {request.topic!r}; see `ducat feed`")
-        _logger.warning("a diverged feed was accepted; it is compared from its first entry on", topic=request.topic)
+        _logger.warning("a feed was accepted as it is", topic=request.topic)
         self._look()
         return feed_pb2.AcceptFeedResponse(consumer_count=count)
 

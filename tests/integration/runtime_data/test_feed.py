@@ -473,6 +473,32 @@ async def test_a_feed_that_is_another_one_is_told_and_accepted(room: Room, chang
     assert [i for i in room.applied if room.applied.count(i) > 1] == (["id-12"] * 2 if change == "pruned" else [])
 
 
+async def test_entries_that_are_gone_from_the_middle_hold_back_no_others_and_are_told(room: Room) -> None:
+    async with running(room.relay):
+        await room.say(12)
+    aside = await room.pool.fetchrow("DELETE FROM feed WHERE position = 4 RETURNING *")
+    await room.pool.execute("DELETE FROM feed WHERE position IN (8, 9, 10)")
+    one = room.follower()
+    servicer = FeedFollowerServicer(room.pool, [one])
+    async with running(room.relay, one):
+        await until(lambda: _missing_is(room, [(4, 8), (8, 8)]))
+        await room.say(1, start=12)
+        await until(lambda: _is(len(room.applied) == 9))
+        problem = "SELECT problem FROM feed_consumer WHERE missing_count = 2 AND proven_position = 3"
+        await until(lambda: _begins(room.pool.fetchval(problem), "2 messages are not applied and not tried any more: "))
+        missing = (await servicer.ListMissingEntries(feed_pb2.ListMissingEntriesRequest(), None)).entries
+        assert [each.error for each in missing] == ["not in the feed", "not in the feed, nor are the entries up to 10"]
+        await servicer.RetryMissingEntries(feed_pb2.RetryMissingEntriesRequest(), None)
+        await until(lambda: _missing_is(room, [(4, 8), (8, 8)]))
+        await room.pool.execute("INSERT INTO feed VALUES ($1, $2, $3, $4, $5, $6, $7)", *aside)
+        await servicer.RetryMissingEntries(feed_pb2.RetryMissingEntriesRequest(), None)
+        await until(lambda: _missing_is(room, [(8, 8)]))
+        assert (await servicer.AcceptFeed(feed_pb2.AcceptFeedRequest(topic=TOPIC), None)).consumer_count == 1
+        await room.proven(13)
+    assert sorted(room.applied) == sorted(f"id-{n}" for n in range(13) if n not in (7, 8, 9))
+    assert not (await room.cursor())["problem"]
+
+
 async def test_a_store_restored_to_an_older_state_is_filled_again(room: Room) -> None:
     async with running(room.relay, room.follower()):
         await room.say(10)
@@ -566,6 +592,10 @@ async def test_what_was_applied_is_known_again_after_a_restart(room: Room) -> No
 
 async def _is(value: bool) -> bool:
     return value
+
+
+async def _begins(value: Awaitable[str | None], text: str) -> bool:
+    return (await value or "").startswith(text)
 
 
 async def _missing_is(room: Room, expected: list[tuple[int, int]]) -> bool:
