@@ -67,6 +67,8 @@ COMMIT_INTERVAL_S = 0.05
 REVOKE_TIMEOUT_S = 30.0
 TOPIC_PROPAGATION_MS = 5_000
 """How long a new consumer waits for a topic to show up before it takes it for deleted."""
+LOST_S, LOST_S_MAX = 15.0, 600.0
+"""How long lost partitions may stay away before a new consumer asks for them; then twice as long, for a large group has none for all."""
 UNCOMMITTED_MAX = 20_000
 """Offsets of a partition that may be delivered beyond one whose message waits for its next try."""
 SESSION_TIMEOUT_MS_MIN = 6_000
@@ -582,6 +584,9 @@ class _Consumer:
         self._assignments = 0
         self._was_down = False
         self._is_topic_gone = False
+        self._lost_at: float | None = None
+        """When partitions were lost, or were lacking again; None once there are some."""
+        self._lost_s = LOST_S
         self._making: concurrent.futures.Future[None] | None = None
         """The topic, after it was deleted."""
         self._topic = topic
@@ -771,7 +776,10 @@ class _Consumer:
             while not self._stopping:
                 self._commit(consumer)
                 if self._is_topic_gone:
-                    self._begin_again()
+                    self._begin_again("the topic was gone")
+                if self._lost_at is not None and time.monotonic() - self._lost_at > self._lost_s:
+                    self._lost_at, self._lost_s = time.monotonic(), min(2 * self._lost_s, LOST_S_MAX)
+                    self._begin_again("lost partitions did not come back")
                 if self._may_fetch.wait(HANDLER_PATIENCE_S):
                     self._fetch(consumer)
                 else:
@@ -782,13 +790,16 @@ class _Consumer:
             finally:
                 self._consumer = None
 
-    def _begin_again(self) -> None:
-        """The topic was deleted: make it again, and go on with a new consumer. Raises KafkaException."""
-        self._tell_gap_from_thread("the topic was gone")
+    def _begin_again(self, reason: str) -> None:
+        """Make the topic where it is gone, and go on with a new consumer. Raises KafkaException.
+
+        A consumer that rejoins its group before its topic is there again (a broker that lost its disk) is never given a partition.
+        """
+        self._tell_gap_from_thread(reason)
         if self._making is None or self._making.done():
             self._bus.forget_topic(self._topic)
             self._making = asyncio.run_coroutine_threadsafe(self._make_topic(), self._loop)
-        raise KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART, f"topic {self._topic} was deleted"))
+        raise KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART, f"topic {self._topic}: {reason}"))
 
     def _fetch(self, consumer: Any) -> None:
         record = consumer.poll(POLL_S)
@@ -863,6 +874,8 @@ class _Consumer:
             self._loop.call_soon_threadsafe(self._tell_gap, reason)
 
     def _on_assign(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        if partitions:
+            self._lost_at, self._lost_s = None, LOST_S
         if self._from_end and partitions:
             self._begin_at_end(consumer, partitions)
         self._on_loop(self._assign([partition.partition for partition in partitions]))
@@ -893,6 +906,7 @@ class _Consumer:
     def _on_lost(self, consumer: Any, partitions: Sequence[Any]) -> None:
         _log.warning("partitions were lost", topic=self._topic, group=self._group, count=len(partitions))
         self._tell_gap_from_thread("partitions were lost")
+        self._lost_at = time.monotonic()
         self._on_loop(self._revoke([partition.partition for partition in partitions]))
         self._unpause(consumer, partitions)
 
