@@ -906,6 +906,11 @@ def _accept_lines(found: Found, lacks: Lacking | None, window_ms: int, now_ns: i
     if seen <= end and not lacks.transfers:
         what = "PostgreSQL has not heard of this shard yet" if lacks.seen_sequence is None else f"seen: event {seen}"
         lines.append(f"{what}; the log has all that was seen, so nothing is lost and nothing is applied again")
+        if seen < end:
+            lines.append(
+                f"the log has {end - seen:,} events more than PostgreSQL has seen; if it was restored to an older state, payments that it has "
+                f"forgotten are booked once more when they are told again: run `ducat check` before payouts"
+            )
         return [*lines, f"{kept}; start the wallet"]
     which = f"event {seen}" if seen <= end + 1 else f"events {end + 1:,} to {seen:,}"
     to_file = ", which go to a file first" if lacks.transfers else ""

@@ -185,7 +185,8 @@ async def _open_host(config: ShardHostConfig, pool: Pool | None) -> WalletHost:
 async def _note_presence(process: Process, host: WalletHost, pool: Pool) -> Presence:
     """PostgreSQL learns of the shards that were opened, and hears from now on how far they are."""
     own = {shard: read_identity(shard_folder(host.config.data_dir, shard)) for shard in host.shard_ids}
-    presence = Presence(host, pool, {shard: one.identity for shard, one in own.items() if one is not None})
+    folders = {shard: shard_folder(host.config.data_dir, shard) for shard in host.shard_ids}
+    presence = Presence(host, pool, {shard: one.identity for shard, one in own.items() if one is not None}, folders)
     try:
         await adopt(pool, presence.positions())
     except ShardHostError as error:

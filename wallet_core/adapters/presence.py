@@ -8,6 +8,9 @@
     mend    rebind          go on with a log that ends earlier: everything that is derived from the log goes back to its end, and the
                             messages that were applied after it are forgotten, so that the feed brings them again
 
+What PostgreSQL has acknowledged is kept beside the log too, a little later (SEEN_LAG_S): one that knows less at a start was restored to an
+older state (wallet_core/shard/identity.py).
+
 Numbers here only ever grow, but for `rebind`. Valkey is no witness: it is a read model that may be lost, or older, at any time.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
@@ -24,7 +28,7 @@ import structlog
 from runtime.feed import rewind
 from wallet_core.adapters.bus import CONSUMER, TOPIC
 from wallet_core.engine.codes import EventKind, TransferResult
-from wallet_core.shard.identity import KnownShard, ShardForeign
+from wallet_core.shard.identity import KnownShard, ShardForeign, write_seen
 
 if TYPE_CHECKING:
     from runtime.postgres import Connection, Pool
@@ -46,6 +50,8 @@ __all__ = [
 
 NOTE_INTERVAL_S = 1.0
 NOTE_TIMEOUT_S = 5.0
+SEEN_LAG_S = 10.0
+"""How much later what PostgreSQL has seen is written beside the log: more than a server without synchronous commits loses in a crash."""
 WARN_INTERVAL_S = 60.0
 REBIND_MARGIN = timedelta(minutes=10)
 """Messages recorded so long before the log's last event are applied again too: the machine's clock and the database's may differ, and
@@ -133,10 +139,16 @@ async def adopt(pool: Pool, positions: Sequence[tuple[int, str, int]]) -> None:
 
 
 class Presence:
-    """Notes how far the shards of this process are durable. `identities`: shard → identity."""
+    """Notes how far the shards of this process are durable. `identities`: shard → identity; `folders`: shard → its folder."""
 
-    def __init__(self, host: WalletHost, pool: Pool, identities: Mapping[int, str]) -> None:
+    def __init__(
+        self, host: WalletHost, pool: Pool, identities: Mapping[int, str], folders: Mapping[int, Path] | None = None
+    ) -> None:
         self._host, self._pool, self._identities = host, pool, dict(identities)
+        self._folders = dict(folders or {})
+        self._seen: dict[int, int] = {}
+        self._settling: dict[int, int] = {}
+        self._settle_s = 0.0
         self._noted: dict[int, int] = {}
         self._warned = -WARN_INTERVAL_S
 
@@ -153,10 +165,25 @@ class Presence:
         while True:
             await asyncio.sleep(NOTE_INTERVAL_S)
             await self._note()
+            now_s = asyncio.get_running_loop().time()
+            if now_s - self._settle_s >= SEEN_LAG_S:
+                settled, self._settling, self._settle_s = self._settling, dict(self._noted), now_s
+                await self._keep_seen(settled)
 
     async def close(self) -> None:
         """The last word before the shards close."""
         await self._note()
+        await self._keep_seen(self._noted)
+
+    async def _keep_seen(self, settled: Mapping[int, int]) -> None:
+        for shard, sequence in settled.items():
+            if sequence > self._seen.get(shard, 0) and shard in self._folders:
+                try:
+                    await asyncio.to_thread(write_seen, self._folders[shard], self._identities[shard], sequence)
+                except OSError as error:
+                    _log.warning("what PostgreSQL has seen cannot be kept", shard=shard, error=str(error))
+                else:
+                    self._seen[shard] = sequence
 
     async def _note(self) -> None:
         moved = self._moved()

@@ -3,6 +3,7 @@
 from wallet_core.shard._host import ShardClock, ShardHost
 from wallet_core.shard.host import WalletHost
 from wallet_core.shard.identity import (
+    DatabaseBehind,
     DataFileDamaged,
     KnownShard,
     ShardBehind,
@@ -26,6 +27,7 @@ __all__ = [
     "BatchInvalid",
     "Damage",
     "DataFileDamaged",
+    "DatabaseBehind",
     "HostBusy",
     "HostClosed",
     "KnownShard",

@@ -2,6 +2,7 @@
 
     wallet.json                {"format": 1, "shard_count": 2, "shards": {"0": "5f0c…", "1": null}}
     shard-0000/identity.json   {"format": 1, "shard": 0, "shard_count": 2, "identity": "5f0c…"}
+    shard-0000/seen.json       {"identity": "5f0c…", "sequence_number": 42}
 
 A shard is created once, by a first start. It gets a random identity, which is kept in three places, written in this order: its own
 folder, then (once its log is durable) the manifest, then PostgreSQL (`wallet.shard`, by the wallet's bootstrap). So a crash in between
@@ -11,6 +12,9 @@ without a manifest are no first start.
 
 In the manifest null means: this shard may have existed, its identity is not known. A manifest of the version before identities says
 that of every shard, and so does one that had to be made anew. A shard that is not named was never in this folder.
+
+The other way round, `seen.json` holds what PostgreSQL had seen of the shard some time ago. A PostgreSQL that has seen less was restored to
+an older state: what it has forgotten and the wallet has booked would be booked again, under other ids, when it is told again.
 
 With a log in Kafka the folder may be lost at any time: the partition is the truth, and what is refused is a partition that ends too
 early (`recover_shard`'s check).
@@ -22,7 +26,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +40,7 @@ from wallet_core.snapshot import snapshot_files
 
 __all__ = [
     "DataFileDamaged",
+    "DatabaseBehind",
     "KnownShard",
     "Manifest",
     "ShardBehind",
@@ -51,11 +56,13 @@ __all__ = [
     "read_numbers",
     "record_identities",
     "write_identity",
+    "write_seen",
     "write_whole",
 ]
 
 IDENTITY_FILE = "identity.json"
 MANIFEST_FILE = "wallet.json"
+SEEN_FILE = "seen.json"
 _FILE_BYTES_MAX = 64 * 1024
 _SHARDS_MAX = 4096
 _WAYS_OUT = (
@@ -79,6 +86,10 @@ class ShardForeign(ShardHostError):
 
 class ShardBehind(ShardHostError):
     """A shard's log ends before an event that was seen of it."""
+
+
+class DatabaseBehind(ShardHostError):
+    """PostgreSQL has seen less of a shard than it had before."""
 
 
 class DataFileDamaged(ShardHostError):
@@ -193,6 +204,21 @@ def write_identity(config: ShardHostConfig, shard: int, identity: str) -> None:
     write_whole(folder / IDENTITY_FILE, json.dumps(told) + "\n")
 
 
+def write_seen(folder: Path, identity: str, sequence: int) -> None:
+    """What PostgreSQL has seen of the shard that has this identity. Raises OSError."""
+    write_whole(folder / SEEN_FILE, json.dumps({"identity": identity, "sequence_number": sequence}) + "\n")
+
+
+def _read_seen(folder: Path, identity: str) -> int:
+    """0 where nothing is known; a file that is broken is no reason to stand still."""
+    with suppress(DataFileDamaged):
+        found = _read_json(folder / SEEN_FILE, "") or {}
+        sequence = found.get("sequence_number")
+        if found.get("identity") == identity and _is_number(sequence):
+            return sequence
+    return 0
+
+
 def record_identities(
     data_dir: Path, shard_count: int, identities: Mapping[int, str], *, others_unknown: bool = False
 ) -> None:
@@ -241,6 +267,8 @@ def prepare_shards(config: ShardHostConfig, known: Mapping[int, KnownShard] | No
         shard: _Look(config, shard, shard in entries, entries.get(shard), (known or {}).get(shard)) for shard in shards
     }
     identities = {shard: look.identity() for shard, look in found.items()}
+    if known is not None:
+        _check_database(list(found.values()))
     if manifest is None:
         record_identities(config.data_dir, config.shard_count, {}, others_unknown=is_lost)
     for shard, look in found.items():
@@ -295,6 +323,11 @@ class _Look:
             return self.own.identity
         return self.listed or (self.known.identity if self.known else "") or new_identity()
 
+    def seen(self) -> tuple[int, int]:
+        """The last event that PostgreSQL has seen of the shard: before, and now."""
+        before = _read_seen(self.folder, self.own.identity) if self.own is not None else 0
+        return before, self.known.sequence if self.known is not None else 0
+
     def _check_whose(self) -> None:
         own, way_out = self.own, _WAYS_OUT.format(shard=self.shard)
         if own is not None and own.shard != self.shard:
@@ -334,6 +367,24 @@ class _Look:
                 f"shard {self.shard}: expected its log in {self.folder / 'log'}{seen} ({knows}), but {self.folder} {what}: the disk is "
                 f"not mounted, or the folder was moved or emptied. {_WAYS_OUT.format(shard=self.shard)}"
             )
+
+
+def _check_database(looks: Sequence[_Look]) -> None:
+    """Raises DatabaseBehind, which names every shard of which PostgreSQL had seen more."""
+    behind = [(look, *seen) for look in looks if (seen := look.seen())[1] < seen[0]]
+    if not behind:
+        return
+    what = "; ".join(f"event {now} of shard {look.shard}, and had seen event {before}" for look, before, now in behind)
+    restores = ", ".join(
+        f"`ducat wallet restore --shard {look.shard} --from THERE --to-event {now}`" for look, _, now in behind
+    )
+    raise DatabaseBehind(
+        f"PostgreSQL has seen {what}: it was restored to an older state, or is another one. What it has forgotten and the wallet has "
+        f"booked would be booked once more when it is told again. Nothing was changed. Ways out: bring PostgreSQL back as it was; or take "
+        f"the shards back to what it knows, with `ducat backup restore --wallet-only` where there is a backup, else move their folders "
+        f"away (keep them) and {restores}; or go on with both as they are (`ducat wallet accept --shard {behind[0][0].shard}`) and settle "
+        f"by hand what `ducat check` then says"
+    )
 
 
 def check_partition(config: ShardHostConfig, shard: int, known: KnownShard | None) -> Callable[[int], None]:

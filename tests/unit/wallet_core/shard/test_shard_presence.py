@@ -14,6 +14,7 @@ from wallet_core.adapters.accept import accept_shard, look_at
 from wallet_core.event_log import LogDamaged
 from wallet_core.service.port import AccountRow, TransferRow
 from wallet_core.shard import (
+    DatabaseBehind,
     DataFileDamaged,
     KnownShard,
     Progress,
@@ -24,7 +25,7 @@ from wallet_core.shard import (
     ShardsMismatch,
     open_host,
 )
-from wallet_core.shard.identity import new_identity, read_identity, read_manifest, read_numbers
+from wallet_core.shard.identity import new_identity, read_identity, read_manifest, read_numbers, write_seen
 from wallet_core.shard.port import shard_folder
 
 COUNT = 2
@@ -187,6 +188,24 @@ def test_an_older_copy_of_a_log_is_refused_by_what_was_seen(folder: Path, tmp_pa
     shutil.copytree(tmp_path / "copy", folder)
     with pytest.raises(ShardBehind):
         open_host(settings(folder), known=known)
+
+
+def test_a_database_that_has_seen_less_than_before_is_refused_until_the_shard_is_accepted(folder: Path) -> None:
+    known = known_of(folder)
+    for shard, one in known.items():
+        write_seen(shard_folder(folder, shard), one.identity, one.sequence)
+    open_host(settings(folder), known=known).close()
+    older = known | {0: KnownShard(known[0].identity, known[0].sequence - 1)}
+    for database in (older, {1: known[1]}):  # restored; another one
+        before = files_of(folder)
+        with pytest.raises(DatabaseBehind, match=r"has seen event \d+ of shard 0, and had seen event \d+: "):
+            open_host(settings(folder), known=database)
+        assert files_of(folder) == before
+    (shard_folder(folder, 1) / "seen.json").write_text(
+        "{"
+    )  # one that is broken is no witness, and no reason to stand still
+    accepted = accept_shard(settings(folder), look_at(settings(folder), 0))
+    open_host(settings(folder), known=known | {0: KnownShard(accepted.identity, accepted.sequence)}).close()
 
 
 def test_newest_segments_that_are_gone_are_refused_by_the_mark(tmp_path: Path) -> None:
