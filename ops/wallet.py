@@ -908,8 +908,8 @@ def _accept_lines(found: Found, lacks: Lacking | None, window_ms: int, now_ns: i
         lines.append(f"{what}; the log has all that was seen, so nothing is lost and nothing is applied again")
         if seen < end:
             lines.append(
-                f"the log has {end - seen:,} events more than PostgreSQL has seen; if it was restored to an older state, payments that it has "
-                f"forgotten are booked once more when they are told again: run `ducat check` before payouts"
+                f"the log has {end - seen:,} events more than PostgreSQL has seen; if it was restored to an older state, payments that "
+                f"it has forgotten are booked once more when they are told again: run `ducat check` before payouts"
             )
         return [*lines, f"{kept}; start the wallet"]
     which = f"event {seen}" if seen <= end + 1 else f"events {end + 1:,} to {seen:,}"

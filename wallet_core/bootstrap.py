@@ -28,7 +28,7 @@ from wallet_core.adapters.directory import PostgresDirectory
 from wallet_core.adapters.grpc import SCOPES, UNSHIELDED, ShardServicer, WalletServicer
 from wallet_core.adapters.peers import AllShards, Peers
 from wallet_core.adapters.presence import Presence, adopt, known_shards
-from wallet_core.adapters.read_model import PostgresStore, ReadModelReader, ValkeyStore
+from wallet_core.adapters.read_model import PostgresStore, ReadModelReader, ValkeyStore, past_results
 from wallet_core.adapters.rebuild import ReadModelReset, follow_resets
 from wallet_core.adapters.relay import Relay, RelayServicer, forget_numbers, parse_peers, peer_shards
 from wallet_core.adapters.snapshot_base import SnapshotBase, newest_base
@@ -217,7 +217,7 @@ async def _join(
         host.retain = projector.projected
         process.spawn(keep_running("projector", projector.run), name="projector")
         process.spawn(keep_running("rebuild", lambda: follow_resets(settings.database_url, projector)), name="rebuild")
-    flows = Flows(host, directory)
+    flows = Flows(host, directory, past=past_results(pool))
     outbox_relay = OutboxRelay(pool, "wallet", bus)
     process.spawn(keep_running("outbox relay", outbox_relay.run), name="outbox relay")
     recorder = InboxRecorder(pool, CONSUMER, along=presence.along)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -32,7 +32,7 @@ from wallet_core.projection import Changes
 from wallet_core.service.port import TransferItem
 from wallet_core.service.projector import Projector
 
-__all__ = ["PostgresStore", "ReadModelReader", "ValkeyStore", "reset_postgres", "reset_valkey"]
+__all__ = ["PostgresStore", "ReadModelReader", "ValkeyStore", "past_results", "reset_postgres", "reset_valkey"]
 
 RECENT_COUNT_MAX = 20
 """Transfers that Valkey keeps of an account."""
@@ -66,6 +66,18 @@ _COLUMNS = (
     "shard, sequence_number, transfer_id, debit_account_id, credit_account_id, amount_minor, kind, result, code, "
     "time_ns"
 )
+_WITHIN_A_SHARD = [
+    int(kind)
+    for kind in (
+        EventKind.MONEY_MOVED,
+        EventKind.HOLD_PLACED,
+        EventKind.HOLD_POSTED,
+        EventKind.HOLD_VOIDED,
+        EventKind.TRANSFER_REFUSED,
+    )
+]
+"""Of a transfer between shards one event does not say what became of it."""
+_RESULTS = "SELECT transfer_id, result FROM wallet.transfer WHERE transfer_id = ANY($1::bytea[]) AND kind = ANY($2::smallint[])"
 _BY_ID = f"""
 SELECT {_COLUMNS} FROM wallet.transfer WHERE transfer_id = ANY($1::bytea[]) ORDER BY time_ns, shard, sequence_number
 """  # noqa: S608 - constants
@@ -80,6 +92,16 @@ UNION ALL
 ORDER BY time_ns DESC, shard DESC, sequence_number DESC LIMIT $5
 """  # noqa: S608 - constants
 _END = (2**63 - 1, 2**15 - 1, 2**63 - 1)
+
+
+def past_results(pool: Pool) -> Callable[[Sequence[bytes]], Awaitable[Mapping[bytes, int]]]:
+    """Results of transfers within a shard, by id: those that the read model has. Raises Unavailable."""
+    patience = Patience("the read model (PostgreSQL)")
+
+    async def read(ids: Sequence[bytes]) -> Mapping[bytes, int]:
+        return dict(await patience.answer(pool.fetch(_RESULTS, list(ids), _WITHIN_A_SHARD)))
+
+    return read
 
 
 class PostgresStore:

@@ -21,11 +21,14 @@ succeed, not even after the wallet is thawed. Such a step therefore counts attem
 its own, n + 1 is tried only when n was refused *and* its cause is gone, and a replay walks the same attempts
 to the same end. So the money moves once, and a dead-lettered message can be retried once its cause is
 mended.
+
+An event that is older than the id window may come again (an inbox that was lost, a feed that was accepted). What the
+read model has of its ids says what became of it then; where it has none, nobody can tell, and it is a failure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kernel.errors import FailedPrecondition, Unavailable
@@ -101,6 +104,14 @@ class Step:
         """The id of the n-th attempt, from 1."""
         kind = self.kind if attempt == 1 else f"{self.kind}.{attempt}"
         return derived_transfer_id(self.time_ms, kind, self.reference)
+
+
+Past = Callable[[Sequence[bytes]], Awaitable[Mapping[bytes, int]]]
+"""What the read model has of ids of transfers: their results. Raises Unavailable."""
+
+
+async def _no_past(ids: Sequence[bytes]) -> Mapping[bytes, int]:
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,9 +223,15 @@ class Flows:
     result."""
 
     def __init__(
-        self, host: Host, directory: Directory, *, known_account_count_max: int = KNOWN_ACCOUNT_COUNT_MAX
+        self,
+        host: Host,
+        directory: Directory,
+        *,
+        past: Past = _no_past,
+        known_account_count_max: int = KNOWN_ACCOUNT_COUNT_MAX,
     ) -> None:
         self._host = host
+        self._past = past
         self._directory = directory
         self._ids: dict[str, bytes] = {}
         self._open: dict[str, None] = {}
@@ -310,6 +327,8 @@ class Flows:
         while True:
             if result in step.done:
                 return Outcome(step, row.id, _OK)
+            if result == TransferResult.ID_TOO_OLD and (before := await self._outcome_before(step)) is not None:
+                return before
             if result not in _REMEMBERED:
                 raise _failure(step, row, result)
             if step.refusal_is_answer:
@@ -321,6 +340,17 @@ class Flows:
             result = TransferResult((await self._host.transfers([row]))[0])
             if result == _OK:
                 return Outcome(step, row.id, _OK)
+
+    async def _outcome_before(self, step: Step) -> Outcome | None:
+        """What the read model says of a step whose ids the shards have forgotten; None where it says nothing."""
+        ids = [step.transfer_id(attempt) for attempt in range(1, ATTEMPT_COUNT_MAX + 1)]
+        results = await self._past(ids)
+        applied = next((each for each in ids if results.get(each) == _OK), None)
+        if applied is not None:
+            return Outcome(step, applied, _OK)
+        if step.refusal_is_answer and ids[0] in results:
+            return Outcome(step, ids[0], TransferResult(results[ids[0]]))
+        return None
 
     async def _cause_is_gone(self, row: TransferRow, result: TransferResult) -> bool:
         debit, credit = await self._host.accounts([row.debit_id, row.credit_id])
@@ -344,8 +374,9 @@ _REMEMBERED = frozenset(range(TransferResult.HOLD_NOT_FOUND, TransferResult.LINK
 _LATER = frozenset({TransferResult.WRONG_SHARD, TransferResult.TOO_MANY_PENDING, TransferResult.ID_AHEAD})
 _WHAT_TO_DO = {
     TransferResult.ID_TOO_OLD: (
-        "the event is older than the wallet's id window, so whether it was applied is no longer known here;"
-        " compare the ledger with the wallet, then settle the difference by hand"
+        "the event is older than the wallet's id window, so whether it was applied is no longer known here; where the shard"
+        " was accepted or restored to before it, start the wallet once with a longer DUCAT_WALLET_ID_WINDOW_MS (ids that were"
+        " forgotten stay refused), then `ducat feed retry`; else compare ledger and wallet, settle the difference by hand"
     ),
     TransferResult.ID_REUSED: "another event with the same kind, reference and time moved other money; compare both",
     TransferResult.DEBIT_ACCOUNT_FROZEN: "unfreeze the debit account, then retry the message",

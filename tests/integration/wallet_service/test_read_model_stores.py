@@ -21,11 +21,12 @@ from wallet_core.adapters.read_model import (
     PostgresStore,
     ReadModelReader,
     ValkeyStore,
+    past_results,
     reset_postgres,
     reset_valkey,
 )
 from wallet_core.adapters.snapshot_base import newest_base
-from wallet_core.engine.codes import AccountFlags, AccountResult, TransferFlags
+from wallet_core.engine.codes import AccountFlags, AccountResult, EventKind, TransferFlags, TransferResult
 from wallet_core.projection import Changes
 from wallet_core.service.port import AccountRow, NamedAccount, TransferRow
 from wallet_core.service.projector import Projector
@@ -198,6 +199,8 @@ async def test_pages_of_an_account_are_complete_in_order_and_without_repeats(
     assert paged == whole
     wanted = whole[5]
     assert wanted in await reader.by_id([wanted.id, b"x" * 16])
+    moved = next(item for item in whole if item.kind == EventKind.MONEY_MOVED)
+    assert await past_results(pool)([moved.id, b"x" * 16]) == {moved.id: TransferResult.OK}
 
 
 async def test_names_page_by_prefix_in_code_point_order(pool: Pool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from ducat.event.v1 import event_pb2
@@ -11,8 +13,8 @@ from kernel.ids import account_id, derived_event_id
 from runtime.bus import Message
 from tests.unit.wallet_core.service.memory_host import MemoryDirectory, MemoryHost
 from wallet_core.adapters.bus import PaymentEvents
-from wallet_core.engine.codes import AccountFlags
-from wallet_core.service.flows import ATTEMPT_COUNT_MAX, Flows, capture
+from wallet_core.engine.codes import AccountFlags, TransferResult
+from wallet_core.service.flows import ATTEMPT_COUNT_MAX, Flows, capture, payout_hold
 from wallet_core.service.port import AccountRow
 
 NOW_NS = 1_753_056_000_000_000_000
@@ -46,11 +48,16 @@ class World:
         self.host = MemoryHost(self.clock)
         self.directory = MemoryDirectory()
         self.bus = RecordingBus()
+        self.past: dict[bytes, int] = {}
         self.restart()
 
     def restart(self) -> None:
         """A new process over the same durable state."""
-        self.events = PaymentEvents(Flows(self.host, self.directory), self.bus, self.clock)  # type: ignore[arg-type]
+        flows = Flows(self.host, self.directory, past=self.results_before)
+        self.events = PaymentEvents(flows, self.bus, self.clock)  # type: ignore[arg-type]
+
+    async def results_before(self, ids: Sequence[bytes]) -> dict[bytes, int]:
+        return {each: self.past[each] for each in ids if each in self.past}
 
     async def handle(self, *messages: Message) -> None:
         await self.events.handle(messages)
@@ -270,6 +277,27 @@ async def test_an_event_older_than_the_id_window_is_never_applied_or_dropped_sil
     with pytest.raises(FailedPrecondition, match=r"capture of ORD-1 refused: ID_TOO_OLD.*id window"):
         await world.handle(captured())
     assert world.balance(SELLER) == 2
+
+
+async def test_an_old_event_that_the_read_model_knows_ends_as_it_did(world: World) -> None:
+    await world.handle(captured("ORD-0", amount=1))
+    later_ns = NOW_NS + 8 * 86_400 * 10**9
+    world.clock.advance(seconds=8 * 86_400)
+    await world.handle(captured("ORD-2", amount=1, time_ns=later_ns))
+    time_ms = NOW_NS // 1_000_000
+    step = capture("ORD-1", "sandbox", "SELL-1", "USD", 7_500, time_ms)
+    hold = payout_hold("PO-1", "sandbox", "SELL-1", "USD", 100, time_ms)
+    world.past = {
+        step.transfer_id(1): TransferResult.CREDIT_ACCOUNT_FROZEN,
+        step.transfer_id(2): TransferResult.OK,
+        hold.transfer_id(1): TransferResult.INSUFFICIENT_FUNDS,
+    }
+    await world.handle(captured(), requested(amount=100))
+    assert world.balance(SELLER) == 2, "nothing is applied again"
+    assert [body.WhichOneof("body") for body in world.bus.bodies()] == ["funds_refused"], "answered as it was"
+    del world.past[step.transfer_id(2)]
+    with pytest.raises(FailedPrecondition, match="ID_TOO_OLD"):
+        await world.handle(captured())
 
 
 async def test_the_same_reference_with_other_content_is_refused_by_name(world: World) -> None:
