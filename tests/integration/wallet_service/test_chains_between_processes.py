@@ -115,7 +115,9 @@ async def test_processes_that_die_under_chains_leave_nothing_half_done(start_wal
         )
         for n, rows in enumerate(sent)
     ]
-    assert set(await submit(one, by_hand)) == {wallet_pb2.TRANSFER_RESULT_HOLD_NOT_FOUND}
+    told = set(await submit(one, by_hand))
+    # A chain that had not begun when its process died left no hold: any shard may say so, also one that is not here.
+    assert told <= {wallet_pb2.TRANSFER_RESULT_HOLD_NOT_FOUND, wallet_pb2.TRANSFER_RESULT_WRONG_SHARD}
     async with asyncio.timeout(40):  # marks that were left are ended after a grace period
         while True:
             account = (await one.wallet.GetBalance(wallet_pb2.GetBalanceRequest(name=NAMES[0]))).account
