@@ -365,7 +365,9 @@ async def test_an_outage_of_the_handler_uses_up_no_tries(room: Room) -> None:
     async with running(room.relay, room.follower()):
         await room.say(5)
         await asyncio.sleep(0.5)
-        await until(lambda: _missing_is(room, [(n, 0) for n in range(1, 6)]))  # a try that is under way counts until it ends
+        await until(
+            lambda: _missing_is(room, [(n, 0) for n in range(1, 6)])
+        )  # a try that is under way counts until it ends
         is_down = False
         await room.proven(5)
     assert room.applied == [f"id-{n}" for n in range(5)]
