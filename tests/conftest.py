@@ -1,6 +1,6 @@
 """Real servers for the tests: one embedded PostgreSQL and one embedded Valkey a session, fresh contents a test.
 
-`make test` runs three sessions (pytest-xdist), for a test waits about as long as it computes; a file of tests always in one of them,
+`make test` runs four sessions (pytest-xdist), for a test waits about as long as it computes; a file of tests always in one of them,
 and what needs Kafka in one of them too, for its broker is dear. Each session has servers and ports of its own, so they share nothing but
 the machine; long files are begun first, so that all end at about the same time.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -35,6 +36,8 @@ _database_number = itertools.count(1)
 
 KAFKA = "what needs Kafka"
 PLATFORM = "e2e/ on one platform"
+
+MEMORY_FREE_MIN = 4 << 30
 
 LONG_FILES = (
     KAFKA,
@@ -111,10 +114,17 @@ async def execute(dsn: str, *statements: str) -> None:
         await connection.close()
 
 
+def _memory() -> Path | None:
+    """Where files are memory, if there is room: making a database costs a third there, and none of these servers needs to be durable."""
+    shared = Path("/dev/shm")
+    has_room = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > MEMORY_FREE_MIN
+    return shared if has_room else None
+
+
 @pytest.fixture(scope="session")
 def server_folder() -> Iterator[Path]:
     """A short folder for the servers' data, gone after the session."""
-    folder = Path(tempfile.mkdtemp(prefix="ducat-test-"))
+    folder = Path(tempfile.mkdtemp(prefix="ducat-test-", dir=_memory()))
     folder.chmod(0o711)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

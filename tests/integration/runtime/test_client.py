@@ -222,9 +222,10 @@ async def test_streams_both_ways(make: Make) -> None:
 
 
 async def test_leaving_a_stream_ends_it_on_the_server() -> None:
-    ended = asyncio.Event()
+    ended, began = asyncio.Event(), threading.Event()
 
     async def wait(_request: Any, _context: Any) -> None:
+        began.set()
         try:
             await asyncio.sleep(60)
         finally:
@@ -234,14 +235,17 @@ async def test_leaving_a_stream_ends_it_on_the_server() -> None:
         with ducat.Client(address=address) as client, client.payments.watch_payment(checkout_id="CHK-1") as changes:
             for _ in zip(range(2), changes, strict=False):
                 pass
+            assert began.wait(30)
 
     async with serving(PaymentServicer(wait), load()) as server, ducat.aio.Client(address=server.address) as client:
         async with client.payments.watch_payment(checkout_id="CHK-1") as changes:
             await anext(changes)
             await anext(changes)
+            assert await asyncio.to_thread(began.wait, 30)
         async with asyncio.timeout(60):
             await ended.wait()
         ended.clear()
+        began.clear()
         await asyncio.to_thread(read_one, server.address)
         async with asyncio.timeout(60):
             await ended.wait()
