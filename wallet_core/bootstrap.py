@@ -21,6 +21,7 @@ from runtime.private_folder import close_folder
 from runtime.process import Process
 from runtime.settings import Settings, SettingsInvalid, split_address
 from runtime.supervise import keep_running
+from runtime.unfinished import check_finished
 from wallet_core.adapters.alone import NoDirectory, NoReadModel
 from wallet_core.adapters.archive import FileArchive
 from wallet_core.adapters.bus import BATCH_MAX, CONSUMER, GROUP, TOPIC, OutboxAnswers, PaymentEvents
@@ -167,6 +168,7 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
 async def _open_host(config: ShardHostConfig, pool: Pool | None) -> WalletHost:
     """The shards, if they are those that PostgreSQL and the data folder know, and reach as far. Raises FailedPrecondition, which says
     what was expected, where, what is there, and the ways out."""
+    check_finished(config.data_dir.parent)
     try:
         if config.data_dir.exists():  # it may be older than the rule
             close_folder(config.data_dir)
