@@ -568,7 +568,6 @@ async def _restore(session: _Session) -> int:
             print(_own_server_text(session, backup, target), flush=True)
             return 0
         await steps.recover_all()
-    mark_finished(target)
     record: dict[str, Any] = {
         "name": backup.name,
         "to": str(target),
@@ -690,6 +689,7 @@ class _Restore:
             await self._wallet(dsn, password=(server.folder / "password").read_text())
         finally:
             await asyncio.to_thread(server.stop)
+        mark_finished(self.target)
 
     async def wallet_beside_own_server(self) -> None:
         dsn = self.session.settings.database_url
@@ -702,6 +702,7 @@ class _Restore:
         close_folder(self.target)
         mark_unfinished(self.target, self._unfinished_text())
         await self._wallet(dsn)
+        mark_finished(self.target)
 
     async def _wallet(self, dsn: str, password: str = "") -> None:
         import asyncpg
