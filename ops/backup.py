@@ -46,7 +46,9 @@ from runtime.backup import (
     write_manifest,
 )
 from runtime.embedded import EmbeddedPostgres, ServerFailed
+from runtime.private_folder import close_folder
 from runtime.settings import Settings
+from runtime.unfinished import check_finished, mark_finished, mark_unfinished
 
 if TYPE_CHECKING:
     from runtime.backup.postgres import SourceServer
@@ -304,6 +306,7 @@ async def _source(session: _Session) -> AsyncIterator[tuple[SourceServer, Any]]:
     """The system's PostgreSQL, with the lock that one backup at a time holds."""
     from runtime.backup.postgres import SourceServer
 
+    check_finished(session.data_dir)
     dsn = session.settings.database_url
     if not dsn:
         dsn = EmbeddedPostgres(session.data_dir / "postgres").running_dsn()
@@ -649,10 +652,12 @@ class _Restore:
             raise BackupDamaged(problem)
         try:
             if self.target.exists() and any(self.target.iterdir()):
+                check_finished(self.target)
                 raise FailedPrecondition(
                     f"{self.target} is not empty; choose another folder, nothing is ever written over"
                 )
             self.target.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mark_unfinished(self.target, self._unfinished_text())
         except OSError as error:
             raise FailedPrecondition(f"--to {self.target}: no folder can be made there: {error.strerror}") from error
         data = self.target / "postgres" / "data"
@@ -661,6 +666,12 @@ class _Restore:
         self.session.step(f"PostgreSQL: {len(self.backup.postgres.wal)} log segments")
         lay_wal(self.session.store, self.backup.postgres, data)
         prepare_recovery(data, recovery)
+
+    def _unfinished_text(self) -> str:
+        began = f"a restore of backup {self.backup.name} began in it at {time_text(time.time_ns())} and has not ended"
+        if not self.backup.postgres.embedded:
+            return f"{began}; `ducat backup restore … --wallet-only` does that (remove the folder's wallet/ first where it is there)"
+        return f"{began}; if none runs any more, remove the folder and restore again"
 
     async def recover_all(self) -> None:
         """PostgreSQL recovers; then the wallet is restored to what it holds."""
@@ -678,12 +689,20 @@ class _Restore:
             await self._wallet(dsn, password=(server.folder / "password").read_text())
         finally:
             await asyncio.to_thread(server.stop)
+        mark_finished(self.target)
 
     async def wallet_beside_own_server(self) -> None:
         dsn = self.session.settings.database_url
         if not dsn:
             raise InvalidArgument("--wallet-only needs database_url in the settings: the PostgreSQL that was restored")
+        if (self.target / "wallet").exists():
+            raise FailedPrecondition(
+                f"{self.target / 'wallet'} is there already; if it is what an interrupted restore left, remove it, then try again"
+            )
+        close_folder(self.target)
+        mark_unfinished(self.target, self._unfinished_text())
         await self._wallet(dsn)
+        mark_finished(self.target)
 
     async def _wallet(self, dsn: str, password: str = "") -> None:
         import asyncpg

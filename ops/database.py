@@ -11,6 +11,7 @@ from kernel.errors import Unavailable
 from runtime.embedded import EmbeddedPostgres, ServerFailed
 from runtime.postgres import Connection, connect
 from runtime.settings import Settings
+from runtime.unfinished import check_finished
 
 __all__ = ["database"]
 
@@ -20,9 +21,10 @@ CONNECT_WAIT_S = 10.0
 @asynccontextmanager
 async def database(settings: Settings, schema: str) -> AsyncIterator[Connection | None]:
     """A connection; None where there is no database: no URL is set, and the data folder has no embedded server. An embedded server that
-    does not run is started for the time. Raises Unavailable."""
+    does not run is started for the time. Raises Unavailable, FailedPrecondition (half a data folder)."""
     embedded: EmbeddedPostgres | None = None
     url = settings.database_url
+    check_finished(Path(settings.data_dir))
     try:
         if not url:
             server = _embedded(settings)

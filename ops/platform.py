@@ -27,6 +27,7 @@ import ducat
 import ducat.aio
 from runtime.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed, free_port, private_folder
 from runtime.settings import Settings, split_address
+from runtime.unfinished import check_finished
 
 __all__ = ["PROCESSES", "DataFolderBusy", "Platform", "ProcessFailed"]
 
@@ -238,6 +239,7 @@ class Platform:
     # Steps of start
 
     def _take_data_folder(self) -> None:
+        check_finished(self.data_dir)
         self.data_dir.mkdir(parents=True, exist_ok=True)
         lock = (self.data_dir / "up.lock").open("a+")
         try:

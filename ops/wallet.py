@@ -46,6 +46,7 @@ from kernel.ids import account_id
 from kernel.money import Money
 from ops.terminal import printable, table
 from runtime.settings import Settings
+from runtime.unfinished import check_finished
 
 if TYPE_CHECKING:
     from ducat.wallet.v1 import shard_pb2, wallet_pb2
@@ -816,6 +817,7 @@ def _restore(args: argparse.Namespace, settings: Settings) -> int:
     config = host_config(settings)
     if args.target:
         config = replace(config, data_dir=args.target)
+    check_finished(config.data_dir.parent)
     progress: _Progress | None = None
 
     def note(what: str, at: int, end: int) -> None:
@@ -857,6 +859,7 @@ async def _accept(args: argparse.Namespace, settings: Settings) -> int:
     from wallet_core.bootstrap import host_config
 
     config = host_config(settings)
+    check_finished(config.data_dir.parent)
     found = look_at(config, args.shard)
     check_stopped(config, args.shard)
     lacks: Lacking | None = None

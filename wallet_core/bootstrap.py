@@ -21,11 +21,13 @@ from runtime.private_folder import close_folder
 from runtime.process import Process
 from runtime.settings import Settings, SettingsInvalid, split_address
 from runtime.supervise import keep_running
+from runtime.unfinished import check_finished
 from wallet_core.adapters.alone import NoDirectory, NoReadModel
 from wallet_core.adapters.archive import FileArchive
 from wallet_core.adapters.bus import BATCH_MAX, CONSUMER, GROUP, TOPIC, OutboxAnswers, PaymentEvents
 from wallet_core.adapters.directory import PostgresDirectory
 from wallet_core.adapters.grpc import SCOPES, UNSHIELDED, ShardServicer, WalletServicer
+from wallet_core.adapters.ownership import Ownership, ShardTaken
 from wallet_core.adapters.peers import AllShards, Peers
 from wallet_core.adapters.presence import Presence, adopt, known_shards
 from wallet_core.adapters.read_model import PostgresStore, ReadModelReader, ValkeyStore, past_results
@@ -82,6 +84,8 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
     async with Process.start("wallet", settings) as process:
         config = host_config(settings)
         pool = None if settings.wallet_alone else await process.postgres("wallet")
+        if pool is not None and config.kafka is None:
+            await _own_shards(process, config)
         host = await _open_host(config, pool)
         host.on_snapshot_failure = _log_snapshot_failure
         host.on_rewound = _tell_rewound()
@@ -164,9 +168,21 @@ async def main(overrides: Mapping[str, Any] | None = None) -> None:
         )
 
 
+async def _own_shards(process: Process, config: ShardHostConfig) -> None:
+    """No other process serves these shards from now on. Raises FailedPrecondition."""
+    ownership = Ownership(process.settings.database_url, config.shard_ids)
+    process.on_close("shard locks", ownership.close)
+    try:
+        await ownership.take()
+    except ShardTaken as error:
+        raise FailedPrecondition(f"the wallet does not start: {error}") from error
+    process.spawn(ownership.keep(), name="shard locks")
+
+
 async def _open_host(config: ShardHostConfig, pool: Pool | None) -> WalletHost:
     """The shards, if they are those that PostgreSQL and the data folder know, and reach as far. Raises FailedPrecondition, which says
     what was expected, where, what is there, and the ways out."""
+    check_finished(config.data_dir.parent)
     try:
         if config.data_dir.exists():  # it may be older than the rule
             close_folder(config.data_dir)

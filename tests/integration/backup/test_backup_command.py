@@ -21,6 +21,7 @@ from ops.__main__ import main
 from runtime.backup import FolderStore, read_manifest
 from runtime.embedded import EmbeddedPostgres
 from runtime.migrations import migrate_all
+from runtime.unfinished import check_finished
 from wallet_core.service.port import AccountRow, TransferRow
 from wallet_core.shard import ShardHostConfig, WalletHost
 
@@ -366,7 +367,9 @@ def test_a_shard_that_is_not_here_is_told(system: System, tmp_path: Path, capsys
     assert run("list") == 1
 
 
-def test_a_server_of_ones_own_is_laid_out(system: System, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_of_ones_own_is_laid_out(
+    system: System, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     system.note("before")
     assert run("create", "--name", "one") == 0
     capsys.readouterr()
@@ -378,7 +381,12 @@ def test_a_server_of_ones_own_is_laid_out(system: System, tmp_path: Path, capsys
     assert (target / "postgres" / "data" / "recovery.signal").exists()
     assert "recovery_target_name" in (target / "postgres" / "data" / "postgresql.auto.conf").read_text()
     assert not (target / "wallet").exists()
+    for words in (["up"], ["backup", "create"], ["wallet", "accept", "--shard", "0"]):  # on what is not whole yet
+        monkeypatch.setenv("DUCAT_DATA_DIR", str(target))
+        assert main(words) == 1
+        assert "is half a data folder: a restore of backup one began" in capsys.readouterr().err
     assert run("restore", "--to", str(target), "--wallet-only") == 0  # beside the server of database_url
+    check_finished(target)
     assert balance(target) == 3
 
 

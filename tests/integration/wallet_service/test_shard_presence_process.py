@@ -14,6 +14,7 @@ from ducat.wallet.v1 import shard_pb2, wallet_pb2
 from kernel.ids import account_id
 from tests import prefork
 from tests.integration.wallet_service.conftest import StartWallet, WalletProcess
+from wallet_core.adapters.ownership import LOCK, Ownership, ShardTaken
 from wallet_core.adapters.presence import adopt, known_shards, lacking, note_seen, rebind
 from wallet_core.shard import KnownShard, ShardForeign
 from wallet_core.shard.identity import new_identity
@@ -175,3 +176,40 @@ async def test_rebind_brings_everything_back_to_the_end_of_the_log(connection: a
     assert [tuple(row) for row in left] == [(0, 50), (1, 60)]
     assert await connection.fetchval("SELECT sequence_number FROM wallet.projection WHERE shard = 0") == 50
     assert await rebind(connection, 0, identity=before, sequence=50, time_ns=0) == (50, 0, 0)
+
+
+async def test_a_copy_of_a_shard_is_not_served_beside_it(postgres_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Identity and length of a copied folder are right; only the database can tell that somebody serves the shard already."""
+    monkeypatch.setattr("socket.gethostname", lambda: "one")
+    owner = Ownership(postgres_dsn, [0, 1])
+    await owner.take()
+    keeping = asyncio.create_task(owner.keep())
+    monkeypatch.setattr("socket.gethostname", lambda: "other")
+    other = Ownership(postgres_dsn, [1])
+    with pytest.raises(
+        ShardTaken, match=r"shard 1: another process serves it: ducat-wallet-owner \d+ one, from this machine"
+    ):
+        await other.take(wait_s=0)
+    connection = await asyncpg.connect(postgres_dsn)
+    try:
+        # the owner's connection is cut: it has the locks again before anybody else is let in
+        ours = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'ducat-wallet-owner%one'"
+        await connection.execute(f"SELECT pg_terminate_backend(pid) FROM ({ours}) AS backend")
+        async with asyncio.timeout(10):
+            held = 0
+            while held != 2:
+                await asyncio.sleep(0.02)
+                held = await connection.fetchval(
+                    f"SELECT count(*) FROM pg_locks WHERE classid = {LOCK} AND pid IN ({ours})"
+                )
+        # another one came first all the same: this process ends
+        keeping.cancel()
+        await owner.close()
+        await other.take()
+        with pytest.raises(ShardTaken):
+            await owner.keep()
+    finally:
+        await connection.close()
+        await other.close()
+    await owner.take()  # who has ended holds nothing
+    await owner.close()
