@@ -62,6 +62,7 @@ LOCK = "hashtext('ducat backup')"
 INTERRUPTED_AFTER_H = 24.0
 RECOVERY_TIMEOUT_S = 6 * 3600.0
 """Until PostgreSQL has replayed its log."""
+START_TRIES_MAX = 3
 SETTLE_TIMEOUT_S = 120.0
 """Until what is restored has applied what it had not yet."""
 EMPTY_SEGMENT_BYTES = 1024 * 1024
@@ -774,12 +775,16 @@ class _Restore:
         from ops.platform import Platform, ProcessFailed
 
         self.session.step("start it, to check")
-        platform = Platform(self.target, env=_alone(self.backup))
-        platform.names = [name for name in platform.names if name in ("wallet", "ledger", "payment")]
-        try:
-            await platform.start()
-        except ProcessFailed as error:
-            return [Verdict("start", DIFFERS, f"what was restored does not start: {error}")]
+        for tries in range(1, START_TRIES_MAX + 1):
+            platform = Platform(self.target, env=_alone(self.backup))
+            platform.names = [name for name in platform.names if name in ("wallet", "ledger", "payment")]
+            try:
+                await platform.start()
+                break
+            except ProcessFailed as error:
+                # A port that was free when it was chosen: the next try has others.
+                if "cannot listen on" not in str(error) or tries == START_TRIES_MAX:
+                    return [Verdict("start", DIFFERS, f"what was restored does not start: {error}")]
         try:
             return await run_checks(platform.settings, wait_s=SETTLE_TIMEOUT_S, without=("executor",))
         finally:
