@@ -7,7 +7,8 @@ What stands around a servicer's method, from the outside in; each is one small f
     trace          bind the caller's traceparent, or start one
     authorize      token and scope; with authentication on, a method without a scope entry is refused
     rate           more than grpc_caller_rate_max a second of one token → RESOURCE_EXHAUSTED
-    parse          the message is parsed here, so that nobody without a token can make us parse one
+    parse          the message is parsed here, so that nobody without a token can make us parse one; where there are tokens, calls
+                   without a known one are refused before their message has come (`_RawHandlers`)
     validate       protovalidate rules of the .proto → INVALID_ARGUMENT with one violation a field
     deadline       request_deadline_ms where the caller set none
     shield         a unary method that may change something runs to its end even when its caller gives up
@@ -46,6 +47,7 @@ from kernel.errors import (
     InvalidArgument,
     PermissionDenied,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
     Unimplemented,
 )
@@ -68,6 +70,8 @@ STREAMS_PER_CONNECTION_MAX = 4_096
 its health checks and webhooks never wait behind its callers."""
 PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 """The contract's pattern of texts that people read on a terminal; what breaks it is said in words."""
+MESSAGE_TIMEOUT_S = 2.0
+"""Within which the message of a health check must come: it needs no token, and gRPC keeps what has come of it."""
 HANDSHAKE_TIMEOUT_MS = 10_000
 """From the connection to the end of the HTTP/2 handshake."""
 RETRY_AFTER_S = 1
@@ -306,6 +310,28 @@ class _Guard:
 
         return grpc.stream_stream_rpc_method_handler(self.stream(method, behaviour))
 
+    def refused(self, method: str) -> _Handler:
+        """A method for a caller whose token is not known: `authorize` refuses it before its message has come."""
+
+        async def behaviour(_request: Any, _context: Any) -> Any:
+            raise Unavailable("the tokens of this server have just changed; try again")
+
+        return grpc.stream_stream_rpc_method_handler(self.stream(method, behaviour))
+
+    def is_known(self, metadata: Any) -> bool:
+        """Whether a call's head carries a token that is known here."""
+        if self._tokens is None:
+            return True
+        authorization = ""
+        for key, value in metadata or ():
+            if key == "authorization":
+                authorization = value
+        try:
+            self._tokens.authenticate(authorization)
+        except Unauthenticated:
+            return False
+        return True
+
     def unknown(self, method: str) -> _Handler:
         """A method that no servicer has."""
 
@@ -394,6 +420,29 @@ class _Guard:
             await asyncio.wait(set(self._tasks), timeout=grace_s)
 
 
+def _soon(handler: _Handler) -> _Handler:
+    """A method for everybody, whose one message must come within MESSAGE_TIMEOUT_S."""
+    behaviour, parse = _behaviour_of(handler), handler.request_deserializer
+    assert parse is not None
+
+    async def call(_requests: Any, context: Any) -> Any:
+        try:
+            async with asyncio.timeout(MESSAGE_TIMEOUT_S):
+                raw = await context.read()
+            request = parse(raw) if isinstance(raw, bytes) else None
+        except (TimeoutError, DecodeError):
+            request = None
+        if request is None:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"expected one message within {MESSAGE_TIMEOUT_S:g} s"
+            )
+        answer = await behaviour(request, context)
+        if answer is not None:
+            await context.write(answer)
+
+    return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+
+
 def _is_internal(method: str, scope: str | None) -> bool:
     """Whether only our own processes call a method."""
     return scope in INTERNAL_SCOPES or method.startswith(INTERNAL_SERVICES)
@@ -463,7 +512,11 @@ class _Details:
 
 
 class _RawHandlers(grpc.GenericRpcHandler):
-    """Methods that are served as raw bytes, and the answer for those that nobody serves. Wraps each method once."""
+    """Methods that are served as raw bytes, and the answer for those that nobody serves. Wraps each method once.
+
+    Where there are tokens every method comes through here (`add`), since this is asked when a call's head has come. gRPC reads
+    the message of a unary call before it calls the method: who has no token could make us keep as many as it likes, half sent.
+    """
 
     METHODS_MAX = 256
 
@@ -471,6 +524,11 @@ class _RawHandlers(grpc.GenericRpcHandler):
         self._guard = guard
         self._handlers = handlers
         self._wrapped: dict[str, _Handler] = {}
+        self._refused: dict[str, _Handler] = {}
+
+    def add(self, service: str, wrapped: Mapping[str, _Handler]) -> None:
+        """Methods of a servicer, by their names; they are wrapped already."""
+        self._wrapped.update({f"/{service}/{name}": handler for name, handler in wrapped.items()})
 
     def find(self, method: str) -> _Handler | None:
         for handler in self._handlers:
@@ -487,9 +545,14 @@ class _RawHandlers(grpc.GenericRpcHandler):
                 return None
             found = self.find(method)
             wrapped = self._guard.unknown(method) if found is None else self._guard.wrap(method, found)
-            if found is not None and len(self._wrapped) < self.METHODS_MAX:
-                self._wrapped[method] = wrapped
-        return wrapped
+            if found is None or len(self._wrapped) >= self.METHODS_MAX:
+                return wrapped
+            self._wrapped[method] = wrapped
+        if self._guard.is_known(details.invocation_metadata):
+            return wrapped
+        if method not in self._refused:
+            self._refused[method] = self._guard.refused(method)
+        return self._refused[method]
 
 
 class GrpcServer:
@@ -532,11 +595,18 @@ class GrpcServer:
             wrapped = {}
             for method, handler in collector.handlers.items():
                 wrapped[method.rpartition("/")[2]] = self._guard.wrap(method, raw.find(method) or handler)
-            self._server.add_registered_method_handlers(service, wrapped)
+            if tokens is None:
+                self._server.add_registered_method_handlers(service, wrapped)
+            else:
+                raw.add(service, wrapped)
         if tokens is not None and self._guard.scopeless:
             _logger.warning("methods without a scope: every call of them is refused", methods=self._guard.scopeless)
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        collector = _Collector()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, collector)
+        self._server.add_registered_method_handlers(
+            "grpc.health.v1.Health", {name.rpartition("/")[2]: _soon(each) for name, each in collector.handlers.items()}
+        )
         self._health_status = health_pb2.HealthCheckResponse
         names = ["", *(service for _, _, service in self._servicers)]
         if tokens is None:

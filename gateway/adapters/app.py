@@ -97,7 +97,7 @@ class GatewayApp:
         self._address_rates = {
             name: Rates(name, settings.gateway_address_rate_max, self.shedding) for name in ("webhooks", "pages")
         }
-        self._bodies = BodyReader(settings.body_bytes_max)
+        self._bodies = {name: BodyReader(settings.body_bytes_max) for name in self._budgets}
         self._readiness = Readiness({"payment": payment.check_health} if payment is not None else {})
         self._running = 0
         if metrics is not None:
@@ -187,10 +187,10 @@ class GatewayApp:
 
     async def _read_body(self, request: Request, budget: str) -> bytes:
         try:
-            return await self._bodies.read(request)
+            return await self._bodies[budget].read(request)
         except HttpProblem as error:
-            if error.status == 503:
-                self.shedding.note(budget, 503)
+            if error.status in (429, 503):
+                self.shedding.note(budget, error.status)
             raise
 
     def _refused(self, route: Route, path: str, error: DucatError | HttpProblem) -> Response:

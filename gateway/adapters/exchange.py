@@ -44,8 +44,9 @@ Header: TypeAlias = tuple[bytes, bytes]
 
 BODY_TIMEOUT_S = 10.0
 """How long a client may take to send its body."""
-BODIES_BYTES_MAX = 64 * 1024 * 1024
-"""Of all bodies that are arriving at once."""
+BODIES_BYTES_MAX = 32 * 1024 * 1024
+"""Of all bodies of one kind of request (webhooks, calls) that are arriving at once."""
+BODIES_BYTES_PER_ADDRESS_MAX = BODIES_BYTES_MAX // 4
 RETRY_AFTER_S = 2
 """What we ask of callers that may try again (429, 503, 504)."""
 
@@ -136,29 +137,42 @@ def retry_after(seconds: float) -> Header:
 
 
 class BodyReader:
-    """Reads bodies: each within ``bytes_max`` and BODY_TIMEOUT_S, all that arrive at once within BODIES_BYTES_MAX."""
+    """Reads bodies: each within ``bytes_max`` and BODY_TIMEOUT_S, all that arrive at once within BODIES_BYTES_MAX, and those
+    of one address within BODIES_BYTES_PER_ADDRESS_MAX.
+    """
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._held = 0
+        self._held_by_address: dict[str, int] = {}
 
     async def read(self, request: Request) -> bytes:
         """The whole body. Raises HttpProblem: 413 for one that is too large, 408 for a client that is too slow, 400 for one
-        that is gone, 503 while too many bodies arrive.
+        that is gone, 429 while too many bodies arrive from its address, 503 while too many arrive in all.
         """
+        client = request.scope.get("client")
+        address = client[0] if client else ""
         declared = request.headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self._bytes_max:
             raise self._too_large()
         held: list[int] = []
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                return await self._read_all(request.receive, held)
+                return await self._read_all(request.receive, held, address)
         except TimeoutError:
             raise HttpProblem(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s", headers=(_CLOSE,)) from None
         finally:
-            self._held -= sum(held)
+            self._hold(address, -sum(held))
 
-    async def _read_all(self, receive: Receive, held: list[int]) -> bytes:
+    def _hold(self, address: str, count: int) -> None:
+        self._held += count
+        left = self._held_by_address.get(address, 0) + count
+        if left:
+            self._held_by_address[address] = left
+        else:
+            self._held_by_address.pop(address, None)
+
+    async def _read_all(self, receive: Receive, held: list[int], address: str) -> bytes:
         parts: list[bytes] = []
         size = 0
         while True:
@@ -173,8 +187,10 @@ class BodyReader:
                 return b"".join((*parts, part)) if parts else part
             if not part:
                 continue
-            self._held += len(part)
+            self._hold(address, len(part))
             held.append(len(part))
+            if self._held_by_address[address] > BODIES_BYTES_PER_ADDRESS_MAX:
+                raise HttpProblem(429, "too many bodies arrive at once from you; try again", "OVERLOADED", (_CLOSE,))
             if self._held > BODIES_BYTES_MAX:
                 raise HttpProblem(503, "too many bodies arrive at once; try again", "OVERLOADED", (_CLOSE,))
             parts.append(part)
