@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
-EVENT ?= docs/examples/payment_event.json
+EVENT ?=
 JSON ?=
 ARGS ?=
 WORKERS ?= 4
-BUILD_INPUTS := setup.py pyproject.toml $(shell find proto wallet_core -name '*.proto' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.h')
+BUILD_INPUTS := setup.py pyproject.toml client/setup.py client/stubs.py client/pyproject.toml $(shell find proto wallet_core -name '*.proto' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.h')
 
 # Every process would compile all of its modules again: a quarter of its start, and half of the time that the tests take to be collected.
 unexport PYTHONDONTWRITEBYTECODE
@@ -24,7 +24,7 @@ help:
 	@echo 'make bench [ARGS="--scenario NAME"]    wallet benchmarks'
 
 demo: setup
-	@$(BIN)/ducat demo --event '$(EVENT)' $(if $(JSON),--json)
+	@$(BIN)/ducat demo $(if $(EVENT),--event '$(EVENT)') $(if $(JSON),--json)
 
 up: setup
 	@$(BIN)/ducat up $(ARGS)
@@ -54,12 +54,12 @@ $(VENV)/.synced: requirements.lock
 $(VENV)/.built: $(VENV)/.synced $(BUILD_INPUTS)
 	@command -v cc >/dev/null || command -v gcc >/dev/null || test -n "$$CC" || VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet ziglang
 	@echo 'building the stubs and the wallet core (about half a minute the first time)'
-	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable client --editable .
 	@touch $@
 
 lock:
 	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra telemetry --extra s3 --group build --group dev pyproject.toml --output-file requirements.lock
+	  --extra telemetry --extra s3 --extra loadtest --no-emit-package ducat-client --group build --group dev pyproject.toml --output-file requirements.lock
 
 clean:
-	@rm -rf build $(VENV) buf ducat/*/v1 *.egg-info && find . -name '*.so' -delete
+	@rm -rf build dist client/build client/dist $(VENV) ducat/*/v1 *.egg-info client/*.egg-info && find . -name '*.so' -delete

@@ -23,8 +23,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ducat.ids import account_id
 from ducat.wallet.v1 import wallet_pb2
-from kernel.ids import account_id
 
 __all__ = [
     "ROW_COUNT_MAX",

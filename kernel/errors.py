@@ -32,6 +32,7 @@ __all__ = [
     "Internal",
     "InvalidArgument",
     "NotFound",
+    "NotPermitted",
     "OutOfRange",
     "PermissionDenied",
     "ResourceExhausted",
@@ -112,6 +113,10 @@ class Unavailable(DucatError):
     """A dependency does not answer; retry with backoff."""
 
     default_reason = "UNAVAILABLE"
+
+
+class NotPermitted(Unavailable):
+    """A dependency is there and does not take our user, our password or our commands: a retry helps once somebody has changed that."""
 
 
 class DeadlineExceeded(DucatError):

@@ -43,9 +43,8 @@ def derived_event_id(kind: str, reference: str) -> str:
 
 def derived_transfer_id(time_ms: int, kind: str, reference: str) -> bytes:
     """16 bytes, shaped like a UUID of version 7: ``time_ms`` is when the business fact happened (unix milliseconds,
-    stored with the
-    fact, so that a replay gives the same id), ``kind`` and ``reference`` say what it is, such as ``("capture",
-    "ORD-123-A")``.
+    stored with the fact, so that a replay gives the same id), ``kind`` and ``reference`` say what it is, such as
+    ``("capture", "ORD-123-A")``.
     """
     return _version_7(time_ms, hashlib.sha256(f"{time_ms}/{kind}/{reference}".encode()).digest()[:10])
 

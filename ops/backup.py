@@ -606,9 +606,8 @@ def _moment(text: str) -> int:
 
 
 def _target(backup: Backup, time_ns: int) -> tuple[Point | None, dict[str, str]]:
-    """The point to restore to exactly, where it is one, and what PostgreSQL is told. Raises FailedPrecondition for a time
-    that the backup does
-    not hold."""
+    """The point to restore to exactly, where it is one, and what PostgreSQL is told. Raises FailedPrecondition for a
+    time that the backup does not hold."""
     if not time_ns:
         time_ns = backup.last_time_ns
     if not backup.first_time_ns <= time_ns <= backup.last_time_ns:

@@ -34,7 +34,7 @@ from ducat.wallet.v1 import wallet_pb2
 from kernel import names
 from kernel.money import Money
 from ops.platform import Platform, ProcessFailed
-from ops.terminal import printable
+from ops.terminal import ducat_command, printable
 from runtime.settings import Settings
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
 
 EXIT_OK, EXIT_FAILED, EXIT_INVALID = 0, 1, 2
 WAIT_S_MAX = 60.0
+SAMPLE = Path(__file__).with_name("payment_event.json")
 POLL_S = 0.05
 POLL_S_MAX = 0.5
 POLL_GROWTH = 1.2
@@ -162,9 +163,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo", help="one checkout from JSON to a payout on a platform of its own, then stop"
     )
-    parser.add_argument(
-        "--event", default="docs/examples/payment_event.json", help="file with the payment event (JSON)"
-    )
+    parser.add_argument("--event", default=str(SAMPLE), help="file with the payment event (JSON); default: the sample")
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
     parser.add_argument("--keep-data", action="store_true", help="leave the temporary data folder behind, for a look")
     parser.set_defaults(run=run)
@@ -492,7 +491,7 @@ async def wait_for(look: Callable[[], Awaitable[Seen | None]], what: str) -> See
             return seen
         if time.monotonic() > deadline:
             raise DemoFailed(
-                f"waited {WAIT_S_MAX:.0f} s in vain for {what}; `.venv/bin/ducat demo --keep-data` leaves its logs to look at"
+                f"waited {WAIT_S_MAX:.0f} s in vain for {what}; `{ducat_command()} demo --keep-data` leaves its logs to look at"
             )
         await asyncio.sleep(pause_s)
         pause_s = min(pause_s * POLL_GROWTH, POLL_S_MAX)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if not 1 <= args.seconds <= 3600:
         print(f"loadtest: --seconds: expected 1 to 3600, got {args.seconds}", file=sys.stderr)
+        return 2
+    if find_spec("locust") is None:
+        print("loadtest: locust is not installed; fix: pip install 'ducat-payments[loadtest]'", file=sys.stderr)
         return 2
     folder = Path(tempfile.mkdtemp(prefix="ducat-loadtest-"))
     try:

@@ -46,6 +46,8 @@ STOP_TIMEOUT_S = 15.0
 RESTART_DELAY_S_MIN = 0.2
 RESTART_DELAY_S_MAX = 10.0
 SERVER_LOOK_S = 0.25
+EXIT_REFUSED = 2
+"""Of a process whose settings, database or port are not as it needs them: another start would end the same way."""
 RESTART_FORGET_S = 30.0
 """A process that ran this long starts again at the shortest delay."""
 
@@ -72,6 +74,9 @@ class ManagedProcess:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     address: str = ""
     restart_count: int = 0
+    was_ready: bool = False
+    is_refused: bool = False
+    """It ended before it was ever ready, and said that starting it again cannot help."""
     started_at: float = 0.0
 
     @property
@@ -274,9 +279,12 @@ class Platform:
             raise ProcessFailed(str(error)) from error
 
     async def _migrate(self) -> None:
-        from runtime.migrations import migrate_all
+        from runtime.migrations import MigrationFailed, migrate_all
 
-        await migrate_all(self.database_url)
+        try:
+            await migrate_all(self.database_url)
+        except MigrationFailed as error:
+            raise ProcessFailed(f"the database is not as it has to be: {error}; check DUCAT_DATABASE_URL") from error
         self.log("migrated the schemas")
 
     async def _watch_servers(self) -> None:
@@ -360,10 +368,14 @@ class Platform:
                 words = line.decode(errors="replace").split()
                 if words[:1] == ["ready"]:
                     process.address = words[-1]
+                    process.was_ready = True
                     process.ready.set()
             code = await child.wait()
             process.ready.clear()
             if self._stopping:
+                return
+            if code == EXIT_REFUSED and not process.was_ready:
+                process.is_refused = True
                 return
             if time.monotonic() - process.started_at > RESTART_FORGET_S:
                 delay_s = RESTART_DELAY_S_MIN
@@ -384,6 +396,9 @@ class Platform:
     async def _wait_first_ready(self, process: ManagedProcess) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not process.ready.is_set():
+            refused = next((one for one in self.processes.values() if one.is_refused), None)
+            if refused is not None:
+                raise ProcessFailed(f"{refused.name} refuses to start: {_reason(refused.log_path)}")
             if process.restart_count >= 3 or time.monotonic() > deadline:
                 raise ProcessFailed(
                     f"{process.name} did not become ready; the end of its log:\n{_tail(process.log_path)}"
@@ -414,6 +429,12 @@ def _die_with_parent() -> None:
     nothing."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _reason(path: Path) -> str:
+    """What a process said last."""
+    lines = [line for line in _tail(path).splitlines() if line.strip()]
+    return lines[-1].removeprefix("ducat: ") if lines else f"see {path}"
 
 
 def _tail(path: Path, line_count: int = 25) -> str:

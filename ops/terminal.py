@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["json_line", "printable", "table"]
+__all__ = ["ducat_command", "json_line", "near", "printable", "table"]
 
 # Never within ASCII: json.dumps has escaped what is unprintable there.
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7e]")
@@ -42,6 +46,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             ).rstrip()
         )
     return "\n".join(lines)
+
+
+def ducat_command() -> str:
+    """How to type `ducat` here: by its name where the shell finds it, else by its path."""
+    beside = Path(sys.executable).with_name("ducat")
+    found = shutil.which("ducat")
+    return "ducat" if found and Path(found).samefile(beside) else near(beside)
+
+
+def near(path: Path) -> str:
+    """A path as one types it from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _escaped(sign: str) -> str:

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ops.demo import SAMPLE
 from ops.platform import DataFolderBusy, Platform, ProcessFailed
+from ops.terminal import ducat_command, near
 from runtime.settings import Settings
 
 __all__ = ["add_parser", "run"]
@@ -85,9 +87,9 @@ def _print_addresses(platform: Platform) -> None:
         f"data       {platform.data_dir}   (logs in {platform.data_dir / 'logs'})",
         "",
         "try next:",
-        f"  curl -sS {gateway}/v1/payments -H 'content-type: application/json' -d @docs/examples/payment_event.json",
+        f"  curl -sS {gateway}/v1/payments -H 'content-type: application/json' -d @{near(SAMPLE)}",
         "  open the checkout_url of its answer and pay with card 4242 4242 4242 4242",
-        f"  .venv/bin/ducat wallet shards --address {platform.grpc_address('wallet')}",
+        f"  {ducat_command()} wallet shards --address {platform.grpc_address('wallet')}",
         "",
         "Ctrl-C stops everything; the data stays.",
     ]

@@ -1057,7 +1057,6 @@ _COMMANDS: dict[str, Callable[[_Session], Awaitable[int]]] = {
 
 
 # --- words in, words out
-# ------------------------------------------------------------------------------------------------------
 
 
 def _account_key(text: str) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import asyncpg
 import structlog
 
-from kernel.errors import Unavailable
+from kernel.errors import NotPermitted, Unavailable
 
 __all__ = ["CONNECT_ERRORS", "Connection", "KeptConnections", "Pool", "connect", "create_pool", "transaction"]
 
@@ -36,6 +36,14 @@ CONNECT_ERRORS: tuple[type[BaseException], ...] = (
     asyncpg.InternalClientError,
 )
 """The server is not there, not ready, or went away: worth another try."""
+
+_REFUSALS = (
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidPasswordError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InsufficientPrivilegeError,
+)
+
 
 _CONFLICTS = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
 _log = structlog.get_logger("runtime.postgres")
@@ -214,6 +222,8 @@ async def _with_backoff(attempt: Callable[[], Awaitable[Result]], wait_s: float)
     while True:
         try:
             return await attempt()
+        except _REFUSALS as error:
+            raise NotPermitted(f"PostgreSQL refuses the connection: {error}; check DUCAT_DATABASE_URL") from error
         except CONNECT_ERRORS as error:
             delay = CONNECT_BACKOFF_S[min(tries, len(CONNECT_BACKOFF_S) - 1)]
             tries += 1

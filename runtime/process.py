@@ -30,7 +30,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kernel.errors import DucatError, Unavailable
+from kernel.errors import DucatError, NotPermitted, Unavailable
 from runtime import logs, telemetry
 from runtime.security import check_listen, reload_at_handshakes
 from runtime.settings import Settings, SettingsInvalid, split_address
@@ -242,13 +242,16 @@ class Process:
         from runtime import migrations, postgres
 
         dsn = self._need("database_url")
-        pool = await postgres.create_pool(
-            dsn,
-            schema,
-            max_size=self.settings.postgres_connections_max,
-            application_name=f"ducat-{self.name}",
-            server_settings=server_settings,
-        )
+        try:
+            pool = await postgres.create_pool(
+                dsn,
+                schema,
+                max_size=self.settings.postgres_connections_max,
+                application_name=f"ducat-{self.name}",
+                server_settings=server_settings,
+            )
+        except NotPermitted as error:
+            raise SettingsInvalid(str(error)) from error
         self.on_close("postgres", pool.close)
         missing = await migrations.pending(pool, schema)
         if missing:
@@ -262,19 +265,23 @@ class Process:
         from runtime.bus import BusPolicy, open_bus
 
         settings = self.settings
-        bus = await open_bus(
-            settings.bus,
-            redis_url=self._need("redis_url") if settings.bus == "valkey" else "",
-            kafka_bootstrap=settings.kafka_bootstrap,
-            policy=BusPolicy(
-                delivery_count_max=settings.bus_delivery_count_max,
-                claim_idle_ms=settings.bus_claim_idle_ms,
-                group_idle_max_s=settings.bus_group_idle_max_s,
-                stream_length_max=settings.bus_stream_length_max,
-            ),
-            name=self.name,
-            examine=True,
+        policy = BusPolicy(
+            delivery_count_max=settings.bus_delivery_count_max,
+            claim_idle_ms=settings.bus_claim_idle_ms,
+            group_idle_max_s=settings.bus_group_idle_max_s,
+            stream_length_max=settings.bus_stream_length_max,
         )
+        try:
+            bus = await open_bus(
+                settings.bus,
+                redis_url=self._need("redis_url") if settings.bus == "valkey" else "",
+                kafka_bootstrap=settings.kafka_bootstrap,
+                policy=policy,
+                name=self.name,
+                examine=True,
+            )
+        except NotPermitted as error:
+            raise SettingsInvalid(f"{error}; check DUCAT_REDIS_URL") from error
         self.on_close("bus", bus.close)
         return bus
 
@@ -287,6 +294,8 @@ class Process:
             try:
                 await client.ping()
                 break
+            except redis.exceptions.AuthenticationError as error:
+                raise SettingsInvalid(f"Valkey refuses the connection: {error}; check DUCAT_REDIS_URL") from error
             except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
                 await attempt(error)
         return client

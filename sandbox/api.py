@@ -113,7 +113,7 @@ class SandboxApi:
             return await self._serve_page(name, request, parts[3])
         return self._serve_rest(request, parts)
 
-    # --- the PSP's API ------------------------------------------------------------------------------------------------------
+    # --- the PSP's API
 
     async def _call_api(self, name: PspName, request: Request, path: list[str]) -> Response:
         collection = path[0]
@@ -184,7 +184,7 @@ class SandboxApi:
         self._once.add(mark)
         return True
 
-    # --- the buyer's page ---------------------------------------------------------------------------------------------------
+    # --- the buyer's page
 
     async def _serve_page(self, name: PspName, request: Request, object_id: str) -> Response:
         intent = self._psp.get(name, "payment_intent", object_id)
@@ -212,7 +212,7 @@ class SandboxApi:
             return pages.payment_page(name.name, intent)
         return pages.outcome_page(name.name, intent, _back_url(intent))
 
-    # --- the rest -----------------------------------------------------------------------------------------------------------
+    # --- the rest
 
     def _serve_rest(self, request: Request, parts: list[str]) -> Response:
         match parts[1:]:

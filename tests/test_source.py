@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,8 @@ def test_every_dependency_has_its_reason() -> None:
     reasons = (ROOT / "docs" / "dependencies.md").read_text()
     lock = (ROOT / "requirements.lock").read_text().lower()
     for requirement in wanted:
+        if requirement.startswith("ducat-client"):
+            continue  # the other distribution of this tree
         name = re.split(r"[<>=\[;~! ]", requirement)[0]
         assert re.search(rf"\b{re.escape(name)}\b", reasons), f"docs/dependencies.md: no reason for {name}"
         assert f"\n{name.lower()}==" in f"\n{lock}", f"requirements.lock: {name} is not pinned; run: make lock"
@@ -130,3 +134,33 @@ def test_links_in_the_docs_lead_somewhere() -> None:
         if path.suffix == ".md":
             for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text()):
                 assert (path.parent / target).exists(), f"{path.relative_to(ROOT)}: broken link {target}"
+
+
+def test_comments_are_as_they_were_written() -> None:
+    """What a formatter breaks at its line length: rules of dashes, and paragraphs with a word or two alone in the middle."""
+    for path in tracked_files():
+        if path.suffix not in (".py", ".pyx", ".pxd", ".pxi"):
+            continue
+        text = path.read_text()
+        assert not re.search(r"^\s*# ?-{5,}\s*$", text, re.MULTILINE), f"{path}: a comment that is nothing but dashes"
+        if path.suffix == ".py":
+            for number, line in orphans(text):
+                raise AssertionError(
+                    f"{path.relative_to(ROOT)}:{number}: {line!r} stands alone; wrap the paragraph again"
+                )
+
+
+def orphans(text: str) -> Iterator[tuple[int, str]]:
+    """Lines of one or two words within a paragraph of a docstring, to which more of the next line would have fitted."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if not (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        ):
+            continue
+        indent = node.col_offset
+        for at in range(node.lineno, (node.end_lineno or node.lineno) - 1):
+            before, line, after = (lines[at + step] for step in (-1, 0, 1))
+            are_prose = all(len(one) - len(one.lstrip()) == indent and one.strip() for one in (before, line, after))
+            if are_prose and len(line.split()) <= 2 and len(before) > 60 and re.match(r"[a-z]", after.strip()):
+                yield at + 1, line.strip()

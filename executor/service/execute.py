@@ -130,7 +130,7 @@ class Executor:
             )
         return await self._conclude(due.attempt, due.command, await self._query(due.attempt))
 
-    # --- sending ------------------------------------------------------------------------------------------------------
+    # --- sending
 
     async def _ask_then_send(self, attempt: Attempt, command: Command) -> Attempt:
         """For a SENDING attempt that may have been sent before, nobody knows: sent only where the PSP says that it does not have it. One
@@ -229,7 +229,7 @@ class Executor:
             return f"PSP {requested!r} is not configured, or cannot {what} in {currency}"
         return f"no configured PSP can {what} in {currency}"
 
-    # --- asking -------------------------------------------------------------------------------------------------------
+    # --- asking
 
     async def _query(self, attempt: Attempt) -> Answer:
         adapter = self._adapters.get(attempt.psp)
@@ -261,7 +261,7 @@ class Executor:
         await self._health.record(attempt.psp, answer)
         return answer
 
-    # --- storing ------------------------------------------------------------------------------------------------------
+    # --- storing
 
     async def _conclude(self, attempt: Attempt, command: Command, answer: Answer) -> Attempt:
         """Stores what the answer says with its event. Where another executor was faster, its result is looked at first."""

@@ -1,8 +1,7 @@
 """One HTTP exchange: what a request is, what a response is, and how a body is read within its bounds. Plain ASGI.
 
 There is no framework in between: a routing layer with middlewares costs more CPU than everything that the gateway
-itself
-does for a call (docs/rest.md has the figures).
+itself does for a call (docs/rest.md has the figures).
 """
 
 from __future__ import annotations

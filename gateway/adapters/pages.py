@@ -1,6 +1,5 @@
-"""The pages that a buyer sees. They work without JavaScript (a refresh shows the new state); one small script does
-the same
-quietly. Style and script stand in the page and are allowed by their hashes, nothing else is.
+"""The pages that a buyer sees. They work without JavaScript (a refresh shows the new state); one small script does the
+same quietly. Style and script stand in the page and are allowed by their hashes, nothing else is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """The REST API as a table: what each path and method does, and what it needs. The router, the `Allow` header and the
-test of
-the OpenAPI document all read it.
+test of the OpenAPI document all read it.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ GROUP = "ledger"
 BATCH_MAX = 64
 PACE_S = 0.05
 """Pause after a batch that was not full, so that the next one gathers more: a batch of 1 costs five times more CPU an
-event than one
-of 64 (docs/ledger.md). Nobody waits for the ledger; the first event after a quiet time is taken at once.
+event than one of 64 (docs/ledger.md). Nobody waits for the ledger; the first event after a quiet time is taken at once.
 """
 
 _logger = get_logger("ledger.bus")

@@ -1,10 +1,8 @@
 """The journal in PostgreSQL.
 
-A batch is one statement, and so one round trip and one transaction: inbox, entries, postings and running sums, each
-as a set. The
-triggers of migrations/0001_ledger.sql check it whole at its end. Locks are taken in one order (message ids sorted,
-then accounts by
-name), so batches that overlap wait for each other and never deadlock.
+A batch is one statement, and so one round trip and one transaction: inbox, entries, postings and running sums, each as
+a set. The triggers of migrations/0001_ledger.sql check it whole at its end. Locks are taken in one order (message ids
+sorted, then accounts by name), so batches that overlap wait for each other and never deadlock.
 """
 
 from __future__ import annotations

@@ -47,8 +47,7 @@ class Journal(Protocol):
         """Writes what is new of a batch, all or nothing, in one transaction: inbox, entries, postings, running sums.
 
         ``received`` has each entry id once. A known message or a known entry changes nothing; a known entry id with
-        other content,
-        and a sum that overflows, raise and change nothing.
+        other content, and a sum that overflows, raise and change nothing.
         """
         ...
 

@@ -3,9 +3,8 @@
     python -m loadtest.bench.host [--accounts 10000] [--transfers 2000000] [--shards 1] [--window 8] [--kafka HOST:PORT] [--json]
 
 Messages are built beforehand; all ids are distinct; fdatasync is on. Afterwards every balance is checked against a sum
-made outside, every transfer is looked up in the log, and a restart must give the same digest.
-The machine's own limit is
-measured in the same run: direct writes and fdatasync of the same number of bytes in the same group size.
+made outside, every transfer is looked up in the log, and a restart must give the same digest. The machine's own limit
+is measured in the same run: direct writes and fdatasync of the same number of bytes in the same group size.
 """
 
 from __future__ import annotations

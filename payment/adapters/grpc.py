@@ -105,7 +105,6 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
         self._checkout_base = f"{gateway_url.rstrip('/')}/checkout/"
 
     # --- payments
-    # -----------------------------------------------------------------------------------------------------------
 
     async def CreatePayment(
         self, request: payment_pb2.CreatePaymentRequest, context: Any
@@ -150,7 +149,6 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
             yield payment_pb2.WatchPaymentResponse(payment=self._payment(payment))
 
     # --- refunds: part of the contract, not served yet
-    # ----------------------------------------------------------------------
 
     async def CreateRefund(self, request: Any, context: Any) -> NoReturn:
         """Not served yet."""
@@ -165,7 +163,6 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
         raise _refunds_unimplemented("ListRefunds")
 
     # --- payouts
-    # ------------------------------------------------------------------------------------------------------------
 
     async def CreatePayout(
         self, request: payout_pb2.CreatePayoutRequest, context: Any
@@ -211,7 +208,6 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
         return response
 
     # --- notifications
-    # ------------------------------------------------------------------------------------------------------
 
     async def RecordNotification(
         self, request: payment_pb2.RecordNotificationRequest, context: Any
@@ -229,7 +225,6 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
         )
 
     # --- findings
-    # -----------------------------------------------------------------------------------------------------------
 
     async def ListFindings(
         self, request: finding_pb2.ListFindingsRequest, context: Any
@@ -267,7 +262,6 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
         return finding_pb2.ResolveFindingResponse(finding=_finding(finding))
 
     # --- out
-    # ----------------------------------------------------------------------------------------------------------------
 
     def _payment(self, payment: Payment) -> payment_pb2.Payment:
         buyer = payment.buyer
@@ -419,7 +413,6 @@ def _bank_account(account: BankAccount) -> payout_pb2.BankAccount:
 
 
 # --- in
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _payment_request(request: payment_pb2.CreatePaymentRequest) -> PaymentRequest:

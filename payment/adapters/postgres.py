@@ -178,7 +178,6 @@ class PostgresStore:
         await self._pool.close()
 
     # --- payments
-    # -----------------------------------------------------------------------------------------------------------
 
     async def create_payment(
         self, payment: Payment, content_hash: bytes, expire_time: datetime, traceparent: str
@@ -310,7 +309,6 @@ class PostgresStore:
         return payments
 
     # --- payouts
-    # ------------------------------------------------------------------------------------------------------------
 
     async def create_payout(self, payout: Payout, content_hash: bytes) -> Stored:
         """One statement, one round trip."""
@@ -377,7 +375,6 @@ class PostgresStore:
         return payouts
 
     # --- findings
-    # ------------------------------------------------------------------------------------------------------------
 
     async def list_findings(self, filter: FindingFilter, after: Position | None, limit: int) -> list[Finding]:
         """Newest first, after a position."""
@@ -428,7 +425,6 @@ class PostgresStore:
         return {FindingKind(row[0]): row[1] for row in await self._pool.fetch(_OPEN_FINDINGS)}
 
     # --- load, decide elsewhere, apply
-    # --------------------------------------------------------------------------------------
 
     async def load_for_notifications(self, notifications: Sequence[Notification]) -> Loaded:
         """One round trip where PSPs echo our reference; a second one for those that are found by the PSP's id only."""
@@ -542,7 +538,6 @@ class PostgresStore:
         return has_parked
 
     # --- what the clock asks for
-    # --------------------------------------------------------------------------------------------
 
     async def overdue_checkout_ids(self, now: datetime, limit: int) -> list[str]:
         """Open payments whose time is over, oldest first."""

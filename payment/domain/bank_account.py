@@ -1,14 +1,14 @@
-"""Bank accounts of people whom no PSP knows, checked by their country's rules. Every number is text: leading zeros
-matter.
+"""Bank accounts of people whom no PSP knows, checked by their country's rules. Every number is text: leading zeros count.
 
 What is checked, and where the rule comes from:
 
     IFSC        ^[A-Z]{4}0[A-Z0-9]{6}$, no check digit (Reserve Bank of India)
     ABA         nine digits, Σ d × (3,7,1,3,7,1,3,7,1) ≡ 0 mod 10, first two 00–12, 21–32, 61–72 or 80, never 000000000
-    sort code   six digits; the account number has 6 to 8 digits and is padded with zeros on the left to 8. The
-    modulus check needs Vocalink's tables, which are not ours to ship: a pass means "could exist" BSB         six
-    digits, no check digit (AusPayNet) IBAN        country, length, mod 97 = 1, the country's own structure
-    (python-stdnum, from the SWIFT registry) BIC         ISO 9362, 8 or 11 characters
+    sort code   six digits; the account number has 6 to 8 digits and is padded with zeros on the left to 8. The modulus
+                check needs Vocalink's tables, which are not ours to ship: a pass means "could exist"
+    BSB         six digits, no check digit (AusPayNet)
+    IBAN        country, length, mod 97 = 1, the country's own structure (python-stdnum, from the SWIFT registry)
+    BIC         ISO 9362, 8 or 11 characters
 """
 
 from __future__ import annotations

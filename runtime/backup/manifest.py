@@ -6,9 +6,9 @@
     <name>/wallet/shard-0000/log/<first>.seg.<offset>.0.gz   a segment, or what was added to it since the last time
     <name>/wallet/shard-0000/snapshots/<sequence>.snap.0.gz
 
-A file is the contents of its parts, one behind the other; every part is an object of its own (gzip), with size and SHA-256
-of what is stored. To
-extend a backup adds objects and then replaces the manifest: until then the backup is what it was before.
+A file is the contents of its parts, one behind the other; every part is an object of its own (gzip), with size and
+SHA-256 of what is stored. To extend a backup adds objects and then replaces the manifest: until then the backup is what
+it was before.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ class Part:
 
 @dataclass(slots=True)
 class StoredFile:
-    """A file in parts. `path`: where it belongs, relative to the data it is of. `full_bytes`: of the file on disk, where it
-    ended in zeros that
-    are not stored."""
+    """A file in parts. `path`: where it belongs, relative to the data it is of. `full_bytes`: of the file on disk,
+    where it ended in zeros that are not stored."""
 
     path: str
     parts: list[Part] = field(default_factory=list)
@@ -77,9 +76,8 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A moment that can be restored exactly. `time`: unix ns by PostgreSQL's clock. `lsn`: of PostgreSQL's restore point
-    `name`. `positions`: of
-    each shard, the last durable event just before it."""
+    """A moment that can be restored exactly. `time`: unix ns by PostgreSQL's clock. `lsn`: of PostgreSQL's restore
+    point `name`. `positions`: of each shard, the last durable event just before it."""
 
     name: str
     time_ns: int

@@ -3,9 +3,9 @@
     slot ─ base backup ─ restore point ─ log up to it     (create)
                        … restore point ─ log up to it     (extend, as often as wanted)
 
-The server's own programs do it (pg_basebackup, pg_receivewal, pg_verifybackup). The slot is moved on only when what it kept
-is safe in the
-store. After each restore point a commit is logged: recovery to a time stops at the first commit after it, and so there always is one.
+The server's own programs do it (pg_basebackup, pg_receivewal, pg_verifybackup). The slot is moved on only when what it
+kept is safe in the store. After each restore point a commit is logged: recovery to a time stops at the first commit
+after it, and so there always is one.
 """
 
 from __future__ import annotations

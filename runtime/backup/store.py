@@ -1,8 +1,7 @@
 """Where backups lie: objects by name, in a folder or in an S3-compatible bucket.
 
-An object is written once, whole or not at all, and durable when `put` returns; only `manifest.json` is ever replaced. Names
-are relative, with
-`/` between their parts.
+An object is written once, whole or not at all, and durable when `put` returns; only `manifest.json` is ever replaced.
+Names are relative, with `/` between their parts.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
 
-from kernel.errors import Unavailable
+from kernel.errors import NotPermitted, Unavailable
 
 __all__ = ["Address", "Link", "ReplyError", "RespConnection", "parse_url"]
 
@@ -186,8 +186,11 @@ class Link:
             self._connection.close()
 
 
+_NOT_PERMITTED = ("WRONGPASS", "NOAUTH", "NOPERM", "ERR AUTH", "ERR invalid password", "ERR Client sent AUTH")
+
+
 async def open_connection(address: Address, name: str) -> RespConnection:
-    """Connect, authenticate, select. Raises Unavailable when the server is not there or not ready."""
+    """Connect, authenticate, select. Raises Unavailable when the server is not there or not ready, NotPermitted when it refuses."""
     loop = asyncio.get_running_loop()
     connection: RespConnection | None = None
     try:
@@ -214,6 +217,7 @@ async def open_connection(address: Address, name: str) -> RespConnection:
     for reply in replies:
         if isinstance(reply, ReplyError):
             connection.close()
-            raise Unavailable(f"Valkey refuses the connection: {reply}")
+            kind = NotPermitted if str(reply).startswith(_NOT_PERMITTED) else Unavailable
+            raise kind(f"Valkey refuses the connection: {reply}")
     connection.client_id = int(replies[-2])
     return connection

@@ -45,7 +45,7 @@ from zlib import crc32
 import hiredis
 import structlog
 
-from kernel.errors import DucatError, Unavailable
+from kernel.errors import DucatError, NotPermitted, Unavailable
 from runtime.bus import BusPolicy, Message
 from runtime.bus._decode import decode, number
 from runtime.bus._dispatch import Delivery, Dispatcher
@@ -176,13 +176,15 @@ class ValkeyBus:
         name: str = "ducat",
         wait_s: float = 60.0,
     ) -> ValkeyBus:
-        """Wait with backoff up to `wait_s` for the server, then raise Unavailable."""
+        """Wait with backoff up to `wait_s` for the server, then raise Unavailable. Raises NotPermitted at once."""
         bus = cls(parse_url(url), policy=policy or BusPolicy(), name=name)
         deadline = time.monotonic() + wait_s
         for tries in range(1_000_000):
             try:
                 await bus.link.get()
                 break
+            except NotPermitted:
+                raise
             except Unavailable:
                 delay = BACKOFF_S[min(tries, len(BACKOFF_S) - 1)]
                 if time.monotonic() + delay > deadline:

@@ -82,10 +82,10 @@ SETTINGS = {
 class EmbeddedPostgres(EmbeddedServer):
     """A PostgreSQL server as a child process.
 
-    `start()` returns the DSN of a Unix socket and waits until the server accepts; `tcp_dsn` is the loopback one, with its password. The
-    child is in a session of its own: a Ctrl-C at the terminal does not reach it, `stop()` does. `is_durable=False` is for
-    tests only. `options` are further
-    settings of this run; a recovery from a backup may need a longer `start_timeout_s`.
+    `start()` returns the DSN of a Unix socket and waits until the server accepts; `tcp_dsn` is the loopback one, with
+    its password. The child is in a session of its own: a Ctrl-C at the terminal does not reach it, `stop()` does.
+    `is_durable=False` is for tests only. `options` are further settings of this run; a recovery from a backup may need
+    a longer `start_timeout_s`.
     """
 
     name = "PostgreSQL"

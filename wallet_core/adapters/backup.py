@@ -1,8 +1,7 @@
 """A wallet's shards into a backup beside the running processes, and back at a cut that is consistent over all shards.
 
-Copying needs no stop: a log only grows, and what lies below the durable mark never changes. For each shard: read the mark,
-store the snapshots
-at or below it (once), then the segments up to it. The next time goes on where this one ended.
+Copying needs no stop: a log only grows, and what lies below the durable mark never changes. For each shard: read the
+mark, store the snapshots at or below it (once), then the segments up to it. The next time goes on where this one ended.
 
 A cut is one event a shard, such that no effect is without its cause (as in service/balance_check.py): no shard has received
 more from another
@@ -65,8 +64,8 @@ def store_shard(
     store: Store, name: str, config: ShardHostConfig, copied: ShardBackup, mark: Mark, snapshots_upto: int
 ) -> None:
     """Brings a shard's copy up to `mark`. The first time (nothing is copied yet) with snapshots at or below event
-    `snapshots_upto`, and with
-    everything that the log still holds. Raises FailedPrecondition where the log does not continue the copy."""
+    `snapshots_upto`, and with everything that the log still holds. Raises FailedPrecondition where the log does not
+    continue the copy."""
     folder = shard_folder(config.data_dir, copied.shard)
     for number in range(1, TRIES_MAX + 1):
         attempt = replace(copied, files=[replace(file, parts=list(file.parts)) for file in copied.files])
@@ -162,8 +161,7 @@ def _lay_file(store: Store, file: StoredFile, folder: Path, note: Callable[[int]
 
 def lay_shard(store: Store, shard: ShardBackup, folder: Path, note: Callable[[int], None] = lambda count: None) -> None:
     """A shard's files below `folder`, as in a data folder, but for the durable mark (what is to be the end is not known
-    yet) and the identity
-    (it will be another shard); `note(bytes)` for each piece. Raises BackupDamaged."""
+    yet) and the identity (it will be another shard); `note(bytes)` for each piece. Raises BackupDamaged."""
     make_folder(shard_folder(folder, shard.shard) / "log")
     for file in shard.files:
         _lay_file(store, file, folder, note)
@@ -207,9 +205,8 @@ class _Link:
 
 
 def choose_cut(config: ShardHostConfig, wanted: Mapping[int, WantedCut]) -> dict[int, int]:
-    """The last event of each shard: the smallest consistent cut that holds all that is wanted. `config.data_dir` has the
-    shards as `lay_shard`
-    laid them. Raises FailedPrecondition where the logs do not reach so far."""
+    """The last event of each shard: the smallest consistent cut that holds all that is wanted. `config.data_dir` has
+    the shards as `lay_shard` laid them. Raises FailedPrecondition where the logs do not reach so far."""
     cuts, links = {}, {}
     for shard, one in wanted.items():
         cuts[shard], links[shard] = _start(config, shard, one, wanted.keys())

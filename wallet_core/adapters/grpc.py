@@ -119,8 +119,7 @@ class WalletServicer(wallet_service_pb2_grpc.WalletServiceServicer):
             )
         ]
 
-    # --- accounts -------------------------------------------------------------------------------------------
-    # ----------------
+    # --- accounts
 
     async def CreateAccounts(self, raw: bytes, context: Any) -> bytes:  # type: ignore[override]
         """A serialized CreateAccountsRequest in, a serialized CreateAccountsResponse out."""
@@ -173,8 +172,7 @@ class WalletServicer(wallet_service_pb2_grpc.WalletServiceServicer):
             view = AccountView(past.state, name, past.positions)
         return wallet_pb2.GetBalanceResponse(account=_account(view))
 
-    # --- transfers ------------------------------------------------------------------------------------------
-    # ----------------
+    # --- transfers
 
     async def CreateTransfers(self, raw: bytes, context: Any) -> bytes:  # type: ignore[override]
         """A serialized CreateTransfersRequest in, a serialized CreateTransfersResponse out."""
@@ -549,7 +547,6 @@ class ShardServicer(wallet_service_pb2_grpc.ShardServiceServicer):
 
 
 # --- messages in and out
-# ------------------------------------------------------------------------------------------------------
 
 
 def _row(row: int, transfer: wallet_pb2.Transfer) -> TransferRow:

@@ -1,10 +1,10 @@
-"""Restores a shard offline: from a snapshot and log segments that lie elsewhere into an empty place of a
-data folder.
+"""Restores a shard offline: from a snapshot and log segments that lie elsewhere into an empty place of a data folder.
 
-    find       snapshots and segments in the source: a data folder, a shard's folder, or one flat folder with
-    both choose     the newest snapshot whose every checksum holds, and the segments from there on stage
-    copy them beside the target, synced recover    exactly as a starting wallet does: load, replay, compare
-    every digest, settle the tail by the log's rules publish    rename into place
+    find      snapshots and segments in the source: a data folder, a shard's folder, or one flat folder with both
+    choose    the newest snapshot whose every checksum holds, and the segments from there on
+    stage     copy them beside the target, synced
+    recover   exactly as a starting wallet does: load, replay, compare every digest, settle the tail by the log's rules
+    publish   rename into place
 
 Nothing appears under its final name before all of that went well. A dry run replays the source where it lies.
 """

@@ -51,11 +51,10 @@ def snapshot_files(folder: Path) -> list[SnapshotFile]:
 
 
 class SnapshotWriter:
-    """Writes one snapshot: `begin`, `add` each piece, `finish`. Nothing is visible before `finish` returns;
-    `abandon` (or a crash) leaves at most a `.building` file, which the next writer removes. Raises DiskNearlyFull rather than eat into
-    the reserve that the event log needs. Past the page
-    cache where possible, so that a gigabyte of snapshot does not push a server's memory out. Use one writer
-    a folder at a time."""
+    """Writes one snapshot: `begin`, `add` each piece, `finish`. Nothing is visible before `finish` returns; `abandon`
+    (or a crash) leaves at most a `.building` file, which the next writer removes. Raises DiskNearlyFull rather than eat
+    into the reserve that the event log needs. Past the page cache where possible, so that a gigabyte of snapshot does
+    not push a server's memory out. Use one writer a folder at a time."""
 
     def __init__(self, folder: Path, shard: int, *, reserve_bytes: int = 0) -> None:
         self._folder, self._shard, self._reserve_bytes = folder, shard, reserve_bytes

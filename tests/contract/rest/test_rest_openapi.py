@@ -7,15 +7,20 @@ its real HTTP server; the payment service is a fake behind a real gRPC server: o
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from grpc_tools import protoc
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks, not_a_server_error
@@ -28,7 +33,6 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from buf.validate import validate_pb2
 from ducat.payment.v1 import finding_pb2, payment_pb2, payout_pb2
 from gateway.adapters.openapi import OPENAPI
 from gateway.adapters.routes import ROUTES
@@ -36,6 +40,7 @@ from gateway.domain import payment_event, payout_request
 from runtime.grpc_server import PRINTABLE
 from tests.integration.gateway.fake_payment import GOOD_SIGNATURE, FakePayment, serving
 
+ROOT = Path(__file__).parents[3]
 EXAMPLE_COUNT_MAX = 30
 """Of each operation and mode; the whole file stays below 40 s."""
 
@@ -123,8 +128,30 @@ def rule_of(message: Any, path: str) -> tuple[Any, bool]:
     *outer, last = path.split(".")
     for name in outer:
         descriptor = descriptor.fields_by_name[name].message_type
-    rules = descriptor.fields_by_name[last].GetOptions().Extensions[validate_pb2.field]
+    rules = rules_of(descriptor.fields_by_name[last])
     return rules.string, rules.required
+
+
+@functools.cache
+def options_of_fields() -> tuple[Any, Any]:
+    """google.protobuf.FieldOptions in a pool that knows the option `buf.validate.field`, and that option."""
+    vendored, well_known = ROOT / "proto" / "vendor", Path(protoc.__file__).parent / "_proto"
+    with tempfile.NamedTemporaryFile() as described:
+        arguments = [f"-I{vendored}", f"-I{well_known}", "--include_imports", f"--descriptor_set_out={described.name}"]
+        assert protoc.main(["protoc", *arguments, "buf/validate/validate.proto"]) == 0
+        files = descriptor_pb2.FileDescriptorSet.FromString(described.read())
+    pool = descriptor_pool.DescriptorPool()
+    for file in files.file:
+        pool.Add(file)
+    options = message_factory.GetMessageClass(pool.FindMessageTypeByName("google.protobuf.FieldOptions"))
+    message_factory.GetMessageClassesForFiles(["buf/validate/validate.proto"], pool)
+    return options, pool.FindExtensionByName("buf.validate.field")
+
+
+def rules_of(field: Any) -> Any:
+    """What the proto demands of a field, from its stub's descriptor."""
+    options, extension = options_of_fields()
+    return options.FromString(field.GetOptions().SerializeToString()).Extensions[extension]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +175,7 @@ def test_the_text_rules_are_those_of_the_proto(message: Any, rules: dict[str, An
 
 def test_the_limit_of_orders_is_that_of_the_proto() -> None:
     field = payment_pb2.CreatePaymentRequest.DESCRIPTOR.fields_by_name["payment_orders"]
-    assert field.GetOptions().Extensions[validate_pb2.field].repeated.max_items == payment_event.ORDERS_MAX
+    assert rules_of(field).repeated.max_items == payment_event.ORDERS_MAX
 
 
 def test_every_field_of_the_proto_is_in_the_json() -> None:

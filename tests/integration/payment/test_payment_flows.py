@@ -30,7 +30,7 @@ async def states(service: Service, checkout_id: str = "CH-1") -> list[PaymentOrd
     return [order.state for order in (await service.payments.get(checkout_id)).orders]
 
 
-# --- the whole way --------------------------------------------------------------------------------------------------
+# --- the whole way
 
 
 async def test_two_orders_paid_end_to_end(service: Service) -> None:
@@ -95,7 +95,7 @@ async def test_the_outbox_leaves_by_the_bus_in_order(service: Service) -> None:
     ]
 
 
-# --- create: idempotency and refusals -------------------------------------------------------------------------------
+# --- create: idempotency and refusals
 
 
 async def test_same_content_is_the_same_payment_and_other_content_a_mismatch(service: Service) -> None:
@@ -177,7 +177,7 @@ async def test_checkouts_that_fight_for_the_same_order_ids_end_with_one_winner(s
     assert await service.pool.fetchval("SELECT count(*) FROM payment.payment_event") == 1
 
 
-# --- notifications --------------------------------------------------------------------------------------------------
+# --- notifications
 
 
 async def test_the_same_webhook_a_hundred_times_at_once_has_one_effect(service: Service) -> None:
@@ -474,7 +474,7 @@ async def test_a_caller_that_gave_up_does_not_spoil_the_others(service: Service)
     assert await states(service) == [S.SUCCESS, S.SUCCESS]
 
 
-# --- reports of the executor ----------------------------------------------------------------------------------------
+# --- reports of the executor
 
 
 async def test_a_replay_of_the_bus_from_zero_changes_nothing(service: Service) -> None:
@@ -545,7 +545,7 @@ async def test_a_report_about_nothing_of_ours_raises_and_blocks_nothing(service:
     await service.reports.apply("executor.events", [])
 
 
-# --- cancel, expiry -------------------------------------------------------------------------------------------------
+# --- cancel, expiry
 
 
 async def test_cancel_ends_what_no_psp_has_and_asks_the_psp_for_the_rest(service: Service) -> None:
@@ -601,7 +601,7 @@ async def test_unpaid_orders_expire_once_and_paid_ones_do_not(service: Service) 
     assert (await service.outbox())[-1][1].cancel_order.psp_token == "pi_C"
 
 
-# --- reads ----------------------------------------------------------------------------------------------------------
+# --- reads
 
 
 async def test_pages_hold_every_payment_once_newest_first(service: Service) -> None:

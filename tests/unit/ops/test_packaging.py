@@ -18,7 +18,7 @@ def test_every_data_file_of_a_package_is_in_the_wheel() -> None:
     data = [
         path for name in packages for path in (ROOT / name).rglob("*") if path.is_file() and path.suffix not in SOURCES
     ]
-    assert {"page.css", "page.js", "py.typed", "0001_payment.sql"} <= {path.name for path in data}
+    assert {"page.css", "page.js", "payment_event.json", "0001_payment.sql"} <= {path.name for path in data}
     left_out = [
         str(path.relative_to(ROOT)) for path in data if not any(fnmatch.fnmatch(path.name, each) for each in patterns)
     ]

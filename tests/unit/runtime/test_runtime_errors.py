@@ -14,7 +14,12 @@ from kernel import errors as kernel_errors
 from kernel.errors import DeadlineExceeded, DucatError, Internal, InvalidArgument, NotFound, Unavailable
 from runtime import errors
 
-KERNEL = {each for _, each in inspect.getmembers(kernel_errors, inspect.isclass) if issubclass(each, DucatError)}
+KERNEL = {
+    each
+    for _, each in inspect.getmembers(kernel_errors, inspect.isclass)
+    if issubclass(each, DucatError)
+    and each is not kernel_errors.NotPermitted  # of our own dependencies: Unavailable to callers
+}
 REASONS = {name.removeprefix("ERROR_REASON_") for name in common_pb2.ErrorReason.keys()}  # noqa: SIM118
 
 

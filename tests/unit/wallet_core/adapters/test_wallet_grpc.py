@@ -124,8 +124,7 @@ def name_on(shard: int, host: MemoryHost, number: int = 0) -> str:
     )
 
 
-# --- accounts -----------------------------------------------------------------------------------------------
-# ------------------
+# --- accounts
 
 
 async def test_each_account_row_stands_for_itself(served: Served) -> None:
@@ -232,7 +231,6 @@ async def test_account_pages_are_complete_and_tokens_belong_to_their_filter(serv
 
 
 # --- transfers as rows
-# --------------------------------------------------------------------------------------------------------
 
 
 async def test_rows_carry_every_field_and_results_come_in_order(served: Served) -> None:
@@ -311,7 +309,6 @@ async def test_no_rows_and_broken_bytes_are_refused(served: Served) -> None:
 
 
 # --- transfers as columns
-# -----------------------------------------------------------------------------------------------------
 
 
 def batch(served: Served, number: int, rows: int = 3) -> wallet_pb2.TransferBatch:
@@ -371,8 +368,7 @@ async def test_a_client_that_goes_away_leaves_the_server_well(served: Served) ->
     assert (await served.pay("seller/A/USD", 1)).results == [wallet_pb2.TRANSFER_RESULT_OK]
 
 
-# --- the past -----------------------------------------------------------------------------------------------
-# ------------------
+# --- the past
 
 
 async def test_balances_of_the_past_are_those_that_were_answered_then(served: Served) -> None:
@@ -450,8 +446,7 @@ async def test_verify_replays_to_the_same_digest_and_names_the_event_where_it_do
     assert "after event 2 " in last.problem
 
 
-# --- shards -------------------------------------------------------------------------------------------------
-# ------------------
+# --- shards
 
 
 async def test_the_shard_map_covers_every_slot_once(served: Served) -> None:
