@@ -6,7 +6,7 @@ UV_VERSION := 0.13.9
 EVENT ?=
 JSON ?=
 ARGS ?=
-WORKERS ?= 4
+WORKERS ?= 5
 BUILD_INPUTS := setup.py pyproject.toml client/setup.py client/stubs.py client/pyproject.toml $(shell find proto wallet_core -name '*.proto' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.h')
 
 # Every process would compile all of its modules again: a quarter of its start, and half of the time that the tests take to be collected.
@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo 'make demo [EVENT=file.json] [JSON=1]   one checkout from JSON to a payout, then stop'
 	@echo 'make up                                keep the platform running, data in .ducat/'
-	@echo 'make test [WORKERS=4] [ARGS=...]       the whole test suite, in so many processes'
+	@echo 'make test [WORKERS=5] [ARGS=...]       the whole test suite, in so many processes'
 	@echo 'make lint                              format, types, imports, protos'
 	@echo 'make loadtest                          one headless minute of locust, HTML report'
 	@echo 'make bench [ARGS="--scenario NAME"]    wallet benchmarks'

@@ -1,6 +1,6 @@
 """Real servers for the tests: one embedded PostgreSQL and one embedded Valkey a session, fresh contents a test.
 
-`make test` runs four sessions (pytest-xdist), for a test waits about as long as it computes; a file of tests always in one of them,
+`make test` runs five sessions (pytest-xdist), for a test waits about as long as it computes; a file of tests always in one of them,
 and what needs Kafka in one of them too, for its broker is dear. Each session has servers and ports of its own, so they share nothing but
 the machine; long files are begun first, so that all end at about the same time.
 

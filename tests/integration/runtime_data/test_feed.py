@@ -321,6 +321,7 @@ async def test_a_poison_message_ends_alone_and_its_key_goes_on(room: Room) -> No
         await room.say(4, start=6, key="other")
         await until(lambda: _is(len(room.applied) == 9))
         await until(lambda: _missing_is(room, [(4, follower.TRY_COUNT_MAX)]))
+        await room.proven(3)
         assert (await room.cursor())["proven_position"] == 3
         assert (await room.cursor())["compared_position"] == 10
         assert [i for i in room.applied if i in ("id-2", "id-4", "id-5")] == ["id-2", "id-4", "id-5"]
@@ -403,6 +404,7 @@ async def test_two_processes_of_a_consumer_apply_each_its_own(room: Room) -> Non
         await room.say(20)
         await until(lambda: _is(len(odd) == 10))
         await until(lambda: _is(one.applied.prefix == 20))
+        await room.proven(1)
         assert (await room.cursor())["proven_position"] == 1, "the other one's is missing until it comes"
         async with running(two):
             await room.proven(20)
@@ -509,6 +511,7 @@ async def test_a_store_restored_to_an_older_state_is_filled_again(room: Room) ->
         await room.say(10, start=10)
         await room.proven(20)
     await transaction(room.pool, lambda connection: rewind(connection, topic=TOPIC, consumer="c", time=moment))
+    await room.proven(10)
     assert (await room.cursor())["proven_position"] == 10
     async with running(room.follower()):
         await room.proven(20)
