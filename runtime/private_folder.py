@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runtime.logs import get_logger
 
-__all__ = ["close_folder"]
+__all__ = ["close_folder", "sync_folder"]
 
 _logger = get_logger("runtime")
 
@@ -36,3 +36,12 @@ def close_folder(folder: Path) -> bool:
         owner=found.st_uid,
     )
     return False
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed or removed in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from kernel.errors import FailedPrecondition
+from runtime.private_folder import sync_folder
 
 __all__ = ["check_finished", "mark_finished", "mark_unfinished"]
 
@@ -19,13 +20,13 @@ def mark_unfinished(data_dir: Path, text: str) -> None:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-    _sync(data_dir)
+    sync_folder(data_dir)
 
 
 def mark_finished(data_dir: Path) -> None:
     """Once all of it is there."""
     (data_dir / MARKER).unlink(missing_ok=True)
-    _sync(data_dir)
+    sync_folder(data_dir)
 
 
 def check_finished(data_dir: Path) -> None:
@@ -35,11 +36,3 @@ def check_finished(data_dir: Path) -> None:
         text = (data_dir / MARKER).read_text(errors="replace").strip()
     if text is not None:
         raise FailedPrecondition(f"{data_dir.absolute()} is half a data folder: {text}")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

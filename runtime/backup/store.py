@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import urlsplit
 
 from kernel.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from runtime.private_folder import close_folder
+from runtime.private_folder import close_folder, sync_folder
 from runtime.settings import Settings
 
 __all__ = ["FolderStore", "ObjectInfo", "S3Store", "Store", "open_store"]
@@ -105,7 +105,7 @@ class FolderStore:
                 with contextlib.suppress(OSError):
                     made.unlink()
                 raise
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise Unavailable(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -150,15 +150,7 @@ class FolderStore:
         missing = [one for one in (folder, *folder.parents) if not one.exists()]
         for one in reversed(missing):
             close_folder(one)
-            _sync_folder(one.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_folder(one.parent)
 
 
 class S3Store:
