@@ -20,7 +20,7 @@ from executor.adapters.messages import encode
 from executor.domain.attempt import Attempt, AttemptKind, AttemptState
 from executor.domain.command import Command, ExecuteOrder, ExecutePayout, ExecuteRefund
 from executor.domain.health import Health
-from executor.service.ports import Due, Event
+from executor.service.ports import Due, Event, Waiting
 from kernel.money import Money
 from runtime.outbox import OutboxRelay
 from runtime.postgres import KeptConnections, Pool
@@ -189,6 +189,18 @@ class PostgresAttemptStore:
             "SELECT min(next_poll_time) FROM executor.attempt WHERE next_poll_time IS NOT NULL"
         )
         return [], 0 if next_time is None else _ns(next_time)
+
+    async def hasten(self, waiting: Sequence[Waiting], now_ns: int) -> None:
+        kinds, references, times_ns = zip(*waiting, strict=True)
+        await self._pool.execute(
+            """UPDATE executor.attempt AS a SET next_poll_time = $4
+               FROM unnest($1::smallint[], $2::text[], $3::timestamptz[]) AS t (kind, reference, next_poll_time)
+               WHERE a.kind = t.kind AND a.reference = t.reference AND a.next_poll_time = t.next_poll_time""",
+            [kind.value for kind in kinds],
+            references,
+            [_time(time_ns) for time_ns in times_ns],
+            _time(now_ns),
+        )
 
     async def settle(self, references: Sequence[tuple[AttemptKind, str]], now_ns: int) -> None:
         await self._pool.execute(

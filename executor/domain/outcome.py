@@ -123,6 +123,8 @@ class NotSent:
     retry_after_s: float = 0.0
     throttled: bool = False
     """True where the PSP is well and only asks for less; it does not count against its health."""
+    barred: bool = False
+    """True where nothing was tried, because this PSP does not answer others: it costs no step of the schedule."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,10 @@ from kernel.errors import FailedPrecondition
 from kernel.errors import NotFound as NotFoundError
 from kernel.ids import derived_event_id
 
-__all__ = ["Executor", "Policy"]
+__all__ = ["BARRED_S", "Executor", "Policy"]
+
+BARRED_S = 600
+"""How long an attempt that never left, because its PSP did not answer others, waits at most before it looks for itself."""
 
 _CONCLUDE_TRY_COUNT_MAX = 4
 
@@ -174,7 +177,7 @@ class Executor:
             what = f"PSP {attempt.psp!r} is not configured" if attempt.psp else self._nobody(command, instruction)
             return Rejected("provider_unknown" if attempt.psp else "no_provider", what)
         if not await self._health.may_call(attempt.psp):
-            return NotSent(f"PSP {attempt.psp} does not answer; waiting for it to recover", throttled=True)
+            return _barred(attempt.psp)
         match command:
             case ExecuteOrder():
                 answer = await adapter.register_order(command)
@@ -183,7 +186,7 @@ class Executor:
             case ExecutePayout():
                 assert instruction is not None
                 answer = await adapter.payout(instruction)
-        await self._health.record(attempt.psp, answer)
+        await self._record(attempt.psp, answer)
         return answer
 
     def _candidates(self, command: Command, instruction: PayoutInstruction | None) -> list[str]:
@@ -240,7 +243,7 @@ class Executor:
                 NotFound() if attempt.state is AttemptState.UNKNOWN else NoAnswer(f"PSP {attempt.psp} cannot be asked")
             )
         if not await self._health.may_call(attempt.psp):
-            return NotSent(f"PSP {attempt.psp} does not answer; waiting for it to recover", throttled=True)
+            return _barred(attempt.psp)
         match attempt.kind:
             case AttemptKind.ORDER:
                 answer = await adapter.query_order(attempt.reference, attempt.psp_object_id)
@@ -248,7 +251,7 @@ class Executor:
                 answer = await adapter.query_refund(attempt.reference, attempt.psp_object_id)
             case AttemptKind.PAYOUT:
                 answer = await adapter.query_payout(attempt.reference, attempt.psp_object_id)
-        await self._health.record(attempt.psp, answer)
+        await self._record(attempt.psp, answer)
         return answer
 
     async def _cancel(self, attempt: Attempt) -> Answer:
@@ -256,10 +259,18 @@ class Executor:
         if adapter is None or Capability.CANCEL not in adapter.provider.capabilities:
             return await self._query(attempt)
         if not await self._health.may_call(attempt.psp):
-            return NotSent(f"PSP {attempt.psp} does not answer; waiting for it to recover", throttled=True)
+            return _barred(attempt.psp)
         answer = await adapter.cancel_order(attempt.reference, attempt.psp_object_id)
-        await self._health.record(attempt.psp, answer)
+        await self._record(attempt.psp, answer)
         return answer
+
+    async def _record(self, psp: str, answer: Answer) -> None:
+        await self._health.record(psp, answer)
+        self._wake_recovered()
+
+    def _wake_recovered(self) -> None:
+        if self._health.recovered():
+            self._wake(self._clock.now_ns())
 
     # --- storing
 
@@ -271,6 +282,9 @@ class Executor:
             if await self._store.finish(after, attempt.state, events, attempt.traceparent):
                 if after.next_poll_time_ns:
                     self._wake(after.next_poll_time_ns)
+                    if isinstance(answer, NotSent | NoAnswer) and self._waits(after, answer):
+                        self._health.wait(after)
+                        self._wake_recovered()
                 return after
             stored = await self._store.load(attempt.kind, attempt.reference)
             assert stored is not None, f"attempt {attempt.kind.name} {attempt.reference} is gone"
@@ -321,15 +335,25 @@ class Executor:
         is_known = attempt.state is AttemptState.ACCEPTED
         if not is_known:
             after.reason = answer.reason
-        after.poll_count = 0 if first else attempt.poll_count + 1
-        slow = is_known and not attempt.cancel_requested
-        schedule = self._policy.accepted_schedule_s if slow else self._policy.unknown_schedule_s
+        barred = isinstance(answer, NotSent) and answer.barred
+        after.poll_count = 0 if first else attempt.poll_count + (not barred)
+        schedule = self._policy.accepted_schedule_s if _is_slow(attempt) else self._policy.unknown_schedule_s
         at_least_s = answer.retry_after_s if isinstance(answer, NotSent) else 0.0
         # a first NOT_SENT waits the schedule's first step, like a first UNKNOWN
         step = (
             after.poll_count - 1 if event_of(answer) is AttemptEvent.NOT_SENT and after.poll_count else after.poll_count
         )
         after.next_poll_time_ns = next_time_ns(schedule, step, now_ns, at_least_s=at_least_s)
+        if self._waits(after, answer):
+            # Whoever has called asks first when the PSP may be back; its answer makes all others due (`HealthBoard.recovered`).
+            latest_ns = now_ns + (BARRED_S if barred else 0) * 1_000_000_000
+            open_until_ns = self._health.open_until_ns(attempt.psp)
+            after.next_poll_time_ns = max(min(after.next_poll_time_ns, latest_ns), open_until_ns)
+
+    def _waits(self, attempt: Attempt, answer: NoAnswer | NotSent) -> bool:
+        """Whether it is the PSP's outage that an attempt is put off for."""
+        barred = isinstance(answer, NotSent) and answer.barred
+        return not _is_slow(attempt) and (barred or not self._health.is_healthy(attempt.psp))
 
     async def _abandon(self, attempt: Attempt, command: Command) -> Attempt:
         """A payout that the payment service has ended meanwhile is not sent (any more), and nobody waits for an event."""
@@ -355,6 +379,15 @@ _REJECTED = {
     AttemptKind.REFUND: ("refund_rejected", "refund_id"),
     AttemptKind.PAYOUT: ("payout_rejected", "reference"),
 }
+
+
+def _barred(psp: str) -> NotSent:
+    return NotSent(f"PSP {psp} does not answer; waiting for it to recover", throttled=True, barred=True)
+
+
+def _is_slow(attempt: Attempt) -> bool:
+    """The PSP has it and tells its end by webhook; asking is for the case that none comes."""
+    return attempt.state is AttemptState.ACCEPTED and not attempt.cancel_requested
 
 
 def _registered(attempt: Attempt) -> Event:

@@ -13,12 +13,15 @@ from executor.service.health_board import HealthBoard
 from executor.service.ports import AttemptStore, Due
 from kernel.clock import Clock
 
-__all__ = ["BATCH_MAX", "IDLE_S", "LEASE_S", "Poller"]
+__all__ = ["BATCH_MAX", "HASTEN_BATCH_MAX", "IDLE_S", "LEASE_S", "Poller"]
 
 BATCH_MAX = 32
+HASTEN_BATCH_MAX = 1024
 LEASE_S = 60
 IDLE_S = 30.0
 """How long this process may sleep although another one may have stored something that is due earlier."""
+
+_NEVER_NS = 1 << 62
 
 assert LEASE_S > IDLE_S
 
@@ -40,22 +43,26 @@ class Poller:
         self._resume = resume
         self._failed = failed
         self._changed = asyncio.Event()
-        self._wake_time_ns = 0
+        self._wake_time_ns = _NEVER_NS
+        """When this process looks next; while it polls, the earliest time that it was told of meanwhile."""
 
     def wake(self, time_ns: int) -> None:
         """An attempt is due at this time."""
-        if self._wake_time_ns and time_ns < self._wake_time_ns:
+        if time_ns < self._wake_time_ns:
+            self._wake_time_ns = time_ns
             self._changed.set()
 
     async def run(self) -> None:
         """Polls until cancelled. Raises what the store raises; it may be called again then."""
         while True:
-            self._changed.clear()
+            self._wake_time_ns = _NEVER_NS
             await self._health.refresh()
             next_ns = await self.poll_once()
             now_ns = self._clock.now_ns()
-            wait_s = IDLE_S if not next_ns else min(max((next_ns - now_ns) / 1e9, 0.1), IDLE_S)
+            next_ns = min(next_ns or _NEVER_NS, self._wake_time_ns)
+            wait_s = min(max((next_ns - now_ns) / 1e9, 0.1), IDLE_S)
             self._wake_time_ns = now_ns + int(wait_s * 1e9)
+            self._changed.clear()
             try:
                 async with asyncio.timeout(wait_s):
                     await self._changed.wait()
@@ -66,6 +73,9 @@ class Poller:
         """Looks at everything that is due now; unix nanoseconds of what is due next, 0 where nothing is."""
         while True:
             now_ns = self._clock.now_ns()
+            while recovered := self._health.recovered(HASTEN_BATCH_MAX):
+                await self._store.hasten(recovered, now_ns)
+                self._health.forget(recovered)
             due, next_ns = await self._store.claim_due(now_ns, now_ns + LEASE_S * 1_000_000_000, BATCH_MAX)
             if not due:
                 return next_ns

@@ -13,7 +13,10 @@ from executor.domain.health import Health
 from executor.domain.outcome import Answer, Notification
 from executor.domain.routing import Provider
 
-__all__ = ["AttemptStore", "Channel", "Due", "Event", "PayoutInstructions", "PspAdapter"]
+__all__ = ["AttemptStore", "Channel", "Due", "Event", "PayoutInstructions", "PspAdapter", "Waiting"]
+
+Waiting = tuple[AttemptKind, str, int]
+"""Kind, reference and next poll time (unix nanoseconds) of an attempt that waits for its PSP to answer."""
 
 
 class Channel(Enum):
@@ -106,6 +109,10 @@ class AttemptStore(Protocol):
     async def claim_due(self, now_ns: int, lease_until_ns: int, count_max: int) -> tuple[list[Due], int]:
         """Takes attempts whose time has come, skipping those that another executor holds, and moves their time to the lease's end.
         Also the unix nanoseconds at which the next one is due, 0 where there is none."""
+        ...
+
+    async def hasten(self, waiting: Sequence[Waiting], now_ns: int) -> None:
+        """Makes attempts due now, those whose next poll time (unix nanoseconds) is still the given one: nobody has them in hand."""
         ...
 
     async def settle(self, references: Sequence[tuple[AttemptKind, str]], now_ns: int) -> None:

@@ -35,6 +35,21 @@ async def test_a_late_answer_of_the_psp_before_does_not_end_a_rerouted_attempt(p
         await kept.close()
 
 
+async def test_only_what_nobody_has_in_hand_is_hastened(postgres_dsn: str) -> None:
+    async with await create_pool(postgres_dsn, "executor") as pool:
+        store = PostgresAttemptStore(pool)
+        put_off_ns = NOW_NS + DAY_NS + 1_234_567_891
+        for command in (ORDER, ExecutePayout("PO-1")):
+            begun = await store.begin(command, "a", NOW_NS, NOW_NS, "")
+            assert await store.finish(replace(begun, next_poll_time_ns=put_off_ns), AttemptState.SENDING, (), "")
+        waiting = [(AttemptKind.ORDER, "ORD-1", put_off_ns), (AttemptKind.PAYOUT, "PO-1", put_off_ns - 1_000)]
+        await store.hasten(waiting, NOW_NS + 1_000_000)
+        due, next_ns = await store.claim_due(NOW_NS + 2_000_000, NOW_NS + DAY_NS, 10)
+        assert [each.attempt.reference for each in due] == ["ORD-1"]
+        await store.hasten(waiting, NOW_NS + 1_000_000)
+        assert await store.claim_due(NOW_NS + 2_000_000, NOW_NS + DAY_NS, 10) == ([], NOW_NS + DAY_NS)
+
+
 async def test_a_settled_payout_is_asked_for_once_more_and_an_order_is_not(postgres_dsn: str) -> None:
     async with await create_pool(postgres_dsn, "executor") as pool:
         store = PostgresAttemptStore(pool)

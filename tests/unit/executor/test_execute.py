@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,15 +19,15 @@ from executor.domain.command import (
     PayoutInstruction,
     Recipient,
 )
-from executor.domain.health import FAILURE_COUNT_OPEN, Health
+from executor.domain.health import CLOSED, FAILURE_COUNT_OPEN, OPEN_S, OPEN_S_MAX, Health
 from executor.domain.outcome import Accepted, Answer, NoAnswer, NotFound, NotificationKind, NotSent, Rejected
 from executor.domain.routing import Capability, Provider
 from executor.psp.base import PspBase
-from executor.service.execute import Executor, Policy
+from executor.service.execute import BARRED_S, Executor, Policy
 from executor.service.health_board import HealthBoard
 from executor.service.notifications import Notifications
-from executor.service.poller import Poller
-from executor.service.ports import Channel, Due, Event
+from executor.service.poller import IDLE_S, Poller
+from executor.service.ports import Channel, Due, Event, Waiting
 from kernel.clock import FixedClock
 from kernel.errors import FailedPrecondition
 from kernel.errors import NotFound as NotFoundError
@@ -96,6 +97,12 @@ class FakeStore:
                 due.append(Due(replace(attempt), command))
         times = [attempt.next_poll_time_ns for attempt, _ in self.rows.values() if attempt.next_poll_time_ns]
         return due, min(times, default=0)
+
+    async def hasten(self, waiting: Sequence[Waiting], now_ns: int) -> None:
+        for kind, reference, time_ns in waiting:
+            attempt, _ = self.rows[kind, reference]
+            if attempt.next_poll_time_ns == time_ns:
+                attempt.next_poll_time_ns = now_ns
 
     async def settle(self, references: Sequence[tuple[AttemptKind, str]], now_ns: int) -> None:
         for key in references:
@@ -477,11 +484,75 @@ class TestCircuit:
         assert world.health.unhealthy(["a"]) == {"a"}
         assert world.store.health["a"].failure_count == FAILURE_COUNT_OPEN
         psp.says("register", DONE)
-        await world.poll_after(5)
-        assert len(world.told()) >= 1
+        await world.poll_after(OPEN_S)
         assert world.health.unhealthy(["a"]) == frozenset()
-        await world.poll_after(5)
         assert len(world.told()) == FAILURE_COUNT_OPEN + 3
+
+    @pytest.mark.parametrize("answer", [NotSent("refused"), NoAnswer("timeout")], ids=["not sent", "unknown"])
+    async def test_after_a_long_outage_nobody_waits_for_a_step_of_the_schedule(self, answer: Answer) -> None:
+        psp = FakePsp().says("register", answer).says("query", answer)
+        world = World(psp)
+        count = FAILURE_COUNT_OPEN + 20
+        for number in range(count):
+            await world.executor.execute(replace(ORDER, payment_order_id=f"ORD-{number}"))
+        for _ in range(90):
+            await world.poll_after(60)
+        assert len(psp.calls) < 90 + 2 * FAILURE_COUNT_OPEN, "one at a time finds out"
+        assert world.told() == []
+        psp.says("register", DONE).says("query", DONE)
+        await world.poll_after(OPEN_S_MAX)
+        assert len(world.told()) == count
+
+    async def test_one_that_is_put_off_while_the_psp_comes_back_is_tried_at_once(self) -> None:
+        psp = FakePsp().says("register", DONE)
+        world = World(psp)
+        down = Health(FAILURE_COUNT_OPEN, world.clock.now_ns() + 60 * S)
+        world.store.health["a"] = down
+        await world.health.refresh()
+        finish = world.store.finish
+
+        async def finish_late(*args: Any) -> bool:
+            await world.health.record("a", DONE)
+            return await finish(*args)
+
+        world.store.finish = finish_late  # type: ignore[method-assign]
+        await world.executor.execute(ORDER)
+        assert world.told() == []
+        assert world.clock.now_ns() in world.woken
+        await world.poll_after(0)
+        assert world.told() == ["order_registered"]
+
+    async def test_what_another_executor_found_out_makes_them_due(self) -> None:
+        world = World(FakePsp().says("register", DONE))
+        world.store.health["a"] = Health(FAILURE_COUNT_OPEN, world.clock.now_ns() + 60 * S)
+        await world.health.refresh()
+        await world.executor.execute(ORDER)
+        await world.poll_after(1)
+        assert world.told() == []
+        world.store.health["a"] = CLOSED
+        await world.health.refresh()
+        await world.poll_after(0)
+        assert world.told() == ["order_registered"]
+
+    async def test_one_that_somebody_has_in_hand_is_left_to_him(self) -> None:
+        world = World(FakePsp().says("register", DONE))
+        world.store.health["a"] = Health(FAILURE_COUNT_OPEN, world.clock.now_ns() + 60 * S)
+        await world.health.refresh()
+        await world.executor.execute(ORDER)
+        world.row().next_poll_time_ns = lease_ns = world.clock.now_ns() + 55 * S
+        await world.health.record("a", DONE)
+        await world.poll_after(1)
+        assert world.row().next_poll_time_ns == lease_ns
+
+    async def test_one_that_never_left_looks_for_itself_where_nobody_else_asks(self) -> None:
+        world = World(FakePsp().says("register", NotSent("refused")))
+        for number in range(FAILURE_COUNT_OPEN + 1):
+            await world.executor.execute(replace(ORDER, payment_order_id=f"ORD-{number}"))
+        for _ in range(200):
+            await world.poll_after(60)
+            wait_s = world.due_in_s(f"ORD-{FAILURE_COUNT_OPEN}")
+            assert wait_s is not None
+            assert wait_s <= BARRED_S
 
     async def test_a_refusal_is_a_sign_of_life(self) -> None:
         psp = FakePsp().says("register", NotSent("refused"), Rejected("x", "y"))
@@ -497,6 +568,26 @@ class TestCircuit:
         await world.health.refresh()
         assert (await world.executor.execute(ORDER)).psp == "b"
         assert a.calls == []
+
+
+class TestPoller:
+    async def test_what_becomes_due_while_it_polls_is_not_slept_through(self) -> None:
+        world = World(FakePsp())
+        claim_due, polls = world.store.claim_due, asyncio.Queue[int]()
+
+        async def claim_and_be_told(now_ns: int, lease_until_ns: int, count_max: int) -> tuple[list[Due], int]:
+            claimed = await claim_due(now_ns, lease_until_ns, count_max)
+            if polls.empty():
+                world.poller.wake(now_ns)
+            polls.put_nowait(now_ns)
+            return claimed
+
+        world.store.claim_due = claim_and_be_told  # type: ignore[method-assign]
+        running = asyncio.create_task(world.poller.run())
+        async with asyncio.timeout(IDLE_S / 2):
+            while polls.qsize() < 2:
+                await asyncio.sleep(0.01)
+        running.cancel()
 
 
 class TestCancel:
