@@ -15,6 +15,7 @@ from executor.service.notifications import Notifications
 from executor.service.poller import Poller
 from executor.service.ports import Due
 from kernel.clock import SystemClock
+from kernel.errors import Unavailable
 from runtime import trace
 from runtime.feed import Feeds
 from runtime.http_client import may_be_proxied
@@ -157,5 +158,10 @@ def _config(psp: PspSettings, settings: Settings) -> PspConfig:
     )
 
 
-def _poll_failed(due: Due, error: BaseException) -> None:
-    _logger.error("polling an attempt failed", reference=due.attempt.reference, psp=due.attempt.psp, exc_info=error)
+def _poll_failed(due: Due, error: BaseException, count: int) -> None:
+    """An attempt is asked about again once its lease has ended."""
+    fields = {"reference": due.attempt.reference, "psp": due.attempt.psp, "count": count}
+    if isinstance(error, Unavailable):
+        _logger.warning("attempts wait for a service that does not answer", error=str(error), **fields)
+    else:
+        _logger.error("polling attempts failed", exc_info=error, **fields)

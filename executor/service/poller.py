@@ -27,7 +27,9 @@ assert LEASE_S > IDLE_S
 
 
 class Poller:
-    """`resume(due)` looks at one attempt; `failed(due, error)` is told where that raised."""
+    """`resume(due)` looks at one attempt. Where that raised, `failed(due, error, count)` is told once a poll for all attempts that met
+    the same error: the first of them, and how many they were.
+    """
 
     def __init__(
         self,
@@ -35,7 +37,7 @@ class Poller:
         health: HealthBoard,
         clock: Clock,
         resume: Callable[[Due], Awaitable[object]],
-        failed: Callable[[Due, BaseException], None],
+        failed: Callable[[Due, BaseException, int], None],
     ) -> None:
         self._store = store
         self._health = health
@@ -71,6 +73,14 @@ class Poller:
 
     async def poll_once(self) -> int:
         """Looks at everything that is due now; unix nanoseconds of what is due next, 0 where nothing is."""
+        failures: dict[tuple[type, str], tuple[Due, Exception, int]] = {}
+        try:
+            return await self._poll(failures)
+        finally:
+            for first, error, count in failures.values():
+                self._failed(first, error, count)
+
+    async def _poll(self, failures: dict[tuple[type, str], tuple[Due, Exception, int]]) -> int:
         while True:
             now_ns = self._clock.now_ns()
             while recovered := self._health.recovered(HASTEN_BATCH_MAX):
@@ -79,10 +89,10 @@ class Poller:
             due, next_ns = await self._store.claim_due(now_ns, now_ns + LEASE_S * 1_000_000_000, BATCH_MAX)
             if not due:
                 return next_ns
-            await asyncio.gather(*map(self._look_at, due))
-
-    async def _look_at(self, due: Due) -> None:
-        try:
-            await self._resume(due)
-        except Exception as error:
-            self._failed(due, error)
+            for each, error in zip(
+                due, await asyncio.gather(*map(self._resume, due), return_exceptions=True), strict=True
+            ):
+                if isinstance(error, Exception):
+                    key = (type(error), str(error))
+                    first, _, count = failures.get(key, (each, error, 0))
+                    failures[key] = (first, error, count + 1)

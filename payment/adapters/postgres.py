@@ -83,6 +83,15 @@ _CREATE_PAYMENT = f"SELECT payment.create_payment({', '.join(f'${n}' for n in ra
 _CREATE_PAYOUT = f"SELECT payment.create_payout({', '.join(f'${n}' for n in range(1, 17))})"
 _APPLY = "SELECT payment.apply($1, $2, $3)"
 _APPLY_RARE = "SELECT payment.apply_rare($1, $2, $3)"
+# Resolved after the rest, not beside it: resolving gives the order a new revision.
+_APPLY_RESOLVING = """
+WITH applied AS MATERIALIZED (SELECT payment.apply_rare($1, $2, $3) AS has_parked)
+SELECT has_parked FROM applied, LATERAL (
+    SELECT count(payment.resolve_finding(r.id, $1, r.by, r.reason, r.request_id))
+    FROM jsonb_to_recordset($3 -> 'resolutions') AS r(id text, by text, reason text, request_id text)
+    WHERE has_parked IS NOT NULL
+)
+"""
 _HAS_MORE = """EXISTS (SELECT FROM payment.finding AS f WHERE f.checkout_id = o.checkout_id AND f.checkout_id <> '')
     OR EXISTS (SELECT FROM payment.refund AS r WHERE r.payment_order_id = o.payment_order_id)"""
 _PAYMENT = f"""
@@ -526,6 +535,8 @@ class PostgresStore:
         document = _document(changes)
         try:
             statement = _APPLY if _RARE.isdisjoint(document) else _APPLY_RARE
+            if changes.resolutions:
+                statement = _APPLY_RESOLVING
             has_parked: bool = await self._pool.fetchval(statement, changes.now, changes.consumer, _json(document))
         except asyncpg.PostgresError as error:
             if error.sqlstate in _STALE:
@@ -740,6 +751,11 @@ def _document(changes: ChangeSet) -> dict[str, Any]:
         document["disputes"] = [{"id": each, "amount": amount} for each, amount in disputes.items()]
     if changes.findings:
         document["findings"] = [_finding_part(each) for each in changes.findings]
+    if changes.resolutions:
+        document["resolutions"] = [
+            {"id": id, "by": each.resolved_by, "reason": each.reason, "request_id": each.request_id}
+            for id, each in changes.resolutions.items()
+        ]
     if changes.notifications:
         document["notifications"] = [_notification_part(each) for each in changes.notifications]
     if changes.facts:

@@ -331,6 +331,13 @@ class PaymentOrder:
 
     def flag(self, kind: FindingKind, text: str, notification: Notification, now: datetime) -> None:
         """What a notification says does not agree with the order."""
+        self.new_findings.append(self.finding(kind, text, notification, now))
+        if self.attention != text:
+            self.attention = text
+            self._touch(now, f"{notification.cause}: {text}")
+
+    def finding(self, kind: FindingKind, text: str, notification: Notification, now: datetime) -> Finding:
+        """The finding that `flag` makes: the same arguments give the same id."""
         ours = {
             "amount_minor": self.amount_minor,
             "currency_code": self.currency_code,
@@ -346,23 +353,18 @@ class PaymentOrder:
         }
         if notification.amount_minor is not None:
             theirs |= {"amount_minor": notification.amount_minor, "currency_code": notification.currency_code}
-        self.new_findings.append(
-            finding_of(
-                kind,
-                FindingSubject.ORDER,
-                self.payment_order_id,
-                text,
-                notification,
-                now,
-                ours,
-                theirs,
-                checkout_id=self.checkout_id,
-                seller_account=self.seller_account,
-            )
+        return finding_of(
+            kind,
+            FindingSubject.ORDER,
+            self.payment_order_id,
+            text,
+            notification,
+            now,
+            ours,
+            theirs,
+            checkout_id=self.checkout_id,
+            seller_account=self.seller_account,
         )
-        if self.attention != text:
-            self.attention = text
-            self._touch(now, f"{notification.cause}: {text}")
 
     def _open_dispute(self, notification: Notification, now: datetime) -> None:
         """It takes what refunds have left: nothing is taken from a seller twice."""

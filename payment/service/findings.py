@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from kernel.clock import Clock
-from kernel.errors import AlreadyExists, FailedPrecondition, NotFound
+from kernel.errors import AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
 from payment.domain.finding import Finding, FindingKind
 from payment.service.page_token import page_token_of, position_of
 from payment.service.pages import EVERYTHING, Room, read_page
@@ -45,9 +45,13 @@ class Findings:
 
     async def resolve(self, finding_id: str, resolution: Resolution) -> Finding:
         """Resolves an open finding; idempotent by the request id. Raises NotFound, FailedPrecondition for one that is
-        resolved already, AlreadyExists where the request id resolved another one or gave another reason.
+        resolved already, AlreadyExists where the request id resolved another one or gave another reason, InvalidArgument for a
+        reason of blanks.
         """
-        reason, resolved_by = (each.replace("\0", "") for each in (resolution.reason, resolution.resolved_by))
+        reason, resolved_by = (each.replace("\0", "").strip() for each in (resolution.reason, resolution.resolved_by))
+        if not reason:
+            violation = FieldViolation("reason", "says why the finding is resolved: expected more than blanks")
+            raise InvalidArgument(f"{violation.field}: {violation.description}", violations=[violation])
         resolution = Resolution(reason, resolved_by, resolution.request_id)
         known = "\0" not in finding_id and "\0" not in resolution.request_id
         mismatch = AlreadyExists(

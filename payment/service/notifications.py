@@ -31,6 +31,7 @@ from payment.service.ports import (
     NotificationVerifier,
     PspObjectTaken,
     RecordedNotification,
+    Resolution,
     StaleState,
     Store,
     Subject,
@@ -283,13 +284,24 @@ def _decide_refund(notification: Notification, loaded: Loaded, changes: ChangeSe
     )
     if order is None:
         return Outcome.PARKED, None
+    succeeded = notification.kind is NotificationKind.REFUND_SUCCEEDED
+    is_paid = order.state in PAID_STATES
     contradiction = _refund_contradiction(notification, order)
+    if contradiction is None and not is_paid:
+        if succeeded:
+            order.flag(FindingKind.REFUND_OF_UNPAID, _told_of_unpaid(notification), notification, changes.now)
+            changes.take_facts(order)
+        return Outcome.PARKED, order  # the success of the payment may be on its way
+    if is_paid and succeeded:
+        before = order.finding(FindingKind.REFUND_OF_UNPAID, _told_of_unpaid(notification), notification, changes.now)
+        changes.resolutions[before.finding_id] = Resolution(
+            "the order is paid here now, and the refund was looked at again", "payment", f"payment:{before.finding_id}"
+        )
     if contradiction is not None:
-        outcome, kind, text = contradiction
+        kind, text = contradiction
         order.flag(kind, f"{notification.psp} {text}: not booked", notification, changes.now)
         changes.take_facts(order)
-        return outcome, order
-    succeeded = notification.kind is NotificationKind.REFUND_SUCCEEDED
+        return Outcome.FLAGGED, order
     refund = Refund(
         refund_id=told_refund_id(notification.psp, notification.psp_object_id),
         payment_order_id=order.payment_order_id,
@@ -345,27 +357,33 @@ def _decide_known_refund(
     return Outcome.APPLIED, refund
 
 
-def _refund_contradiction(notification: Notification, order: PaymentOrder) -> tuple[Outcome, FindingKind, str] | None:
+def _told_of_unpaid(notification: Notification) -> str:
+    return (
+        f"{notification.psp} says refund {notification.psp_object_id} gave {notification.amount_minor} "
+        f"{notification.currency_code} back, but the order is not paid here: not booked"
+    )
+
+
+def _refund_contradiction(notification: Notification, order: PaymentOrder) -> tuple[FindingKind, str] | None:
     amount, currency = notification.amount_minor, notification.currency_code
     refund = f"refund {notification.psp_object_id}"
     if not notification.psp_object_id or amount is None or amount <= 0:
         said = "no amount" if amount is None else f"{amount} {currency}"
-        return Outcome.FLAGGED, FindingKind.REFUND_UNCLEAR, f"tells of a refund without its id or amount ({said})"
+        return FindingKind.REFUND_UNCLEAR, f"tells of a refund without its id or amount ({said})"
     if currency != order.currency_code:
         text = f"says {refund} is {amount} {currency}, the order is in {order.currency_code} (minor units)"
-        return Outcome.FLAGGED, FindingKind.REFUND_UNCLEAR, text
+        return FindingKind.REFUND_UNCLEAR, text
     if order.state not in PAID_STATES:
-        text = f"says {refund} gave {amount} {currency} back, but the order is not paid here"
-        return Outcome.PARKED, FindingKind.REFUND_OF_UNPAID, text
+        return None
     if notification.kind is NotificationKind.REFUND_FAILED:
         return None  # nothing is booked; it is kept so that its success, told late, is not either
     if order.state in (PaymentOrderState.DISPUTED, PaymentOrderState.DISPUTE_LOST):
         text = f"says {refund} gave {amount} {currency} back, but the dispute took the money from the seller already"
-        return Outcome.FLAGGED, FindingKind.REFUND_OF_DISPUTED, text
+        return FindingKind.REFUND_OF_DISPUTED, text
     left = order.amount_minor - order.refunded_minor
     if amount > left:
         text = f"says {refund} gave {amount} {currency} back, but only {left} of the order are left (minor units)"
-        return Outcome.FLAGGED, FindingKind.REFUND_TOO_LARGE, text
+        return FindingKind.REFUND_TOO_LARGE, text
     return None
 
 

@@ -148,6 +148,8 @@ class ChangeSet:
     payouts: list[Payout] = field(default_factory=list)
     refunds: list[Refund] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    resolutions: dict[str, Resolution] = field(default_factory=dict)
+    """By finding id: findings, open or not there at all, that what is written here settles."""
     facts: list[tuple[Fact, Subject]] = field(default_factory=list)
 
     def collect(self, subjects: Sequence[Subject]) -> None:

@@ -211,6 +211,8 @@ async def test_findings_are_all_kept_shown_filtered_and_resolved(service: Servic
     assert "100 USD" in (await service.payments.get("CH-1")).orders[0].attention
 
     findings = findings_of(service)
+    with pytest.raises(InvalidArgument, match="reason"):
+        await findings.resolve(oldest, Resolution(" \t\n", "joe", "R-2"))
     with pytest.raises(FailedPrecondition, match="jane"):
         await findings.resolve(newest, Resolution("other", "joe", "R-2"))
     for finding_id, reason in ((newest, "other"), (oldest, "a test of the PSP")):
@@ -284,6 +286,22 @@ async def test_the_same_finding_is_one_also_after_the_order_moved_on(service: Se
         FindingKind.AMOUNT_MISMATCH,
         FindingKind.REFUND_OF_UNPAID,
     ]
+
+
+async def test_a_finding_that_was_settled_by_itself_is_resolved_with_its_order(service: Service) -> None:
+    await service.payments.create(checkout(("A", 7500)))
+    await service.register("A")
+    await service.tell(refunded("evt_1", 100))
+    order = (await service.payments.get("CH-1")).orders[0]
+    assert "not paid here" in order.attention
+    await service.tell(paid("A", 7500, "evt_2"))
+    await service.notifications.retry_parked(["re_1"])
+    payment = await service.payments.get("CH-1")
+    assert [(each.kind, each.is_open, each.resolved_by) for each in payment.findings] == [
+        (FindingKind.REFUND_OF_UNPAID, False, "payment")
+    ]
+    order = payment.orders[0]
+    assert (order.state, order.refunded_minor, order.attention) == (S.PARTIALLY_REFUNDED, 100, "")
 
 
 # --- buyers' pages

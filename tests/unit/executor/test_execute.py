@@ -29,7 +29,7 @@ from executor.service.notifications import Notifications
 from executor.service.poller import IDLE_S, Poller
 from executor.service.ports import Channel, Due, Event, Waiting
 from kernel.clock import FixedClock
-from kernel.errors import FailedPrecondition
+from kernel.errors import FailedPrecondition, Unavailable
 from kernel.errors import NotFound as NotFoundError
 from kernel.money import Money
 from kernel.state_table import TransitionRefused
@@ -194,7 +194,11 @@ class World:
         )
         self.notifications = Notifications(self.store, adapters, self.clock)
         self.poller = Poller(
-            self.store, self.health, self.clock, self.executor.resume, lambda due, error: self.failures.append(error)
+            self.store,
+            self.health,
+            self.clock,
+            self.executor.resume,
+            lambda due, error, count: self.failures.append(error),
         )
 
     async def poll_after(self, seconds: float) -> None:
@@ -571,6 +575,26 @@ class TestCircuit:
 
 
 class TestPoller:
+    async def test_attempts_that_meet_the_same_error_are_told_in_one_line(self) -> None:
+        world = World(FakePsp().says("payout", NoAnswer("timeout")).says("query", NotFound()))
+        for number in range(40):
+            await world.executor.execute(ExecutePayout(f"PO-{number}"))
+        told: list[tuple[str, str, int]] = []
+
+        async def fails(due: Due) -> Attempt:
+            raise Unavailable("payment does not answer" if due.attempt.reference != "PO-7" else "another")
+
+        poller = Poller(
+            world.store,
+            world.health,
+            world.clock,
+            fails,
+            lambda due, error, count: told.append((due.attempt.reference, str(error), count)),
+        )
+        world.clock.advance(seconds=OPEN_S_MAX)
+        await poller.poll_once()
+        assert told == [("PO-0", "payment does not answer", 39), ("PO-7", "another", 1)]
+
     async def test_what_becomes_due_while_it_polls_is_not_slept_through(self) -> None:
         world = World(FakePsp())
         claim_due, polls = world.store.claim_due, asyncio.Queue[int]()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from payment.domain.facts import Fact
 from payment.domain.finding import Finding
@@ -99,6 +100,11 @@ class MemoryStore:
         self.payouts |= {each.reference: each for each in changes.payouts}
         self.refunds |= {each.refund_id: each for each in changes.refunds}
         self.findings = {each.finding_id: each for each in changes.findings} | self.findings
+        for finding_id, each in changes.resolutions.items():
+            if (found := self.findings.get(finding_id)) and found.is_open:
+                self.findings[finding_id] = replace(
+                    found, resolve_time=changes.now, resolved_by=each.resolved_by, reason=each.reason
+                )
         self.messages |= {(changes.consumer, each) for each in changes.message_ids}
         self.notifications |= {
             (each.notification.psp, each.notification.psp_event_id): each for each in changes.notifications

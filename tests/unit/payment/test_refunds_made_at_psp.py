@@ -211,6 +211,29 @@ async def test_a_refund_told_before_the_success_is_booked_when_it_is_tried_again
     assert [kind for kind, _ in world.said()] == [F.ORDER_SUCCEEDED, F.REFUND_REQUESTED]
 
 
+async def test_what_was_said_of_an_unpaid_order_is_resolved_once_the_refund_is_looked_at_again() -> None:
+    for amount, kinds in ((7500, []), (9000, [FindingKind.REFUND_TOO_LARGE])):
+        world = World(order(S.EXECUTING))
+        await world.tell(told("evt_1", amount))
+        assert [each.is_open for each in world.store.findings.values()] == [True]
+        await world.tell(SUCCEEDED)
+        await world.notifications.retry_parked()
+        resolved = [each for each in world.store.findings.values() if not each.is_open]
+        assert [each.kind for each in resolved] == [FindingKind.REFUND_OF_UNPAID]
+        assert resolved[0].resolved_by == "payment"
+        assert [each.kind for each in world.store.findings.values() if each.is_open] == kinds
+
+
+async def test_a_refund_of_an_unpaid_order_that_failed_gave_nothing_back_and_is_no_finding() -> None:
+    world = World(order(S.EXECUTING))
+    await world.tell(told("evt_1", kind=K.REFUND_FAILED))
+    assert world.findings() == []
+    assert world.store.notifications["sandbox", "evt_1"].outcome is Outcome.PARKED
+    await world.tell(SUCCEEDED, told("evt_2"))
+    await world.notifications.retry_parked()
+    assert (world.order.state, world.order.refunded_minor, world.findings()) == (S.SUCCESS, 0, [])
+
+
 @pytest.mark.parametrize("way", ["webhook", "one webhook", "found by asking", "with a token of its own"])
 @pytest.mark.parametrize("early", [told("evt_1"), OPENED], ids=["refund", "dispute"])
 async def test_what_is_told_before_the_success_waits_for_nothing_but_it(early: Notification, way: str) -> None:
