@@ -1,13 +1,13 @@
-"""What stands around a method must stay cheap: the budget of a checkout is counted in microseconds."""
+"""What stands around a method must stay cheap: a checkout makes dozens of calls."""
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import coverage
 import pytest
 
 from ducat.payment.v1 import payment_pb2, payment_service_pb2_grpc
@@ -16,10 +16,8 @@ from runtime.metrics import RpcMetrics
 from runtime.security import TokenStore, create_token
 from tests.integration.runtime.serving import SCOPES, SERVICE, PaymentServicer, load
 
-OVERHEAD_US_MAX = 60.0
-"""The budget; on a quiet core 5 to 20 are measured, and the best of several rounds is taken."""
-ROUNDS = 12
-CALLS = 500
+OVERHEAD_CALLS_MAX = {"GetPayment": 75, "CancelPayment": 160}
+"""Function calls around a method, a read and a change (whose request is validated); a time would say more of what else the machine does."""
 
 
 class Context:
@@ -39,17 +37,25 @@ class Context:
         return None
 
 
-async def best_us(call: Callable[[], Awaitable[Any]]) -> float:
-    best_s = float("inf")
-    for _ in range(ROUNDS):
-        begin_s = time.process_time()
-        for _ in range(CALLS):
-            await call()
-        best_s = min(best_s, time.process_time() - begin_s)
-    return best_s / CALLS * 1e6
+async def calls_of(call: Callable[[], Awaitable[Any]]) -> int:
+    """Function calls, of Python and of C, that one call takes once everything is warm."""
+    for _ in range(3):
+        await call()
+    count = 0
+
+    def counts(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(counts)
+    try:
+        await call()
+    finally:
+        sys.setprofile(before)
+    return count
 
 
-@pytest.mark.skipif(coverage.Coverage.current() is not None, reason="the figure would be that of the coverage tracer")
 @pytest.mark.parametrize("method", ["GetPayment", "CancelPayment"])
 async def test_overhead_of_everything_around_a_method(method: str, tmp_path: Path) -> None:
     path = str(tmp_path / "tokens.toml")
@@ -67,6 +73,6 @@ async def test_overhead_of_everything_around_a_method(method: str, tmp_path: Pat
         return handler.response_serializer(response)
 
     assert await guarded(raw, context) == await bare()
-    overhead_us = await best_us(lambda: guarded(raw, context)) - await best_us(bare)
-    print(f"{method}: {overhead_us:.1f} us")
-    assert overhead_us < OVERHEAD_US_MAX
+    overhead = await calls_of(lambda: guarded(raw, context)) - await calls_of(bare)
+    print(f"{method}: {overhead} calls")
+    assert 0 < overhead <= OVERHEAD_CALLS_MAX[method]
