@@ -44,7 +44,7 @@ async def test_only_what_nobody_has_in_hand_is_hastened(postgres_dsn: str) -> No
             assert await store.finish(replace(begun, next_poll_time_ns=put_off_ns), AttemptState.SENDING, (), "")
         waiting = [(AttemptKind.ORDER, "ORD-1", put_off_ns), (AttemptKind.PAYOUT, "PO-1", put_off_ns - 1_000)]
         await store.hasten(waiting, NOW_NS + 1_000_000)
-        due, next_ns = await store.claim_due(NOW_NS + 2_000_000, NOW_NS + DAY_NS, 10)
+        due, _ = await store.claim_due(NOW_NS + 2_000_000, NOW_NS + DAY_NS, 10)
         assert [each.attempt.reference for each in due] == ["ORD-1"]
         await store.hasten(waiting, NOW_NS + 1_000_000)
         assert await store.claim_due(NOW_NS + 2_000_000, NOW_NS + DAY_NS, 10) == ([], NOW_NS + DAY_NS)
