@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from kernel.errors import DucatError
+from kernel.errors import DucatError, Unavailable
 from ops.terminal import json_line, printable
 from runtime.settings import Settings
 
@@ -45,6 +45,10 @@ WAIT_S = 120.0
 POLL_S = 2.0
 CALL_S = 600.0
 """Deadline of one call; a comparison of very many accounts takes minutes."""
+DOWN_S = 20.0
+"""A process that has not answered for so long, longer than a restart takes, is not waited for any more."""
+SILENT_S = 60.0
+"""A consumer that has not asked for so long does not run: what it lacks is not lost, nobody applies it."""
 UNDER_WAY_S = 5.0
 """Events that are younger are no reason to ask again."""
 LINES_MAX = 20
@@ -78,7 +82,8 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=WAIT_S,
         metavar="SECONDS",
-        help=f"how long to wait for events that are under way and processes that do not answer (default {WAIT_S:g})",
+        help=f"how long to wait for events that are under way (default {WAIT_S:g}); for a process that does not answer"
+        f" at most {DOWN_S:g}",
     )
     parser.set_defaults(run=run)
 
@@ -95,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
 async def run_checks(settings: Settings, *, wait_s: float, without: Collection[str] = ()) -> list[Verdict]:
     """All checks, of the processes that the settings name; `unknown` is asked again for `wait_s`.
 
+    A process that does not answer for DOWN_S ends the waiting.
     `without`: processes that do not run here and are not missed: they are not asked, and what they have applied does not count.
     """
     from runtime.channel import open_channel
@@ -106,7 +112,7 @@ async def run_checks(settings: Settings, *, wait_s: float, without: Collection[s
         "ledger": settings.ledger_address,
     }
     channels = {name: open_channel(address, settings) for name, address in addresses.items() if name not in without}
-    deadline = time.monotonic() + max(wait_s, 0.0)
+    patience = _Patience(time.monotonic() + max(wait_s, 0.0))
     checks: dict[str, Callable[[dict[str, Channel]], Awaitable[Verdict]]] = {
         "wallet": _wallet,
         "ledger": _ledger,
@@ -114,7 +120,7 @@ async def run_checks(settings: Settings, *, wait_s: float, without: Collection[s
         "feeds": _Feeds(without).check,
     }
     try:
-        return list(await asyncio.gather(*(_until(name, check, channels, deadline) for name, check in checks.items())))
+        return list(await asyncio.gather(*(_until(name, check, channels, patience) for name, check in checks.items())))
     finally:
         for channel in channels.values():
             await channel.close()
@@ -125,38 +131,64 @@ def verdict_of(found: Sequence[Verdict]) -> str:
     return next((each for each in (DIFFERS, UNKNOWN) if any(one.verdict == each for one in found)), OK)
 
 
+@dataclass(slots=True)
+class _Patience:
+    """Until when (monotonic seconds) all checks wait; a process that is down ends the waiting of all."""
+
+    deadline: float
+
+
+class _Silent(Exception):
+    """A process cannot be asked. `is_down`: because it does not answer."""
+
+    def __init__(self, text: str, *, is_down: bool) -> None:
+        super().__init__(text)
+        self.is_down = is_down
+
+
 async def _until(
     name: str,
     check: Callable[[dict[str, Channel]], Awaitable[Verdict]],
     channels: dict[str, Channel],
-    deadline: float,
+    patience: _Patience,
 ) -> Verdict:
     """What a check says at last: `unknown` is asked again until the deadline."""
+    down_since: float | None = None
     while True:
+        is_down = False
         try:
             found = await check(channels)
-        except DucatError as error:
-            todo = "look at `ducat config` for the addresses, tokens and certificates, and whether the process runs"
-            found = Verdict(name, UNKNOWN, f"{error} ({error.reason})", todo=todo)
+        except _Silent as error:
+            todo = "see `ducat config` for addresses, tokens and certificates, and whether the process runs; then check again"
+            found, is_down = Verdict(name, UNKNOWN, str(error), todo=todo), error.is_down
         if found.verdict != UNKNOWN:
             return found
-        if time.monotonic() >= deadline:
+        now = time.monotonic()
+        down_since = (now if down_since is None else down_since) if is_down else None
+        if down_since is not None and now - down_since >= DOWN_S:
+            patience.deadline = min(patience.deadline, now)
+        if now >= patience.deadline:
             return replace(found, verdict=found.at_last)
-        await asyncio.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
+        await asyncio.sleep(min(POLL_S, patience.deadline - now))
 
 
-async def _call(method: Any, request: Any) -> Any:
+async def _call(process: str, method: Any, request: Any) -> Any:
+    """Raises _Silent."""
     from runtime.errors import typed_rpc_errors
 
-    with typed_rpc_errors():
-        return await method(request, timeout=CALL_S)
+    try:
+        with typed_rpc_errors():
+            return await method(request, timeout=CALL_S)
+    except DucatError as error:
+        text = f"{process} cannot be asked: {error} ({error.reason})"
+        raise _Silent(text, is_down=isinstance(error, Unavailable)) from error
 
 
 async def _wallet(channels: dict[str, Channel]) -> Verdict:
     from ducat.wallet.v1 import shard_pb2, wallet_service_pb2_grpc
 
     stub: Any = wallet_service_pb2_grpc.ShardServiceStub(channels["wallet"])
-    answer = await _call(stub.CheckBalances, shard_pb2.CheckBalancesRequest())
+    answer = await _call("wallet", stub.CheckBalances, shard_pb2.CheckBalancesRequest())
     wrong = {one.currency_code: one.imbalance_minor for one in answer.balances if one.imbalance_minor}
     facts = {
         "imbalances": wrong,
@@ -184,7 +216,7 @@ async def _ledger(channels: dict[str, Channel]) -> Verdict:
     from ducat.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
     stub: Any = ledger_pb2_grpc.LedgerServiceStub(channels["ledger"])
-    answer = await _call(stub.GetTrialBalance, ledger_pb2.GetTrialBalanceRequest())
+    answer = await _call("ledger", stub.GetTrialBalance, ledger_pb2.GetTrialBalanceRequest())
     facts = {
         one.currency_code: {"debit_minor": one.debit_minor, "credit_minor": one.credit_minor} for one in answer.lines
     }
@@ -205,7 +237,9 @@ async def _compare(channels: dict[str, Channel]) -> Verdict:
     from ducat.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 
     stub: Any = ledger_pb2_grpc.LedgerServiceStub(channels["ledger"])
-    answer: ledger_pb2.CompareWalletResponse = await _call(stub.CompareWallet, ledger_pb2.CompareWalletRequest())
+    answer: ledger_pb2.CompareWalletResponse = await _call(
+        "ledger", stub.CompareWallet, ledger_pb2.CompareWalletRequest()
+    )
     age_s = answer.under_way_age.ToNanoseconds() / 1e9
     facts = {
         "complete": answer.complete,
@@ -279,7 +313,9 @@ class _Feeds:
         answers = await asyncio.gather(
             *(
                 _call(
-                    feed_pb2_grpc.FeedServiceStub(channels[name]).ListFeedConsumers, feed_pb2.ListFeedConsumersRequest()
+                    name,
+                    feed_pb2_grpc.FeedServiceStub(channels[name]).ListFeedConsumers,
+                    feed_pb2.ListFeedConsumersRequest(),
                 )
                 for name in publishers
             )
@@ -287,6 +323,7 @@ class _Feeds:
         rows: list[dict[str, Any]] = []
         faults: list[str] = []
         behind: list[str] = []
+        is_missing = is_silent = False
         now_s = time.time()
         for publisher, answer in zip(publishers, answers, strict=True):
             for one in answer.consumers:
@@ -312,13 +349,17 @@ class _Feeds:
                     lacks = f", {one.missing_count:,} of them missing" if one.missing_count else ""
                     behind.append(
                         f"{who} has proven {one.proven_position:,} of {wanted:,}{lacks}; it asked {asked_s:.0f} s ago"
+                        + (": does its process run?" if asked_s > SILENT_S else "")
                     )
+                    is_silent |= asked_s > SILENT_S
+                    is_missing |= one.missing_count > 0 and asked_s <= SILENT_S
         facts = {"consumers": rows}
         todo = "`ducat feed` shows what is missing and why"
         if faults:
             return Verdict("feeds", DIFFERS, "a consumer cannot go on by itself", [*faults, *behind], todo, facts)
         if behind:
-            is_missing = any(row["missing"] for row in rows)
+            if is_silent:
+                todo = "start what does not run, and check again: it applies what it lacks by itself; " + todo
             text = "consumers have not applied everything" + (", and some of it is missing" if is_missing else " yet")
             return Verdict("feeds", UNKNOWN, text, behind, todo, facts, at_last=DIFFERS if is_missing else UNKNOWN)
         return Verdict("feeds", OK, f"{len(rows)} consumers have proven that they applied everything", facts=facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from ducat.event.v1 import feed_pb2, feed_pb2_grpc
 from ducat.ledger.v1 import ledger_pb2, ledger_pb2_grpc
 from ducat.wallet.v1 import shard_pb2, wallet_service_pb2_grpc
 from ops import backup
-from ops.check import DIFFERS, OK, UNKNOWN, Verdict, lines_of, record_of, run_checks, verdict_of
+from ops.check import DIFFERS, OK, SILENT_S, UNKNOWN, Verdict, lines_of, record_of, run_checks, verdict_of
 from ops.platform import Platform
 from runtime.settings import Settings
 
@@ -24,13 +25,17 @@ from runtime.settings import Settings
 class Feeds(feed_pb2_grpc.FeedServiceServicer):
     def __init__(self) -> None:
         self.rows: dict[str, tuple[int, str]] = {"wallet": (7, ""), "ledger": (7, ""), "executor": (3, "")}
+        self.missing: dict[str, int] = {}
+        self.asked_s = 1.0
 
     async def ListFeedConsumers(self, request: Any, context: Any) -> feed_pb2.ListFeedConsumersResponse:
         answer = feed_pb2.ListFeedConsumersResponse()
         for name, (proven, problem) in self.rows.items():
-            answer.consumers.add(
+            one = answer.consumers.add(
                 topic="payment.events", consumer=name, proven_position=proven, head_position=7, problem=problem
             )
+            one.missing_count = self.missing.get(name, 0)
+            one.update_time.FromSeconds(int(time.time() - self.asked_s))
         return answer
 
 
@@ -105,6 +110,24 @@ async def test_what_is_missing_at_last_differs(world: World) -> None:
     found = await run_checks(world.settings, wait_s=0, without=("executor",))
     assert {one.name: one.verdict for one in found}["feeds"] == UNKNOWN
     assert "ledger of payment.events has proven 6 of 7" in "\n".join(lines_of(found))
+
+
+@pytest.mark.parametrize(("asked_s", "verdict"), [(1.0, DIFFERS), (SILENT_S + 1, UNKNOWN)])
+async def test_what_a_consumer_that_does_not_run_lacks_is_not_lost(world: World, asked_s: float, verdict: str) -> None:
+    world.feeds.rows["wallet"], world.feeds.missing["wallet"], world.feeds.asked_s = (6, ""), 1, asked_s
+    found = await run_checks(world.settings, wait_s=0, without=("executor",))
+    assert verdict_of(found) == verdict
+    assert ("does its process run?" in "\n".join(lines_of(found))) is (verdict == UNKNOWN)
+
+
+async def test_a_process_that_is_down_is_named_and_not_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.check.DOWN_S", 0.0)
+    async with asyncio.timeout(30):
+        found = await run_checks(world.settings, wait_s=1000)
+    assert verdict_of(found) == UNKNOWN
+    assert "executor cannot be asked" in next(one.text for one in found if one.name == "feeds")
 
 
 @pytest.mark.parametrize(("verdict", "code"), [(OK, 0), (DIFFERS, 1), (UNKNOWN, 2)])
