@@ -177,6 +177,10 @@ class GatewayApp:
 
     def _check_head(self, route: Route, request: Request) -> None:
         """What is refused before a body is read. Raises NotFound, HttpProblem."""
+        if request.headers.get(b"content-encoding", b"").strip().lower() not in (b"", b"identity"):
+            raise HttpProblem(
+                415, "send the body as it is, without a content-encoding", headers=((b"accept-encoding", b"identity"),)
+            )
         if route.scope:
             media_type, _, parameters = request.headers.get(b"content-type", b"").lower().partition(b";")
             charset = parameters.strip().removeprefix(b"charset=").strip(b'"')

@@ -323,7 +323,7 @@ _PROBLEM_TEXTS: dict[int, str] = {
     408: "The body came too slowly",
     409: "The same id with other content (IDEMPOTENCY_MISMATCH), or a state that does not allow it",
     413: "The body is too large",
-    415: "The body is not application/json in UTF-8",
+    415: "The body is not application/json in UTF-8, or has a content-encoding",
     429: "A named limit is reached; retry with backoff",
     431: "Too many headers",
     500: "A bug",
@@ -382,7 +382,7 @@ def _operation(route: str, summary: str, tag: str, responses: dict[str, Schema],
 
 _READ_PROBLEMS = _problems(401, 403, 404, 429, 500, 503, 504)
 _CREATE_PROBLEMS = _problems(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 501, 503, 504)
-_WEBHOOK_PROBLEMS = _problems(400, 403, 404, 408, 409, 413, 429, 431, 500, 501, 503, 504)
+_WEBHOOK_PROBLEMS = _problems(400, 403, 404, 408, 409, 413, 415, 429, 431, 500, 501, 503, 504)
 _ANY_BODY: Schema = {"required": True, "content": {"application/json": {"schema": True}}}
 
 

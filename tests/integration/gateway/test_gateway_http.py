@@ -300,8 +300,14 @@ async def test_bodies_are_bounded_and_typed(fake: FakePayment) -> None:
             answer = await http.post("/v1/payments", data=b"{}", headers={"Content-Type": media_type})
             assert answer.status == 415, media_type
             await problem_in(answer)
+        for path in ("/v1/payments", "/webhooks/sandbox"):
+            for encoding in ("gzip", "identity, GZIP", "br", "x"):
+                headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+                answer = await http.post(path, data=b"{}", headers=headers)
+                assert (answer.status, answer.headers["accept-encoding"]) == (415, "identity"), encoding
         for media_type in ("application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"'):
-            assert (await http.post("/v1/payments", data=b"{}", headers={"Content-Type": media_type})).status == 400
+            headers = {"Content-Type": media_type, "Content-Encoding": "identity"}
+            assert (await http.post("/v1/payments", data=b"{}", headers=headers)).status == 400
 
 
 class SlowPayment(FakePayment):
