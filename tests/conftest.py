@@ -55,7 +55,12 @@ LONG_FILES = (
 """By the time that they take, the longest first; then all others."""
 
 
-ON_ONE_PLATFORM = ("tests/e2e/test_backup.py", "tests/e2e/test_checkout.py", "tests/e2e/test_lost_bus.py")
+ON_ONE_PLATFORM = (
+    "tests/e2e/test_backup.py",
+    "tests/e2e/test_checkout.py",
+    "tests/e2e/test_examples.py",
+    "tests/e2e/test_lost_bus.py",
+)
 
 
 def scope_of(node_id: str) -> str:
